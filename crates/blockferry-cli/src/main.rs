@@ -1,0 +1,2 @@
+//! The `blockferry` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Blocks, digests, manifests, change maps and codec of blockferry; pure, no I/O

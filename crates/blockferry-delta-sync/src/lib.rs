@@ -1,0 +1,1 @@
+//! Delta sync: compare source and target, stage what differs

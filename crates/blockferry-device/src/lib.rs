@@ -1,0 +1,1 @@
+//! Block sources and targets of blockferry: traits, files, block devices, decorators

@@ -1,0 +1,1 @@
+//! The sync engine of blockferry: plans, sessions, receipts

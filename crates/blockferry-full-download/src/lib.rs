@@ -1,0 +1,1 @@
+//! Full download: copy everything that is not zero, without comparison

@@ -1,0 +1,1 @@
+//! Ordered parallel work over the regions of a disk: workers, bounded queues, cancellation, progress

@@ -1,0 +1,1 @@
+//! Simulated disk, crash explorer, conformance suites and generators for blockferry devices

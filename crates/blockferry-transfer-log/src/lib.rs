@@ -1,0 +1,1 @@
+//! The transfer log of blockferry: staging, commit, apply, recovery, rollback

@@ -1,0 +1,1 @@
+//! Moves whole disks between places incrementally, with minimal downtime, and never leaves a disk torn
