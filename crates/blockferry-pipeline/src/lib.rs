@@ -1,1 +1,5 @@
-//! Ordered parallel work over the regions of a disk: workers, bounded queues, cancellation, progress
+//! Ordered parallel work over the regions of a disk: workers, bounded queues, cancellation, progress.
+
+mod progress;
+
+pub use progress::{Event, Observer, Phase, Progress, Silent};
