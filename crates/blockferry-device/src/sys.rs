@@ -1,0 +1,300 @@
+//! All unsafe code of the project: aligned memory, and the few Linux calls that rustix does not wrap.
+//!
+//! Every function here is safe to call and does one thing; policy (what to lock, when to fall back)
+//! belongs to the callers.
+#![expect(unsafe_code, reason = "the one file that may: aligned allocation and raw system calls")]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ffi::{c_int, c_uint};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::slice;
+
+use rustix::ioctl::{Getter, NoArg, Opcode, Setter, Updater, ioctl};
+
+/// Alignment in bytes of [`AlignedMemory`]: enough for O_DIRECT on every device in use.
+pub(crate) const MEMORY_ALIGNMENT: usize = 4096;
+
+/// Zero-initialised memory aligned to [`MEMORY_ALIGNMENT`].
+// Invariant: `start` was allocated with `Self::layout(length)` and is fully initialised.
+pub(crate) struct AlignedMemory {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: the memory is owned by this value alone and has no thread affinity.
+unsafe impl Send for AlignedMemory {}
+// SAFETY: shared access only reads; writing needs `&mut self`.
+unsafe impl Sync for AlignedMemory {}
+
+impl AlignedMemory {
+    /// Allocates `length` zero bytes; large ones cost memory only once touched.
+    pub(crate) fn zeroed(length: usize) -> Self {
+        let layout = Self::layout(length);
+        // SAFETY: the layout has a non-zero size, see `layout`.
+        let memory = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(layout));
+        Self { start, length }
+    }
+
+    fn layout(length: usize) -> Layout {
+        // An empty buffer owns one byte too, so that the layout is never empty.
+        Layout::from_size_align(length.max(1), MEMORY_ALIGNMENT)
+            .expect("no slice is longer than isize::MAX")
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: `length` initialised bytes start there, and `&self` keeps writers out.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: `length` initialised bytes start there, and `&mut self` is exclusive.
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl Drop for AlignedMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with the same layout, and dropped once.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.length)) }
+    }
+}
+
+const BLKFLSBUF: Opcode = 0x1261;
+const BLKGETSIZE64: Opcode = rustix::ioctl::opcode::read::<usize>(0x12, 114);
+const BLKZEROOUT: Opcode = 0x127f;
+
+/// Size of a block device in bytes.
+pub(crate) fn block_device_bytes(device: impl AsFd) -> io::Result<u64> {
+    // SAFETY: BLKGETSIZE64 stores one u64, whatever the word size in its opcode says.
+    let getter = unsafe { Getter::<BLKGETSIZE64, u64>::new() };
+    // SAFETY: the opcode and its operand agree.
+    Ok(unsafe { ioctl(device, getter) }?)
+}
+
+/// Makes a range of a block device read as zeros without unmapping it. Both must be multiples of the
+/// logical block size.
+pub(crate) fn block_device_zero_out(
+    device: impl AsFd,
+    start: u64,
+    length: u64,
+) -> io::Result<()> {
+    // SAFETY: BLKZEROOUT reads two u64, start and length in bytes.
+    let setter = unsafe { Setter::<BLKZEROOUT, [u64; 2]>::new([start, length]) };
+    // SAFETY: the opcode and its operand agree.
+    Ok(unsafe { ioctl(device, setter) }?)
+}
+
+/// Writes dirty pages of a block device and drops its whole page cache. Needs `CAP_SYS_ADMIN`.
+pub(crate) fn block_device_drop_cache(device: impl AsFd) -> io::Result<()> {
+    // SAFETY: BLKFLSBUF takes no operand.
+    let request = unsafe { NoArg::<BLKFLSBUF>::new() };
+    // SAFETY: the opcode takes no operand.
+    Ok(unsafe { ioctl(device, request) }?)
+}
+
+/// What a lease probe asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lease {
+    /// Nobody else has the file open for writing.
+    NoWriters,
+    /// Nobody else has the file open at all.
+    Alone,
+}
+
+/// Signal for a lease broken during the probe: its default action is to be ignored, while that of the
+/// usual SIGIO is to kill the process.
+const HARMLESS_SIGNAL: c_int = libc::SIGURG;
+/// `fcntl` command missing from the libc crate for glibc; the same on every Linux architecture.
+const F_SETSIG: c_int = 10;
+
+/// Takes and returns a lease on `file` (opened read-only for [`Lease::NoWriters`]). `WouldBlock` means
+/// that somebody else has it open; other errors mean that leases are not to be had here.
+pub(crate) fn probe_lease(file: impl AsFd, lease: Lease) -> io::Result<()> {
+    let file = file.as_fd();
+    let kind = match lease {
+        Lease::NoWriters => libc::F_RDLCK,
+        Lease::Alone => libc::F_WRLCK,
+    };
+    fcntl_integer(file, F_SETSIG, HARMLESS_SIGNAL)?;
+    fcntl_integer(file, libc::F_SETLEASE, c_int::from(kind_as_i16(kind)))?;
+    fcntl_integer(file, libc::F_SETLEASE, libc::F_UNLCK)
+}
+
+fn fcntl_integer(file: BorrowedFd<'_>, command: c_int, argument: c_int) -> io::Result<()> {
+    // SAFETY: F_SETSIG and F_SETLEASE take an integer and touch no memory of ours.
+    let outcome = unsafe { libc::fcntl(file.as_raw_fd(), command, argument) };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Kind of an advisory lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LockKind {
+    /// Shared with other readers.
+    Shared,
+    /// Alone.
+    Exclusive,
+}
+
+/// Locks the whole file for the lifetime of its open file description (an OFD lock).
+/// `WouldBlock` means that somebody else holds a conflicting lock on some byte of it.
+pub(crate) fn try_ofd_lock(file: impl AsFd, kind: LockKind) -> io::Result<()> {
+    let lock = whole_file(kind);
+    // SAFETY: F_OFD_SETLK reads one `struct flock`.
+    let outcome =
+        unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if outcome == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EACCES) => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Err(error),
+    }
+}
+
+/// A lock of somebody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ForeignLock {
+    /// The process, unless the lock belongs to an open file description.
+    pub(crate) process: Option<u32>,
+    /// First locked byte.
+    pub(crate) start: i64,
+}
+
+/// The first lock that would conflict with locking the whole file.
+pub(crate) fn find_ofd_conflict(
+    file: impl AsFd,
+    kind: LockKind,
+) -> io::Result<Option<ForeignLock>> {
+    let mut lock = whole_file(kind);
+    // SAFETY: F_OFD_GETLK reads and writes one `struct flock`.
+    let outcome =
+        unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if outcome < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if c_int::from(lock.l_type) == libc::F_UNLCK {
+        return Ok(None);
+    }
+    let process = u32::try_from(lock.l_pid).ok().filter(|&pid| pid != 0);
+    Ok(Some(ForeignLock { process, start: lock.l_start }))
+}
+
+fn whole_file(kind: LockKind) -> libc::flock {
+    let kind = match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+    };
+    // SAFETY: all-zero bytes are a valid `struct flock`: from byte 0 to the end of the file.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind_as_i16(kind);
+    lock.l_whence = kind_as_i16(libc::SEEK_SET);
+    lock
+}
+
+fn kind_as_i16(kind: c_int) -> i16 {
+    i16::try_from(kind).expect("lock types and whence are small constants")
+}
+
+/// `struct fiemap` with room for [`FIEMAP_EXTENTS`] entries.
+#[repr(C)]
+struct FileMap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extents: [FileMapExtent; FIEMAP_EXTENTS],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct FileMapExtent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved64: [u64; 2],
+    flags: u32,
+    reserved: [u32; 3],
+}
+
+const FIEMAP_EXTENTS: usize = 64;
+/// `_IOWR('f', 11, struct fiemap)`: the header's 32 bytes; the entries follow it.
+const FS_IOC_FIEMAP: Opcode = rustix::ioctl::opcode::read_write::<[u64; 4]>(b'f', 11);
+const FIEMAP_EXTENT_LAST: c_uint = 1;
+
+/// Allocated runs (start, length) of a file that overlap the range, ascending, as far as one call reports
+/// them; the flag says that there is none after them.
+pub(crate) fn allocated_runs(
+    file: impl AsFd,
+    start: u64,
+    length: u64,
+) -> io::Result<(Vec<(u64, u64)>, bool)> {
+    let mut map = FileMap {
+        start,
+        length,
+        flags: 0,
+        mapped_extents: 0,
+        extent_count: c_uint::try_from(FIEMAP_EXTENTS).expect("a small constant"),
+        reserved: 0,
+        extents: [FileMapExtent::default(); FIEMAP_EXTENTS],
+    };
+    // SAFETY: FS_IOC_FIEMAP reads the header and writes at most `extent_count` entries behind it.
+    let request = unsafe { Updater::<FS_IOC_FIEMAP, FileMap>::new(&mut map) };
+    // SAFETY: the opcode and its operand agree.
+    unsafe { ioctl(file, request) }?;
+    let mapped = (map.mapped_extents as usize).min(FIEMAP_EXTENTS);
+    let extents = &map.extents[..mapped];
+    let complete = mapped < FIEMAP_EXTENTS
+        || extents.last().is_some_and(|e| e.flags & FIEMAP_EXTENT_LAST != 0);
+    Ok((extents.iter().map(|e| (e.logical, e.length)).collect(), complete))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_zeroed_and_may_be_empty() {
+        for length in [0, 4096, 1 << 20] {
+            let memory = AlignedMemory::zeroed(length);
+
+            assert_eq!(memory.as_slice().len(), length);
+            assert_eq!(memory.as_slice().as_ptr() as usize % MEMORY_ALIGNMENT, 0);
+            assert!(memory.as_slice().iter().all(|&b| b == 0));
+        }
+    }
+
+    #[test]
+    fn a_second_description_sees_the_exclusive_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let other = file.reopen().unwrap();
+
+        try_ofd_lock(file.as_file(), LockKind::Exclusive).unwrap();
+
+        let refused = try_ofd_lock(&other, LockKind::Shared).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        let conflict = find_ofd_conflict(&other, LockKind::Shared).unwrap();
+        assert_eq!(conflict, Some(ForeignLock { process: None, start: 0 }));
+    }
+
+    #[test]
+    fn a_lease_is_refused_exactly_while_somebody_has_it_open() {
+        let file = tempfile::NamedTempFile::new_in(".").unwrap();
+        let path = file.path().to_owned();
+        let reader = std::fs::File::open(&path).unwrap();
+
+        let while_open = probe_lease(&reader, Lease::NoWriters).unwrap_err();
+        let (file, path) = file.into_parts();
+        drop(file);
+
+        assert_eq!(while_open.kind(), io::ErrorKind::WouldBlock);
+        probe_lease(&reader, Lease::NoWriters).unwrap();
+        probe_lease(&reader, Lease::Alone).unwrap();
+        drop(path);
+    }
+}
