@@ -27,7 +27,9 @@ impl AlignedBuffer {
             length.is_multiple_of(Self::ALIGNMENT),
             "aligned buffers have whole pages, not {length} bytes"
         );
-        Self { memory: AlignedMemory::zeroed(length) }
+        Self {
+            memory: AlignedMemory::zeroed(length),
+        }
     }
 }
 
@@ -86,10 +88,22 @@ impl BufferPool {
     /// If `buffer_bytes` is not a multiple of [`AlignedBuffer::ALIGNMENT`], or `limit` is 0.
     #[must_use]
     pub fn new(buffer_bytes: usize, limit: usize) -> Self {
-        assert!(buffer_bytes.is_multiple_of(AlignedBuffer::ALIGNMENT), "whole pages only");
+        assert!(
+            buffer_bytes.is_multiple_of(AlignedBuffer::ALIGNMENT),
+            "whole pages only"
+        );
         assert!(limit > 0, "an empty pool would wait for ever");
-        let stock = Mutex::new(Stock { idle: Vec::new(), unborn: limit });
-        Self { shared: Arc::new(Shared { buffer_bytes, stock, returned: Condvar::new() }) }
+        let stock = Mutex::new(Stock {
+            idle: Vec::new(),
+            unborn: limit,
+        });
+        Self {
+            shared: Arc::new(Shared {
+                buffer_bytes,
+                stock,
+                returned: Condvar::new(),
+            }),
+        }
     }
 
     /// Length of every buffer in bytes.
@@ -107,7 +121,11 @@ impl BufferPool {
                 drop(stock);
                 return self.wrap(buffer);
             }
-            stock = self.shared.returned.wait(stock).unwrap_or_else(PoisonError::into_inner);
+            stock = self
+                .shared
+                .returned
+                .wait(stock)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -120,7 +138,10 @@ impl BufferPool {
 
     fn wrap(&self, claimed: Option<AlignedBuffer>) -> PooledBuffer {
         let buffer = claimed.unwrap_or_else(|| AlignedBuffer::zeroed(self.shared.buffer_bytes));
-        PooledBuffer { buffer: Some(buffer), home: Arc::clone(&self.shared) }
+        PooledBuffer {
+            buffer: Some(buffer),
+            home: Arc::clone(&self.shared),
+        }
     }
 }
 
@@ -131,7 +152,10 @@ impl Shared {
     }
 
     /// `Some(Some(buffer))` is an idle one, `Some(None)` the right to allocate one.
-    #[expect(clippy::option_option, reason = "none at all, or one that is yet to be allocated")]
+    #[expect(
+        clippy::option_option,
+        reason = "none at all, or one that is yet to be allocated"
+    )]
     fn claim(&self, stock: &mut Stock) -> Option<Option<AlignedBuffer>> {
         if let Some(buffer) = stock.idle.pop() {
             return Some(Some(buffer));
@@ -201,9 +225,7 @@ mod tests {
         let pool = BufferPool::new(8192, 1);
         let mut held = pool.take();
         held[0] = 7;
-        let waiter = std::thread::spawn({
-            move || pool.take()[0]
-        });
+        let waiter = std::thread::spawn(move || pool.take()[0]);
 
         std::thread::sleep(Duration::from_millis(5));
         drop(held);

@@ -41,7 +41,10 @@ impl CancelToken {
     /// `ErrorKind::Cancelled` once cancelled; `attempt` is what was about to begin.
     pub fn check(&self, attempt: &str) -> Result<()> {
         if self.is_cancelled() {
-            return Err(Error::new(ErrorKind::Cancelled, format!("cancelled before {attempt}")));
+            return Err(Error::new(
+                ErrorKind::Cancelled,
+                format!("cancelled before {attempt}"),
+            ));
         }
         Ok(())
     }

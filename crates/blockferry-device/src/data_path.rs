@@ -27,7 +27,10 @@ use crate::{AlignedBuffer, ReadRequest, WriteRequest};
 
 /// How writes travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "the page cache is used or it is not")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "the page cache is used or it is not"
+)]
 pub enum WriteMode {
     /// Through the page cache; the flush writes it all.
     #[default]
@@ -48,7 +51,10 @@ const READ_RULE: JoinRule = JoinRule {
     max_span_bytes: MAX_SPAN_BYTES,
     max_requests: MAX_VECTORS,
 };
-const WRITE_RULE: JoinRule = JoinRule { max_gap_bytes: 0, ..READ_RULE };
+const WRITE_RULE: JoinRule = JoinRule {
+    max_gap_bytes: 0,
+    ..READ_RULE
+};
 
 /// The descriptors of one open file or block device.
 #[derive(Debug)]
@@ -68,7 +74,13 @@ impl DataPath {
     pub(crate) fn new(buffered: File, unit: u64, write_mode: WriteMode) -> Self {
         let direct = reopen_direct(&buffered, unit);
         let forget_first = may_cache_direct_reads(&buffered);
-        Self { buffered, direct, forget_first, unit, write_mode }
+        Self {
+            buffered,
+            direct,
+            forget_first,
+            unit,
+            write_mode,
+        }
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -84,7 +96,12 @@ impl DataPath {
             return self.buffered.read_exact_at(buffer, offset);
         };
         let rest = &mut buffer[cached..];
-        self.read_direct(direct, &mut Scratch::default(), offset + cached as u64, rest)
+        self.read_direct(
+            direct,
+            &mut Scratch::default(),
+            offset + cached as u64,
+            rest,
+        )
     }
 
     /// Reads what the page cache holds of the beginning of the range, without waiting for the device:
@@ -208,7 +225,10 @@ impl DataPath {
             };
             if cached < request.buffer.len() {
                 let offset = request.offset + cached as u64;
-                rest.push(ReadRequest { offset, buffer: &mut request.buffer[cached..] });
+                rest.push(ReadRequest {
+                    offset,
+                    buffer: &mut request.buffer[cached..],
+                });
             }
         }
         self.read_batch_direct(direct, &mut rest)
@@ -233,11 +253,7 @@ impl DataPath {
         }
     }
 
-    fn read_batch_direct(
-        &self,
-        direct: &File,
-        requests: &mut [ReadRequest<'_>],
-    ) -> io::Result<()> {
+    fn read_batch_direct(&self, direct: &File, requests: &mut [ReadRequest<'_>]) -> io::Result<()> {
         let mut sorted: Vec<_> = requests.iter_mut().collect();
         sorted.sort_unstable_by_key(|request| request.offset);
         let spans = plan_spans(&sorted, READ_RULE);
@@ -262,7 +278,9 @@ impl DataPath {
             Ok(bounce) => {
                 for request in span {
                     let at = to_usize(request.offset - start);
-                    request.buffer.copy_from_slice(&bounce[at..at + request.buffer.len()]);
+                    request
+                        .buffer
+                        .copy_from_slice(&bounce[at..at + request.buffer.len()]);
                 }
                 Ok(())
             }
@@ -285,15 +303,17 @@ impl DataPath {
         let (whole, tail) = bytes.split_at(bytes.len() - bytes.len() % to_usize(self.unit));
         match self.write_direct(direct, scratch, offset, whole) {
             Err(error) if refuses_direct(&error) => self.buffered.write_all_at(bytes, offset),
-            Ok(()) => self.buffered.write_all_at(tail, offset + whole.len() as u64),
+            Ok(()) => self
+                .buffered
+                .write_all_at(tail, offset + whole.len() as u64),
             Err(error) => Err(error),
         }
     }
 
     fn direct_for_writes(&self, offset: u64) -> Option<&File> {
-        self.direct.as_ref().filter(|_| {
-            self.write_mode == WriteMode::Direct && offset.is_multiple_of(self.unit)
-        })
+        self.direct
+            .as_ref()
+            .filter(|_| self.write_mode == WriteMode::Direct && offset.is_multiple_of(self.unit))
     }
 
     /// Writes whole units, copying them to aligned memory first where they are not.
@@ -342,7 +362,10 @@ impl DataPath {
             Some(_) => return self.write_gathered(scratch, span),
             None => &self.buffered,
         };
-        let vectors: Vec<_> = span.iter().map(|request| IoSlice::new(request.bytes)).collect();
+        let vectors: Vec<_> = span
+            .iter()
+            .map(|request| IoSlice::new(request.bytes))
+            .collect();
         let wanted: u64 = span.iter().map(Placed::length).sum();
         match rustix::io::pwritev(file, &vectors, span[0].offset) {
             Ok(count) if count as u64 == wanted => Ok(()),
@@ -374,7 +397,8 @@ impl DataPath {
     }
 
     fn write_each(&self, scratch: &mut Scratch, span: &[WriteRequest<'_>]) -> io::Result<()> {
-        span.iter().try_for_each(|request| self.write_with(scratch, request.offset, request.bytes))
+        span.iter()
+            .try_for_each(|request| self.write_with(scratch, request.offset, request.bytes))
     }
 
     /// Writes zeros the slow way.
@@ -415,9 +439,14 @@ fn reopen_direct(file: &File, unit: u64) -> Option<File> {
     }
     let access = rustix::fs::fcntl_getfl(file).ok()? & OFlags::RWMODE;
     // Through /proc it is the same inode, whatever happens to its name meanwhile.
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file.as_fd()));
+    let path = format!(
+        "/proc/self/fd/{}",
+        std::os::fd::AsRawFd::as_raw_fd(&file.as_fd())
+    );
     let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).ok().map(File::from)
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+        .ok()
+        .map(File::from)
 }
 
 /// Some file systems accept O_DIRECT and use the cache all the same; those that say so are believed.
@@ -443,7 +472,11 @@ fn refuses_direct(error: &io::Error) -> bool {
 }
 
 fn read_whole_units(direct: &File, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-    if buffer.is_empty() { Ok(()) } else { direct.read_exact_at(buffer, offset) }
+    if buffer.is_empty() {
+        Ok(())
+    } else {
+        direct.read_exact_at(buffer, offset)
+    }
 }
 
 /// Gives every span its part of the sorted requests.

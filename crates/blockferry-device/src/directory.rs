@@ -33,7 +33,12 @@ impl OsDirectory {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let handle = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| Error::from_io(format!("open of directory {label}"), e.into()))?;
-        Ok(Self { path: path.to_owned(), label, handle, write_mode: WriteMode::default() })
+        Ok(Self {
+            path: path.to_owned(),
+            label,
+            handle,
+            write_mode: WriteMode::default(),
+        })
     }
 
     /// Creates a directory for its owner only (mode 0700), durably, and opens it.
@@ -42,7 +47,10 @@ impl OsDirectory {
     /// `ErrorKind::AlreadyExists`, or the file system failed.
     pub fn create(path: &Path) -> Result<Self> {
         rustix::fs::mkdir(path, Mode::RWXU).map_err(|e| {
-            Error::from_io(format!("creation of directory {}", path.display()), e.into())
+            Error::from_io(
+                format!("creation of directory {}", path.display()),
+                e.into(),
+            )
         })?;
         let created = Self::open(path)?;
         // The name is durable only with its parent.
@@ -108,7 +116,9 @@ impl OsDirectory {
         self.check_name(name)?;
         let flags = kind | OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(&self.handle, name, flags, Mode::RUSR | Mode::WUSR);
-        opened.map(File::from).map_err(|e| self.failed("creation", name, e))
+        opened
+            .map(File::from)
+            .map_err(|e| self.failed("creation", name, e))
     }
 
     fn rename(&self, from: &str, to: &str, flags: RenameFlags) -> rustix::io::Result<()> {
@@ -137,7 +147,10 @@ impl OsDirectory {
         if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
             return Err(Error::new(
                 ErrorKind::Unsuitable,
-                format!("name {name:?} in {}: expected a single path component", self.label),
+                format!(
+                    "name {name:?} in {}: expected a single path component",
+                    self.label
+                ),
             ));
         }
         Ok(())
@@ -153,7 +166,10 @@ impl OsDirectory {
     }
 
     fn failed(&self, attempt: &str, name: &str, cause: Errno) -> Error {
-        Error::from_io(format!("{attempt} of {}", self.label_of(name)), cause.into())
+        Error::from_io(
+            format!("{attempt} of {}", self.label_of(name)),
+            cause.into(),
+        )
     }
 }
 
@@ -164,7 +180,11 @@ impl StorageDir for OsDirectory {
 
     fn create(&self, name: &str) -> Result<Arc<dyn StorageFile>> {
         let file = self.create_file(name, OFlags::EXCL)?;
-        Ok(Arc::new(OsFile::from_file(self.label_of(name), file, self.write_mode)?))
+        Ok(Arc::new(OsFile::from_file(
+            self.label_of(name),
+            file,
+            self.write_mode,
+        )?))
     }
 
     fn open(&self, name: &str) -> Result<Option<Arc<dyn StorageFile>>> {
@@ -194,7 +214,10 @@ impl StorageDir for OsDirectory {
         match self.rename(one, other, RenameFlags::EXCHANGE) {
             Err(Errno::INVAL | Errno::NOSYS) => Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("{attempt} of {}: not on this file system", self.label_of(one)),
+                format!(
+                    "{attempt} of {}: not on this file system",
+                    self.label_of(one)
+                ),
             )),
             outcome => outcome.map_err(|e| self.failed(&attempt, one, e)),
         }
@@ -256,7 +279,10 @@ impl OsDirectory {
             return Error::from_io(format!("lock of {label}"), cause);
         }
         let mut holder = String::new();
-        let noted = file.take(MAX_HOLDER_BYTES).read_to_string(&mut holder).is_ok();
+        let noted = file
+            .take(MAX_HOLDER_BYTES)
+            .read_to_string(&mut holder)
+            .is_ok();
         let by = match holder.trim() {
             pid if noted && !pid.is_empty() => format!("process {pid}"),
             _ => "another process".to_owned(),
@@ -270,8 +296,9 @@ const MAX_HOLDER_BYTES: u64 = 32;
 
 /// Leaves our process id for the error message of whoever comes second. Failing at it harms nobody.
 fn note_holder(file: &mut File) {
-    let _for_messages_only =
-        file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    let _for_messages_only = file
+        .set_len(0)
+        .and_then(|()| writeln!(file, "{}", std::process::id()));
 }
 
 /// An OFD lock: gone when its file is closed, however the process ends.

@@ -43,12 +43,20 @@ pub struct Error {
 impl Error {
     /// An error with a complete message: what was attempted, where, what was expected, what was found.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), cause: None }
+        Self {
+            kind,
+            message: message.into(),
+            cause: None,
+        }
     }
 
     /// A system call failed; `attempt` says what it was for (`"write of 4096 bytes at offset 65536 to a.raw"`).
     pub fn from_io(attempt: impl Into<String>, cause: io::Error) -> Self {
-        Self { kind: kind_of(&cause), message: attempt.into(), cause: Some(cause) }
+        Self {
+            kind: kind_of(&cause),
+            message: attempt.into(),
+            cause: Some(cause),
+        }
     }
 
     /// What the caller can do next.

@@ -26,7 +26,11 @@ macro_rules! opaque_bytes {
             /// Wraps the bytes; longer than [`MAX_EVIDENCE_BYTES`] or empty means unknown.
             #[must_use]
             pub fn from_bytes(bytes: &[u8]) -> Self {
-                if bytes.len() > MAX_EVIDENCE_BYTES { Self::unknown() } else { Self(bytes.to_vec()) }
+                if bytes.len() > MAX_EVIDENCE_BYTES {
+                    Self::unknown()
+                } else {
+                    Self(bytes.to_vec())
+                }
             }
 
             /// The bytes; empty if unknown.

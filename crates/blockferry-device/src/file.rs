@@ -28,7 +28,10 @@ const MIN_ZERO_RANGE_BYTES: u64 = 256 << 10;
 
 /// What an [`OsFile`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "there is nothing else to do with a file")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "there is nothing else to do with a file"
+)]
 pub enum Access {
     /// Reading only.
     Read,
@@ -119,15 +122,24 @@ impl OsFile {
 
     fn failed_at(&self, attempt: &str, offset: u64, bytes: usize, cause: io::Error) -> Error {
         let label = &self.label;
-        Error::from_io(format!("{attempt} of {bytes} bytes at offset {offset} of {label}"), cause)
+        Error::from_io(
+            format!("{attempt} of {bytes} bytes at offset {offset} of {label}"),
+            cause,
+        )
     }
 
     fn failed_batch(&self, attempt: &str, requests: usize, cause: io::Error) -> Error {
-        Error::from_io(format!("{attempt} of {requests} requests on {}", self.label), cause)
+        Error::from_io(
+            format!("{attempt} of {requests} requests on {}", self.label),
+            cause,
+        )
     }
 
     fn failed_extent(&self, attempt: &str, extent: Extent, cause: Errno) -> Error {
-        Error::from_io(format!("{attempt} {extent} of {}", self.label), cause.into())
+        Error::from_io(
+            format!("{attempt} {extent} of {}", self.label),
+            cause.into(),
+        )
     }
 
     fn allocate(&self, extent: Extent, flags: FallocateFlags) -> rustix::io::Result<()> {
@@ -179,7 +191,9 @@ impl BlockSource for OsFile {
 
     fn read_batch(&self, requests: &mut [ReadRequest<'_>]) -> Result<()> {
         let count = requests.len();
-        self.path.read_batch(requests).map_err(|e| self.failed_batch("read", count, e))
+        self.path
+            .read_batch(requests)
+            .map_err(|e| self.failed_batch("read", count, e))
     }
 
     fn preferred_depth(&self) -> usize {
@@ -219,10 +233,17 @@ impl BlockSource for OsFile {
             found = self.stat()?;
         }
         let words = [found.ino(), found.size()];
-        let times = [found.ctime(), found.ctime_nsec(), found.mtime(), found.mtime_nsec()];
+        let times = [
+            found.ctime(),
+            found.ctime_nsec(),
+            found.mtime(),
+            found.mtime_nsec(),
+        ];
         let words = words.into_iter().flat_map(u64::to_le_bytes);
         let times = times.into_iter().flat_map(i64::to_le_bytes);
-        Ok(Evidence::from_bytes(&words.chain(times).collect::<Vec<u8>>()))
+        Ok(Evidence::from_bytes(
+            &words.chain(times).collect::<Vec<u8>>(),
+        ))
     }
 }
 
@@ -233,9 +254,7 @@ fn changed_just_now(found: &std::fs::Metadata) -> bool {
     let changed = u64::try_from(found.ctime())
         .ok()
         .zip(u32::try_from(found.ctime_nsec()).ok())
-        .map(|(seconds, nanoseconds)| {
-            SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds)
-        });
+        .map(|(seconds, nanoseconds)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds));
     // A ctime in the future is as suspicious as one of this tick.
     changed.is_none_or(|changed| changed.elapsed().is_ok_and(|age| age < CLOCK_TICK))
 }
@@ -268,7 +287,10 @@ impl BlockTarget for OsFile {
         if extent.is_empty() {
             return Ok(true);
         }
-        match self.allocate(extent, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE) {
+        match self.allocate(
+            extent,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        ) {
             Ok(()) => {}
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(false),
             Err(error) => return Err(self.failed_extent("punching of", extent, error)),
@@ -341,9 +363,9 @@ impl StorageFile for OsFile {
         self.metadata_changed.store(true, Ordering::Release);
         match rustix::fs::ioctl_ficlone(self.file(), from) {
             Ok(()) => self.resize(origin.size_bytes()),
-            Err(e @ (Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY)) => {
-                Err(Error::new(ErrorKind::Unsupported, format!("{}: {e}", attempt())))
-            }
+            Err(e @ (Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY)) => Err(
+                Error::new(ErrorKind::Unsupported, format!("{}: {e}", attempt())),
+            ),
             Err(e) => Err(Error::from_io(attempt(), e.into())),
         }
     }

@@ -27,7 +27,11 @@ impl MemoryDevice {
     #[must_use]
     pub fn from_bytes(label: impl Into<String>, content: Vec<u8>) -> Self {
         let (identity, content) = (Identity::unknown(), RwLock::new(content));
-        Self { label: label.into(), identity, content }
+        Self {
+            label: label.into(),
+            identity,
+            content,
+        }
     }
 
     /// Gives the device a name of its own. With it the device also gives evidence: the checksum of its
@@ -61,7 +65,9 @@ impl MemoryDevice {
         size: usize,
     ) -> Result<std::ops::Range<usize>> {
         let start = usize::try_from(offset).ok().filter(|&start| start <= size);
-        let end = start.and_then(|start| start.checked_add(length)).filter(|&end| end <= size);
+        let end = start
+            .and_then(|start| start.checked_add(length))
+            .filter(|&end| end <= size);
         match (start, end) {
             (Some(start), Some(end)) => Ok(start..end),
             _ => Err(Error::new(
@@ -77,7 +83,12 @@ impl MemoryDevice {
 
 impl fmt::Debug for MemoryDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MemoryDevice({}, {} bytes)", self.label, self.bytes().len())
+        write!(
+            f,
+            "MemoryDevice({}, {} bytes)",
+            self.label,
+            self.bytes().len()
+        )
     }
 }
 
@@ -119,7 +130,9 @@ impl BlockSource for MemoryDevice {
         if !self.identity.is_known() {
             return Ok(Evidence::unknown());
         }
-        Ok(Evidence::from_bytes(blockferry_core::checksum(&self.bytes()).as_bytes()))
+        Ok(Evidence::from_bytes(
+            blockferry_core::checksum(&self.bytes()).as_bytes(),
+        ))
     }
 }
 
@@ -156,7 +169,10 @@ impl BlockTarget for MemoryDevice {
         let size = usize::try_from(size_bytes).map_err(|_too_large| {
             Error::new(
                 ErrorKind::NoSpace,
-                format!("resize of {} to {size_bytes} bytes: not addressable", self.label),
+                format!(
+                    "resize of {} to {size_bytes} bytes: not addressable",
+                    self.label
+                ),
             )
         })?;
         self.bytes_mut().resize(size, 0);

@@ -32,7 +32,10 @@ pub(crate) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
 
 fn copy_attributes(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     let wanted = attribute_names(from)?;
-    for name in attribute_names(to)?.iter().filter(|name| !wanted.contains(name)) {
+    for name in attribute_names(to)?
+        .iter()
+        .filter(|name| !wanted.contains(name))
+    {
         rustix::fs::fremovexattr(to, name.as_c_str())?;
     }
     for name in wanted {
@@ -54,7 +57,10 @@ fn attribute_names(file: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     };
     let length = rustix::fs::flistxattr(file, &mut list[..])?;
     let names = list[..length].split_inclusive(|&byte| byte == 0);
-    Ok(names.filter_map(|n| CStr::from_bytes_with_nul(n).ok()).map(CStr::to_owned).collect())
+    Ok(names
+        .filter_map(|n| CStr::from_bytes_with_nul(n).ok())
+        .map(CStr::to_owned)
+        .collect())
 }
 
 fn attribute(file: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<Vec<u8>>> {

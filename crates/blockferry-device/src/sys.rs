@@ -2,7 +2,10 @@
 //!
 //! Every function here is safe to call and does one thing; policy (what to lock, when to fall back)
 //! belongs to the callers.
-#![expect(unsafe_code, reason = "the one file that may: aligned allocation and raw system calls")]
+#![expect(
+    unsafe_code,
+    reason = "the one file that may: aligned allocation and raw system calls"
+)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ffi::{c_int, c_uint};
@@ -76,11 +79,7 @@ pub(crate) fn block_device_bytes(device: impl AsFd) -> io::Result<u64> {
 
 /// Makes a range of a block device read as zeros without unmapping it. Both must be multiples of the
 /// logical block size.
-pub(crate) fn block_device_zero_out(
-    device: impl AsFd,
-    start: u64,
-    length: u64,
-) -> io::Result<()> {
+pub(crate) fn block_device_zero_out(device: impl AsFd, start: u64, length: u64) -> io::Result<()> {
     // SAFETY: BLKZEROOUT reads two u64, start and length in bytes.
     let setter = unsafe { Setter::<BLKZEROOUT, [u64; 2]>::new([start, length]) };
     // SAFETY: the opcode and its operand agree.
@@ -126,7 +125,11 @@ pub(crate) fn probe_lease(file: impl AsFd, lease: Lease) -> io::Result<()> {
 fn fcntl_integer(file: BorrowedFd<'_>, command: c_int, argument: c_int) -> io::Result<()> {
     // SAFETY: F_SETSIG and F_SETLEASE take an integer and touch no memory of ours.
     let outcome = unsafe { libc::fcntl(file.as_raw_fd(), command, argument) };
-    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if outcome < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Kind of an advisory lock.
@@ -180,7 +183,10 @@ pub(crate) fn find_ofd_conflict(
         return Ok(None);
     }
     let process = u32::try_from(lock.l_pid).ok().filter(|&pid| pid != 0);
-    Ok(Some(ForeignLock { process, start: lock.l_start }))
+    Ok(Some(ForeignLock {
+        process,
+        start: lock.l_start,
+    }))
 }
 
 fn whole_file(kind: LockKind) -> libc::flock {
@@ -250,8 +256,13 @@ pub(crate) fn allocated_runs(
     let mapped = (map.mapped_extents as usize).min(FIEMAP_EXTENTS);
     let extents = &map.extents[..mapped];
     let complete = mapped < FIEMAP_EXTENTS
-        || extents.last().is_some_and(|e| e.flags & FIEMAP_EXTENT_LAST != 0);
-    Ok((extents.iter().map(|e| (e.logical, e.length)).collect(), complete))
+        || extents
+            .last()
+            .is_some_and(|e| e.flags & FIEMAP_EXTENT_LAST != 0);
+    Ok((
+        extents.iter().map(|e| (e.logical, e.length)).collect(),
+        complete,
+    ))
 }
 
 #[cfg(test)]
@@ -279,7 +290,13 @@ mod tests {
         let refused = try_ofd_lock(&other, LockKind::Shared).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
         let conflict = find_ofd_conflict(&other, LockKind::Shared).unwrap();
-        assert_eq!(conflict, Some(ForeignLock { process: None, start: 0 }));
+        assert_eq!(
+            conflict,
+            Some(ForeignLock {
+                process: None,
+                start: 0
+            })
+        );
     }
 
     #[test]

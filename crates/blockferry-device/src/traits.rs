@@ -19,7 +19,10 @@ use crate::evidence::{Evidence, Identity};
 
 /// What is known about the content of an extent without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "callers must decide for every status")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "callers must decide for every status"
+)]
 pub enum Status {
     /// May hold anything; read it.
     Data,
@@ -29,7 +32,10 @@ pub enum Status {
 
 /// One positioned read of a batch.
 #[derive(Debug)]
-#[expect(clippy::exhaustive_structs, reason = "a plain request, built by callers")]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "a plain request, built by callers"
+)]
 pub struct ReadRequest<'a> {
     /// First byte to read.
     pub offset: u64,
@@ -39,7 +45,10 @@ pub struct ReadRequest<'a> {
 
 /// One positioned write of a batch.
 #[derive(Clone, Copy, Debug)]
-#[expect(clippy::exhaustive_structs, reason = "a plain request, built by callers")]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "a plain request, built by callers"
+)]
 pub struct WriteRequest<'a> {
     /// First byte to write.
     pub offset: u64,
@@ -66,7 +75,9 @@ pub trait BlockSource: Debug + Send + Sync {
     /// # Errors
     /// Any request failed; the buffers' content is then undefined.
     fn read_batch(&self, requests: &mut [ReadRequest<'_>]) -> Result<()> {
-        requests.iter_mut().try_for_each(|r| self.read_at(r.offset, r.buffer))
+        requests
+            .iter_mut()
+            .try_for_each(|r| self.read_at(r.offset, r.buffer))
     }
 
     /// How many requests this device likes to have in flight.
@@ -115,7 +126,9 @@ pub trait BlockTarget: BlockSource {
     /// # Errors
     /// Any request failed.
     fn write_batch(&self, requests: &[WriteRequest<'_>]) -> Result<()> {
-        requests.iter().try_for_each(|r| self.write_at(r.offset, r.bytes))
+        requests
+            .iter()
+            .try_for_each(|r| self.write_at(r.offset, r.bytes))
     }
 
     /// Makes the extent read as zeros and keeps it allocated where the device knows allocation.

@@ -42,11 +42,14 @@ pub(crate) fn run_parts<T: Send>(
         return drain(&queue, &work);
     }
     thread::scope(|scope| {
-        let others: Vec<_> =
-            (1..workers).map(|_| scope.spawn(|| drain(&queue, &work))).collect();
+        let others: Vec<_> = (1..workers)
+            .map(|_| scope.spawn(|| drain(&queue, &work)))
+            .collect();
         let mut outcome = drain(&queue, &work);
         for other in others {
-            let theirs = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let theirs = other
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             outcome = outcome.and(theirs);
         }
         outcome
@@ -97,7 +100,11 @@ mod tests {
 
         let outcome = run_parts((0..10_000).collect::<Vec<usize>>(), |_, part| {
             begun.fetch_add(1, Ordering::Relaxed);
-            if part == 3 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+            if part == 3 {
+                Err(io::ErrorKind::StorageFull.into())
+            } else {
+                Ok(())
+            }
         });
 
         assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::StorageFull);
