@@ -1,2 +1,20 @@
-//! The `blockferry` command.
-fn main() {}
+//! The `blockferry` command: everything an operator types. It parses, shows and maps errors to exit codes; the
+//! work itself is the library's.
+
+mod address;
+mod app;
+mod arguments;
+mod demo;
+mod engine;
+mod exit;
+mod failure;
+mod output;
+mod progress;
+mod quote;
+mod session;
+mod signals;
+mod verbs;
+
+fn main() -> std::process::ExitCode {
+    app::run(std::env::args_os().collect())
+}

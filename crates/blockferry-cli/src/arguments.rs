@@ -1,0 +1,394 @@
+//! What can be typed: the verbs and their options. Values are checked here, so that a verb never sees a wrong one.
+
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::address::Address;
+use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
+
+/// Brings whole disks up to date, block by block, and never leaves one torn.
+///
+/// Until a run commits, the target keeps its old content; after that it has the new one. Kill it at any moment: what
+/// was durable is never sent again, and `blockferry status TARGET` says how to go on and how to go back.
+#[derive(Debug, Parser)]
+#[command(name = "blockferry", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, or equal                   6  a decision is pending (committed, not applied)
+  1  differs (diff, verify A B)       7  corruption found (verify TARGET, or the proof failed)
+  2  usage                            8  the other side or the way to it failed
+  3  the source failed                9  a hook failed
+  4  the target refused or failed    70  a bug in blockferry
+  5  interrupted, resumable          130, 143  stopped cleanly by SIGINT, SIGTERM";
+
+/// Options of every verb.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Global {
+    /// Only errors and warnings
+    #[arg(
+        short,
+        long,
+        global = true,
+        conflicts_with = "verbose",
+        help_heading = "Every verb"
+    )]
+    pub(crate) quiet: bool,
+    /// Also decisions in detail, checkpoints, digests and times
+    #[arg(short, long, global = true, help_heading = "Every verb")]
+    pub(crate) verbose: bool,
+    /// JSON lines on standard output instead of text
+    #[arg(long, global = true, help_heading = "Every verb")]
+    pub(crate) json: bool,
+    /// Keep log and state in DIR instead of beside the target
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Every verb")]
+    pub(crate) state: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Show the whole story on a disk made for it, in a temporary directory
+    Demo(DemoArguments),
+    /// Bring TARGET to the content of SOURCE
+    Sync(SyncArguments),
+    /// Tell where a target stands and what can be done next
+    Status(StatusArguments),
+    /// Continue an interrupted run from its recorded source
+    Resume(ResumeArguments),
+    /// Drop what an unfinished run has staged; the target keeps its old point
+    Cancel(TargetArguments),
+    /// Return the target to the point before the last run
+    Rollback(TargetArguments),
+    /// Let go of the old point and free its space
+    Accept(TargetArguments),
+    /// List the extents in which two disks differ
+    Diff(DiffArguments),
+    /// Print the root digest of a disk
+    Digest(DigestArguments),
+    /// Compare two disks, or check a target against its recorded point
+    Verify(VerifyArguments),
+    /// Print a completion script for a shell
+    Completions(CompletionsArguments),
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man(ManArguments),
+}
+
+impl Verb {
+    /// The word the user types.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Demo(_) => "demo",
+            Self::Sync(_) => "sync",
+            Self::Status(_) => "status",
+            Self::Resume(_) => "resume",
+            Self::Cancel(_) => "cancel",
+            Self::Rollback(_) => "rollback",
+            Self::Accept(_) => "accept",
+            Self::Diff(_) => "diff",
+            Self::Digest(_) => "digest",
+            Self::Verify(_) => "verify",
+            Self::Completions(_) => "completions",
+            Self::Man(_) => "man",
+        }
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DemoArguments {
+    /// Work in DIR instead of a temporary directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Size of the disk
+    #[arg(long, value_name = "SIZE", default_value = "384MiB", value_parser = positive_size)]
+    pub(crate) size: u64,
+    /// Keep the disks, not only the receipt
+    #[arg(long)]
+    pub(crate) keep: bool,
+}
+
+#[derive(Args, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each one is a flag of the command line contract"
+)]
+pub(crate) struct SyncArguments {
+    /// The disk to read: a file or block device at rest
+    #[arg(value_parser = address())]
+    pub(crate) source: Address,
+    /// The disk to bring up to date: a file (created if absent) or block device
+    #[arg(value_parser = address())]
+    pub(crate) target: Address,
+    /// How to find what to send
+    #[arg(long, value_enum, default_value_t = ModeArgument::Auto)]
+    pub(crate) mode: ModeArgument,
+    /// Unit of digests: a power of two from 4KiB to 1MiB
+    #[arg(long, value_name = "SIZE", default_value = "64KiB")]
+    pub(crate) block_size: BlockSize,
+    /// Whether the old point can be returned to afterwards
+    #[arg(long, value_enum, default_value_t = UndoArgument::Keep)]
+    pub(crate) undo: UndoArgument,
+    /// Predict time, bytes and space; write nothing at all
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) pace: Pace,
+    /// Most space the transfer log may take
+    #[arg(long, value_name = "SIZE", value_parser = positive_size)]
+    pub(crate) log_limit: Option<u64>,
+    /// Make a target file that is larger than the source shorter
+    #[arg(long)]
+    pub(crate) allow_shrink: bool,
+    /// Write over the old content without a log: no way back, and incomplete until done
+    #[arg(long)]
+    pub(crate) in_place: bool,
+    /// Stop where a shortcut fails instead of falling back to comparing everything
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// Trust no saved manifest: read both disks completely
+    #[arg(long)]
+    pub(crate) rescan: bool,
+    /// For experts: how the target is brought to the new point, instead of the planner's choice
+    #[arg(long, value_enum)]
+    pub(crate) strategy: Option<StrategyArgument>,
+}
+
+/// Options about a run's appetite, also taken when it is resumed.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct Pace {
+    /// Most bytes per second to send, such as 100M or 1.5GiB
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) bwlimit: Option<u64>,
+    /// Worker threads [default: one per processor, within the memory bound]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Accept a source that is mounted or held open for writing; its point is then only crash-consistent
+    #[arg(long)]
+    pub(crate) crash_consistent: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct StatusArguments {
+    /// The target; without it, all targets synced from this host
+    #[arg(value_parser = address())]
+    pub(crate) target: Option<Address>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ResumeArguments {
+    /// The target of the interrupted run
+    #[arg(value_parser = address())]
+    pub(crate) target: Address,
+    #[command(flatten)]
+    pub(crate) pace: Pace,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TargetArguments {
+    /// The target
+    #[arg(value_parser = address())]
+    pub(crate) target: Address,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DiffArguments {
+    /// One disk
+    #[arg(value_parser = address())]
+    pub(crate) a: Address,
+    /// The other disk
+    #[arg(value_parser = address())]
+    pub(crate) b: Address,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DigestArguments {
+    /// The disk
+    #[arg(value_parser = address())]
+    pub(crate) image: Address,
+    /// Write the manifest (the digests of all blocks) to OUT, which must not exist
+    #[arg(long, value_name = "OUT")]
+    pub(crate) manifest: Option<PathBuf>,
+    /// Unit of digests: a power of two from 4KiB to 1MiB
+    #[arg(long, value_name = "SIZE", default_value = "64KiB")]
+    pub(crate) block_size: BlockSize,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    override_usage = "blockferry verify [OPTIONS] A B\n       blockferry verify [OPTIONS] TARGET"
+)]
+pub(crate) struct VerifyArguments {
+    /// The target to check against its recorded point, or the first of two disks to compare
+    #[arg(value_name = "A|TARGET", value_parser = address())]
+    pub(crate) first: Address,
+    /// The second disk to compare
+    #[arg(value_name = "B", value_parser = address())]
+    pub(crate) second: Option<Address>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CompletionsArguments {
+    /// The shell
+    #[arg(value_enum)]
+    pub(crate) shell: ShellArgument,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ManArguments {
+    /// Where to write them
+    pub(crate) dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ModeArgument {
+    /// Sample, measure, predict both and choose
+    Auto,
+    /// Compare and send what differs
+    Delta,
+    /// Send everything that is not zero, without comparing
+    Full,
+}
+
+impl From<ModeArgument> for Mode {
+    fn from(argument: ModeArgument) -> Self {
+        match argument {
+            ModeArgument::Auto => Self::Auto,
+            ModeArgument::Delta => Self::Delta,
+            ModeArgument::Full => Self::Full,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum UndoArgument {
+    /// Keep the old point until `accept`
+    Keep,
+    /// Let it go as soon as the new one is proven
+    None,
+}
+
+impl From<UndoArgument> for Undo {
+    fn from(argument: UndoArgument) -> Self {
+        match argument {
+            UndoArgument::Keep => Self::Keep,
+            UndoArgument::None => Self::None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum StrategyArgument {
+    /// Reflink the target, write into the clone, exchange
+    Clone,
+    /// Write a complete sibling, exchange
+    Shadow,
+    /// Stage new and old pages in the log, commit, apply
+    Redo,
+    /// Write in place; only where nothing old is to be kept
+    Direct,
+}
+
+impl From<StrategyArgument> for Strategy {
+    fn from(argument: StrategyArgument) -> Self {
+        match argument {
+            StrategyArgument::Clone => Self::Clone,
+            StrategyArgument::Shadow => Self::Shadow,
+            StrategyArgument::Redo => Self::Redo,
+            StrategyArgument::Direct => Self::Direct,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum ShellArgument {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+impl From<ShellArgument> for Shell {
+    fn from(argument: ShellArgument) -> Self {
+        match argument {
+            ShellArgument::Bash => Self::Bash,
+            ShellArgument::Zsh => Self::Zsh,
+            ShellArgument::Fish => Self::Fish,
+        }
+    }
+}
+
+fn address() -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(Address::parse))
+}
+
+fn positive_size(text: &str) -> Result<u64, String> {
+    match parse_size(text) {
+        Ok(0) => Err("it must be greater than zero".to_owned()),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Bytes per second; a trailing `/s` is what people write, so it is understood.
+fn rate(text: &str) -> Result<u64, String> {
+    positive_size(text.strip_suffix("/s").unwrap_or(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_knows_its_own_name() {
+        for (line, name) in [
+            ("demo", "demo"),
+            ("sync a b", "sync"),
+            ("status", "status"),
+            ("resume t", "resume"),
+            ("cancel t", "cancel"),
+            ("rollback t", "rollback"),
+            ("accept t", "accept"),
+            ("diff a b", "diff"),
+            ("digest a", "digest"),
+            ("verify t", "verify"),
+            ("completions bash", "completions"),
+            ("man d", "man"),
+        ] {
+            let words = ["blockferry"].into_iter().chain(line.split(' '));
+            assert_eq!(Cli::try_parse_from(words).expect(line).verb.name(), name);
+        }
+    }
+
+    #[test]
+    fn rates_are_sizes_and_never_zero() {
+        assert_eq!(rate("100M"), Ok(100 << 20));
+        assert_eq!(rate("100M/s"), Ok(100 << 20));
+        assert!(rate("0").is_err());
+        assert!(rate("fast").is_err());
+    }
+
+    #[test]
+    fn no_flag_forces_everything_or_answers_everything() {
+        for flag in ["--force", "--yes"] {
+            assert!(
+                Cli::try_parse_from(["blockferry", "sync", "a", "b", flag]).is_err(),
+                "{flag}"
+            );
+        }
+    }
+}

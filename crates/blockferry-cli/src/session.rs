@@ -1,0 +1,108 @@
+//! What every verb gets: where to write, how it is cancelled, where state lives.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::arguments::Global;
+use crate::engine::{self, CancelToken, Context, TargetOptions};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::{Output, Verbosity};
+use crate::progress::{Display, Look};
+use crate::quote::quoted_path;
+use crate::signals::{self, Received};
+
+/// One invocation of the command.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) output: Arc<Output>,
+    cancel: CancelToken,
+    received: Received,
+    state: Option<PathBuf>,
+}
+
+impl Session {
+    /// Installs the signal handlers and decides how to write.
+    pub(crate) fn start(global: &Global) -> Result<Self, Failure> {
+        let cancel = CancelToken::new();
+        let received = signals::install(&cancel).map_err(|error| {
+            Failure::new(
+                Exit::Internal,
+                format!("cannot install signal handlers: {error}"),
+            )
+        })?;
+        let output = Arc::new(Output::new(global.json, verbosity(global)));
+        Ok(Self {
+            output,
+            cancel,
+            received,
+            state: global.state.clone(),
+        })
+    }
+
+    /// A context for one operation and the display that shows it.
+    pub(crate) fn context(&self, look: Look) -> (Context, Display) {
+        let display = Display::start(&self.output, &self.received, look);
+        let mut context = Context::default();
+        context.observer = display.observer();
+        context.cancel = self.cancel.clone();
+        (context, display)
+    }
+
+    /// Stops the operation under way.
+    pub(crate) fn stop(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Where the state of targets is.
+    pub(crate) fn target_options(&self) -> TargetOptions {
+        let mut options = TargetOptions::new(device_state_root());
+        options.state_dir.clone_from(&self.state);
+        options
+    }
+
+    /// The engine's error as a failure, with the signal that caused it.
+    pub(crate) fn failure(&self, error: &engine::Error) -> Failure {
+        let exit = Exit::for_kind(error.kind(), self.received.signal());
+        Failure::from_error(exit, error).resumable(error.resumable())
+    }
+
+    /// The command for `verb` on `target` that works from any directory.
+    pub(crate) fn command(&self, verb: &str, target: &Path) -> String {
+        let state = self.state.as_ref().map_or_else(String::new, |dir| {
+            let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
+            format!(" --state {}", quoted_path(&dir))
+        });
+        format!("blockferry {verb} {}{state}", quoted_path(target))
+    }
+}
+
+fn verbosity(global: &Global) -> Verbosity {
+    match (global.quiet, global.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (_, true) => Verbosity::Verbose,
+        _ => Verbosity::Normal,
+    }
+}
+
+/// `/var/lib/blockferry` for root, else `$XDG_STATE_HOME/blockferry` or `~/.local/state/blockferry`.
+pub(crate) fn device_state_root() -> PathBuf {
+    if is_root() {
+        return PathBuf::from("/var/lib/blockferry");
+    }
+    let absolute = |name: &str| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    absolute("XDG_STATE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("blockferry")
+}
+
+/// `/proc/self` belongs to the effective user.
+fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
+}

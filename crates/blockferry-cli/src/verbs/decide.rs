@@ -1,0 +1,41 @@
+//! `cancel`, `rollback` and `accept`: the three decisions a user takes about a target.
+
+use crate::arguments::TargetArguments;
+use crate::engine::{self, Target, format_size};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::progress::Look;
+use crate::session::Session;
+use crate::verbs::report::{Facts, duration, short};
+
+pub(crate) fn run(
+    verb: &'static str,
+    arguments: &TargetArguments,
+    session: &Session,
+) -> Result<Exit, Failure> {
+    let failure = |error: engine::Error| session.failure(&error);
+    let mut target =
+        Target::open(arguments.target.path(), &session.target_options()).map_err(failure)?;
+    let (context, display) = session.context(Look::Bar);
+    let decide = match verb {
+        "cancel" => engine::cancel,
+        "rollback" => engine::rollback,
+        _ => engine::accept,
+    };
+    let outcome = decide(&mut target, &context);
+    drop(display);
+    report(verb, &outcome.map_err(failure)?, session);
+    Ok(Exit::Done)
+}
+
+fn report(verb: &str, outcome: &engine::Outcome, session: &Session) {
+    session.output.summary(verb, outcome);
+    session.output.say(&outcome.message);
+    let mut facts = Facts::default();
+    facts.add_some("point", outcome.point.as_deref().map(short));
+    if outcome.freed_bytes > 0 {
+        facts.add("freed", format_size(outcome.freed_bytes));
+    }
+    facts.add("time", duration(outcome.elapsed_seconds));
+    facts.say(&session.output);
+}

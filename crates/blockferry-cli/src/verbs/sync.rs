@@ -1,0 +1,235 @@
+//! `sync SOURCE TARGET`: brings the target up to date, continuing where an interrupted run stopped.
+
+use std::path::Path;
+
+use crate::address::Address;
+use crate::arguments::{Pace, SyncArguments};
+use crate::engine::{self, ErrorKind, Prediction, Receipt, SyncOptions, Target, format_size};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::progress::Look;
+use crate::quote::quoted_path;
+use crate::session::Session;
+use crate::verbs::report::{Facts, duration, rate, short};
+
+pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, Failure> {
+    let options = options(arguments);
+    if arguments.dry_run {
+        return dry_run(arguments, &options, session);
+    }
+    let receipt = bring_up_to_date(
+        &arguments.source,
+        &arguments.target,
+        &options,
+        &arguments.pace,
+        session,
+    )?;
+    report("sync", &receipt, &arguments.target.absolute(), session);
+    Ok(Exit::Done)
+}
+
+/// Runs the engine and explains its failures; `resume` uses it too.
+pub(crate) fn bring_up_to_date(
+    source: &Address,
+    target: &Address,
+    options: &SyncOptions,
+    pace: &Pace,
+    session: &Session,
+) -> Result<Receipt, Failure> {
+    let disk = super::open(source.path(), pace.crash_consistent)?;
+    let explain = |error: &engine::Error| explain(error, source, target, session);
+    let mut place =
+        Target::open(target.path(), &session.target_options()).map_err(|error| explain(&error))?;
+    let (context, display) = session.context(Look::Bar);
+    let outcome = engine::sync(disk, &mut place, options, &context);
+    drop(display);
+    outcome.map_err(|error| explain(&error))
+}
+
+/// Options of a run at this pace; the rest is default.
+pub(crate) fn paced(source: &Address, pace: &Pace) -> SyncOptions {
+    let mut options = SyncOptions::default();
+    options.threads = pace.threads.map(usize::from);
+    options.bwlimit_bytes_per_second = pace.bwlimit;
+    options.source_address = source.absolute().to_string_lossy().into_owned();
+    options
+}
+
+fn options(arguments: &SyncArguments) -> SyncOptions {
+    let mut options = paced(&arguments.source, &arguments.pace);
+    options.mode = arguments.mode.into();
+    options.block_size = arguments.block_size;
+    options.undo = arguments.undo.into();
+    options.log_limit_bytes = arguments.log_limit;
+    options.allow_shrink = arguments.allow_shrink;
+    options.in_place = arguments.in_place;
+    options.strict = arguments.strict;
+    options.rescan = arguments.rescan;
+    options.strategy = arguments.strategy.map(Into::into);
+    options
+}
+
+/// What a failed run leaves, and the command that goes on.
+fn explain(
+    error: &engine::Error,
+    source: &Address,
+    target: &Address,
+    session: &Session,
+) -> Failure {
+    let failure = session.failure(error);
+    let path = target.absolute();
+    let again = session.command(&format!("sync {}", quoted_path(&source.absolute())), &path);
+    match error.kind() {
+        ErrorKind::Cancelled | ErrorKind::Interrupted if error.resumable() => failure
+            .with_hint(
+                "the target is still at its old point, and what is durable is not sent again",
+            )
+            .with_hint(format!(
+                "continue with: {}",
+                session.command("resume", &path)
+            )),
+        ErrorKind::Cancelled | ErrorKind::Interrupted => failure
+            .with_hint("the target is still at its old point; nothing was staged yet")
+            .with_hint(format!("start again with: {again}")),
+        ErrorKind::DecisionPending | ErrorKind::Corruption => failure.with_hint(format!(
+            "see where it stands with: {}",
+            session.command("status", &path)
+        )),
+        _ if error.resumable() => failure.with_hint(format!(
+            "once that is solved, continue with: {}",
+            session.command("resume", &path)
+        )),
+        _ => failure,
+    }
+}
+
+/// Shows the receipt of a finished run.
+pub(crate) fn report(verb: &str, receipt: &Receipt, target: &Path, session: &Session) {
+    let output = &session.output;
+    output.summary(verb, receipt);
+    output.say(headline(receipt));
+    facts(receipt).say(output);
+    details(receipt, output);
+    if receipt.rollback_available {
+        output.say(format_args!(
+            "  go back:  {}",
+            session.command("rollback", target)
+        ));
+        output.say(format_args!(
+            "  let go:   {}",
+            session.command("accept", target)
+        ));
+    }
+}
+
+fn headline(receipt: &Receipt) -> String {
+    let time = duration(receipt.elapsed_seconds);
+    if receipt.outcome == "identical" {
+        return format!(
+            "identical: {} already equals the source; nothing was written ({time})",
+            receipt.target
+        );
+    }
+    let strategy = receipt
+        .strategy
+        .map_or_else(String::new, |strategy| format!(", {strategy}"));
+    format!(
+        "applied: {} is at the source's point ({}{strategy}, {time})",
+        receipt.target, receipt.mode
+    )
+}
+
+fn facts(receipt: &Receipt) -> Facts {
+    let mut facts = Facts::default();
+    let speed = rate(receipt.scanned_bytes, receipt.elapsed_seconds)
+        .map_or_else(String::new, |rate| format!(" at {}/s", format_size(rate)));
+    facts.add("size", format_size(receipt.source_bytes));
+    facts.add(
+        "read",
+        format!("{}{speed}", format_size(receipt.scanned_bytes)),
+    );
+    facts.add("changed", format_size(receipt.changed_bytes));
+    facts.add("sent", format_size(receipt.sent_bytes));
+    if receipt.resumed_bytes > 0 {
+        facts.add("resumed", format_size(receipt.resumed_bytes));
+        facts.add("durable bytes sent again", receipt.restaged_bytes);
+    }
+    facts.add("point", short(&receipt.sync_point));
+    facts.add("root", short(&receipt.target_root));
+    facts
+}
+
+fn details(receipt: &Receipt, output: &Output) {
+    output.detail(format_args!("  why: {}", receipt.reason));
+    output.detail(format_args!(
+        "  target read {}, staged {}, zeros {}, log {}, {} records, {} flushes",
+        format_size(receipt.target_read_bytes),
+        format_size(receipt.staged_bytes),
+        format_size(receipt.zero_bytes),
+        format_size(receipt.log_bytes),
+        receipt.records,
+        receipt.flushes
+    ));
+    output.detail(format_args!("  source root {}", receipt.source_root));
+    output.detail(format_args!("  target root {}", receipt.target_root));
+    for (phase, &seconds) in &receipt.phases {
+        output.detail(format_args!("  {phase}: {}", duration(seconds)));
+    }
+    for fallback in &receipt.fallbacks {
+        output.say(format_args!("  fallback: {fallback}"));
+    }
+}
+
+fn dry_run(
+    arguments: &SyncArguments,
+    options: &SyncOptions,
+    session: &Session,
+) -> Result<Exit, Failure> {
+    let disk = super::open(arguments.source.path(), arguments.pace.crash_consistent)?;
+    let (context, display) = session.context(Look::Bar);
+    let place = session.target_options();
+    let outcome = engine::predict(disk, arguments.target.path(), &place, options, &context);
+    drop(display);
+    let prediction = outcome.map_err(|error| session.failure(&error))?;
+    session.output.summary("sync", &prediction);
+    foretell(&prediction, &session.output);
+    Ok(Exit::Done)
+}
+
+fn foretell(prediction: &Prediction, output: &Output) {
+    let strategy = prediction
+        .strategy
+        .map_or_else(String::new, |strategy| format!(", {strategy}"));
+    output.say(format_args!(
+        "would run {}{strategy}: {}",
+        prediction.mode, prediction.reason
+    ));
+    let mut facts = Facts::default();
+    facts.add(
+        "changed",
+        format!("about {}", format_size(prediction.predicted_changed_bytes)),
+    );
+    facts.add(
+        "log",
+        format!("about {}", format_size(prediction.predicted_log_bytes)),
+    );
+    facts.add(
+        "time",
+        format!("about {}", duration(prediction.predicted_seconds)),
+    );
+    facts.add(
+        "space",
+        format!(
+            "{} needed, {} available",
+            format_size(prediction.required_bytes),
+            format_size(prediction.available_bytes)
+        ),
+    );
+    facts.say(output);
+    if !prediction.fits {
+        output
+            .warn("there is not enough space; the run would be refused before it writes anything");
+    }
+    output.say("nothing was written");
+}

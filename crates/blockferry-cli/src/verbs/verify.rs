@@ -1,0 +1,68 @@
+//! `verify A B` compares two disks; `verify TARGET` reads a target completely and checks it against its point.
+
+use crate::address::Address;
+use crate::arguments::VerifyArguments;
+use crate::engine::{self, Target};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::progress::Look;
+use crate::session::Session;
+use crate::verbs::diff;
+use crate::verbs::report::{duration, short};
+
+pub(crate) fn run(arguments: &VerifyArguments, session: &Session) -> Result<Exit, Failure> {
+    match &arguments.second {
+        Some(second) => pair(&arguments.first, second, session),
+        None => target(&arguments.first, session),
+    }
+}
+
+fn pair(first: &Address, second: &Address, session: &Session) -> Result<Exit, Failure> {
+    let a = super::open(first.path(), true)?;
+    let b = super::open(second.path(), true)?;
+    let (context, display) = session.context(Look::Bar);
+    let outcome = engine::compare(&*a, &*b, &context, &mut |_| {});
+    drop(display);
+    let comparison = outcome.map_err(|error| session.failure(&error))?;
+    session.output.summary("verify", &comparison);
+    session.output.say(diff::describe(&comparison));
+    Ok(if comparison.equal {
+        Exit::Done
+    } else {
+        Exit::Differs
+    })
+}
+
+fn target(address: &Address, session: &Session) -> Result<Exit, Failure> {
+    let failure = |error: engine::Error| session.failure(&error);
+    let mut target = Target::open(address.path(), &session.target_options()).map_err(failure)?;
+    let (context, display) = session.context(Look::Bar);
+    let outcome = engine::verify_target(&mut target, &context);
+    drop(display);
+    let report = outcome.map_err(failure)?;
+    session.output.summary("verify", &report);
+    let time = duration(report.elapsed_seconds);
+    if report.matches {
+        session.output.say(format_args!(
+            "matches: {address} is exactly at its recorded point (root {}, {time})",
+            short(&report.found_root)
+        ));
+        return Ok(Exit::Done);
+    }
+    session.output.answer(format_args!(
+        "corruption: {address} is not at its recorded point: expected root {}, found {}",
+        short(&report.expected_root),
+        short(&report.found_root)
+    ));
+    for &(start, length) in &report.different_regions {
+        session
+            .output
+            .say(format_args!("  differs in {start} {length}"));
+    }
+    let path = address.absolute();
+    session.output.say(format_args!(
+        "hint: see where it stands with: {}",
+        session.command("status", &path)
+    ));
+    Ok(Exit::Corruption)
+}
