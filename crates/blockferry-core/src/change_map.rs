@@ -1,8 +1,9 @@
-//! [`ChangeMap`]: what is said about an image without reading it, and how far that is trusted (decision D3).
+//! [`ChangeMap`]: what is said about an image without reading it, and how far that is trusted
+//! (decision D3).
 //!
-//! A change map is a hint. It names where it comes from and whether it may be relied on; what a hint below
-//! "trusted" says must be sampled before it is believed, which is the engine's matter. Memory is one tree
-//! entry per run of equal content, whatever the size of the image.
+//! A change map is a hint. It names where it comes from and whether it may be relied on; what a
+//! hint below "trusted" says must be sampled before it is believed, which is the engine's matter.
+//! Memory is one tree entry per run of equal content, whatever the size of the image.
 
 use std::collections::BTreeMap;
 
@@ -60,8 +61,9 @@ pub struct ChangeMap {
     provenance: Provenance,
     trust: Trust,
     image_bytes: u64,
-    // Invariant: start of a run → its content, up to the next start or the end of the image; the first start
-    // is 0, the last lies before the end, and neighbours differ. Empty for an empty image only.
+    // Invariant: start of a run → its content, up to the next start or the end of the image; the
+    // first start is 0, the last lies before the end, and neighbours differ. Empty for an empty
+    // image only.
     starts: BTreeMap<u64, Content>,
 }
 
@@ -99,7 +101,8 @@ impl ChangeMap {
         self.image_bytes
     }
 
-    /// Says `content` of `extent`, in place of what was said before. What lies behind the image is ignored.
+    /// Says `content` of `extent`, in place of what was said before. What lies behind the image is
+    /// ignored.
     pub fn set(&mut self, extent: Extent, content: Content) {
         let Some(extent) = extent.intersection(Extent::from_range(0..self.image_bytes)) else {
             return;
@@ -125,7 +128,8 @@ impl ChangeMap {
             .map_or(Content::Unknown, |(_, &content)| content)
     }
 
-    /// The runs of `within`, ascending and without gaps, clipped to it and to the image. Neighbours differ.
+    /// The runs of `within`, ascending and without gaps, clipped to it and to the image. Neighbours
+    /// differ.
     pub fn runs(&self, within: Extent) -> impl Iterator<Item = (Extent, Content)> + '_ {
         let end = within.end().min(self.image_bytes);
         let mut at = within.start().min(end);
@@ -183,7 +187,9 @@ mod tests {
     proptest! {
         #[test]
         fn a_map_says_what_a_byte_by_byte_list_says(
-            image_bytes in 0_u64..45, steps in vec((extents(), contents()), 0..15), within in extents(),
+            image_bytes in 0_u64..45,
+            steps in vec((extents(), contents()), 0..15),
+            within in extents(),
         ) {
             let mut map = ChangeMap::new(Provenance::Embedder, Trust::Hint, image_bytes);
             let mut oracle = vec![Content::Unknown; image_bytes as usize];
@@ -200,7 +206,7 @@ mod tests {
             let runs: Vec<(Extent, Content)> = map.runs(within).collect();
             prop_assert!(runs.windows(2).all(|pair| pair[0].1 != pair[1].1), "{:?}", runs);
             let listed: Vec<(u64, Content)> =
-                runs.iter().flat_map(|&(extent, content)| extent.range().map(move |x| (x, content))).collect();
+                runs.iter().flat_map(|&(run, content)| run.range().map(move |x| (x, content))).collect();
             let expected: Vec<(u64, Content)> = within
                 .range()
                 .filter(|&x| x < image_bytes)

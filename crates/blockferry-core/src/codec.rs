@@ -1,12 +1,13 @@
 //! The bounded codec every format of the workspace is written and read with.
 //!
-//! Little-endian, fixed widths. The [`Decoder`] checks every read; a length or a count from outside meets its
-//! limit before anything is allocated, and bytes left over are an error. What the fields mean, and their
-//! checksums, are the formats' matter.
+//! Little-endian, fixed widths. The [`Decoder`] checks every read; a length or a count from outside
+//! meets its limit before anything is allocated, and bytes left over are an error. What the fields
+//! mean, and their checksums, are the formats' matter.
 
 use crate::{Digest, Error, ErrorKind, Extent, Result};
 
-/// The checksum of our own records: plain BLAKE3 of the bytes. Formats may store its first bytes only.
+/// The checksum of our own records: plain BLAKE3 of the bytes. Formats may store its first bytes
+/// only.
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> Digest {
     blake3::hash(bytes).into()
@@ -159,17 +160,16 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// [`ErrorKind::Truncated`] when the bytes end before.
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let bytes = self.bytes(N)?;
-        Ok(bytes
-            .try_into()
-            .expect("`bytes` gives as many as asked for"))
+        let mut array = [0; N];
+        array.copy_from_slice(self.bytes(N)?);
+        Ok(array)
     }
 
     /// Bytes behind a length of two bytes, at most `limit`.
     ///
     /// # Errors
-    /// [`ErrorKind::LimitExceeded`] when they are more than `limit`, [`ErrorKind::Truncated`] when the bytes
-    /// end before.
+    /// [`ErrorKind::LimitExceeded`] when they are more than `limit`, [`ErrorKind::Truncated`] when
+    /// the bytes end before.
     pub fn bytes_u16(&mut self, limit: usize) -> Result<&'a [u8]> {
         let at = self.position;
         let length = usize::from(self.u16()?);
@@ -180,17 +180,19 @@ impl<'a> Decoder<'a> {
     /// Bytes behind a length of four bytes, at most `limit`.
     ///
     /// # Errors
-    /// [`ErrorKind::LimitExceeded`] when they are more than `limit`, [`ErrorKind::Truncated`] when the bytes
-    /// end before.
+    /// [`ErrorKind::LimitExceeded`] when they are more than `limit`, [`ErrorKind::Truncated`] when
+    /// the bytes end before.
     pub fn bytes_u32(&mut self, limit: usize) -> Result<&'a [u8]> {
         let length = self.count(limit)?;
         self.bytes(length)
     }
 
-    /// A count of things that follow, in four bytes, at most `limit`; so that memory can be set aside for them.
+    /// A count of things that follow, in four bytes, at most `limit`; so that memory can be set
+    /// aside for them.
     ///
     /// # Errors
-    /// [`ErrorKind::LimitExceeded`] when it is above `limit`, [`ErrorKind::Truncated`] when the bytes end before.
+    /// [`ErrorKind::LimitExceeded`] when it is above `limit`, [`ErrorKind::Truncated`] when the
+    /// bytes end before.
     pub fn count(&mut self, limit: usize) -> Result<usize> {
         let at = self.position;
         let count = usize::try_from(self.u32()?).unwrap_or(usize::MAX);
@@ -209,14 +211,14 @@ impl<'a> Decoder<'a> {
     /// Start and length, sixteen bytes.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] when the extent's end does not fit 64 bits, [`ErrorKind::Truncated`] when the
-    /// bytes end before.
+    /// [`ErrorKind::Corrupt`] when the extent's end does not fit 64 bits, [`ErrorKind::Truncated`]
+    /// when the bytes end before.
     pub fn extent(&mut self) -> Result<Extent> {
         let at = self.position;
         let (start, length) = (self.u64()?, self.u64()?);
         Extent::new(start, length).ok_or_else(|| {
             let message = format!(
-                "extent at byte {at}: expected an end below 2^64, found start {start}, length {length}"
+                "extent at byte {at}: expected an end below 2^64, found {length} bytes from {start}"
             );
             Error::new(ErrorKind::Corrupt, message)
         })
@@ -348,15 +350,20 @@ mod tests {
             let bytes = encode(&fields);
 
             for cut in 0..bytes.len() {
-                prop_assert_eq!(decode(&fields, &bytes[..cut]).unwrap_err().kind(), ErrorKind::Truncated);
+                let error = decode(&fields, &bytes[..cut]).unwrap_err();
+                prop_assert_eq!(error.kind(), ErrorKind::Truncated);
             }
             let longer = [&bytes[..], &[0]].concat();
             prop_assert_eq!(decode(&fields, &longer).unwrap_err().kind(), ErrorKind::Corrupt);
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(fields in vec(field(), 0..8), bytes in vec(any::<u8>(), 0..200)) {
-            let _ = decode(&fields, &bytes);
+        fn arbitrary_bytes_never_panic(
+            fields in vec(field(), 0..8), bytes in vec(any::<u8>(), 0..200),
+        ) {
+            if let Ok(decoded) = decode(&fields, &bytes) {
+                prop_assert_eq!(encode(&decoded), bytes);
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! [`Delta`]: which bytes of an image differ from the basis, as extents.
 //!
-//! A delta names places, not content: the bytes stay where they are until they are staged or sent. Extents
-//! that became zero are kept apart, because they travel without payload.
+//! A delta names places, not content: the bytes stay where they are until they are staged or sent.
+//! Extents that became zero are kept apart, because they travel without payload.
 
 use crate::{Extent, ExtentSet, is_zero, to_usize};
 
@@ -25,8 +25,8 @@ impl Delta {
 
     /// What differs between two images held in memory, by pages of `page_bytes`.
     ///
-    /// The result is for an image as long as `new`. Pages that reach beyond `basis` differ: nothing is known
-    /// about what the target holds there.
+    /// The result is for an image as long as `new`. Pages that reach beyond `basis` differ: nothing
+    /// is known about what the target holds there.
     ///
     /// # Panics
     /// When `page_bytes` is 0.
@@ -38,9 +38,9 @@ impl Delta {
             let page = &new[range.clone()];
             if basis.get(range) != Some(page) {
                 if is_zero(page) {
-                    delta.add_zero(extent)
+                    delta.add_zero(extent);
                 } else {
-                    delta.add_data(extent)
+                    delta.add_data(extent);
                 }
             }
         }
@@ -122,7 +122,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_delta_turns_the_basis_into_the_new_image(basis in images(), new in images(), page in 1_u64..9) {
+        fn a_delta_turns_the_basis_into_the_new_image(
+            basis in images(), new in images(), page in 1_u64..9,
+        ) {
             let delta = Delta::between(&basis, &new, page);
 
             prop_assert_eq!(apply(&basis, &delta, &new), new);

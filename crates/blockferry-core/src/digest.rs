@@ -1,11 +1,12 @@
 //! Digests of blocks and pages (decision D1), and the test for zeros.
 //!
-//! A block's digest is the plain BLAKE3 hash of its bytes, wherever it lies. A page's digest is the chaining
-//! value of its 4 KiB subtree inside the block, so the pages of a block merge into the block's digest: one
-//! hash serves comparison, drill-down and proof. How digests form the tree is [`crate::TreeHasher`]'s matter.
+//! A block's digest is the plain BLAKE3 hash of its bytes, wherever it lies. A page's digest is the
+//! chaining value of its 4 KiB subtree inside the block, so the pages of a block merge into the
+//! block's digest: one hash serves comparison, drill-down and proof. How digests form the tree is
+//! [`crate::TreeHasher`]'s matter.
 //!
-//! The tree of BLAKE3 and its chaining values: section 2.1 of the BLAKE3 paper (O'Connor, Aumasson, Neves,
-//! Wilcox-O'Hearn: *BLAKE3, one function, fast everywhere*).
+//! The tree of BLAKE3 and its chaining values: section 2.1 of the BLAKE3 paper (O'Connor, Aumasson,
+//! Neves, Wilcox-O'Hearn: *BLAKE3, one function, fast everywhere*).
 
 use std::fmt;
 use std::str::FromStr;
@@ -79,7 +80,8 @@ pub fn block_digest(bytes: &[u8]) -> Digest {
     blake3::hash(bytes).into()
 }
 
-/// The digest of a block of `length` zero bytes. Block sizes are remembered; a short block is computed.
+/// The digest of a block of `length` zero bytes. Block sizes are remembered; a short block is
+/// computed.
 #[must_use]
 pub fn zero_block_digest(length: u64) -> Digest {
     static MEMO: [OnceLock<Digest>; BlockSize::COUNT] = [const { OnceLock::new() }; _];
@@ -103,9 +105,10 @@ fn hash_zeros(length: u64) -> Digest {
 
 /// The digest of a page: the chaining value of its subtree inside its block.
 ///
-/// `offset` is the page's byte offset in the image; `bytes` are the page, 1 to 4096 bytes (fewer than 4096
-/// only at the end of the image). A block of a single page has no chaining value that leads to its digest;
-/// its page digest is still the non-root chaining value, so that all page digests are made alike.
+/// `offset` is the page's byte offset in the image; `bytes` are the page, 1 to 4096 bytes (fewer
+/// than 4096 only at the end of the image). A block of a single page has no chaining value that
+/// leads to its digest; its page digest is still the non-root chaining value, so that all page
+/// digests are made alike.
 ///
 /// # Panics
 /// When `offset` is not a multiple of 4096, or `bytes` is empty or longer than a page.
@@ -127,7 +130,8 @@ pub fn page_digest(block_size: BlockSize, offset: u64, bytes: &[u8]) -> Digest {
 
 /// The digest of a block of `block_bytes` from the digests of all its pages.
 ///
-/// `None` when it cannot be told: the block has a single page, or `pages` are not as many as the block has.
+/// `None` when it cannot be told: the block has a single page, or `pages` are not as many as the
+/// block has.
 #[must_use]
 pub fn block_digest_from_pages(pages: &[Digest], block_bytes: u64) -> Option<Digest> {
     if pages.len() < 2 || pages.len() as u64 != block_bytes.div_ceil(PAGE_BYTES) {
@@ -159,7 +163,8 @@ fn merge_pages(pages: &[Digest], bytes: u64) -> ChainingValue {
 /// Whether every byte is zero; true for no bytes. Stops within 1 KiB behind the first other byte.
 #[must_use]
 pub fn is_zero(bytes: &[u8]) -> bool {
-    // A fold without an early exit inside the piece is what the compiler turns into vector instructions.
+    // A fold without an early exit inside the piece is what the compiler turns into vector
+    // instructions.
     const PIECE_BYTES: usize = 1024;
     let (pieces, rest) = bytes.as_chunks::<PIECE_BYTES>();
     let all_zero = |bytes: &[u8]| bytes.iter().fold(0, |seen, byte| seen | byte) == 0;
@@ -235,7 +240,9 @@ mod tests {
         }
 
         #[test]
-        fn zero_means_no_byte_is_set(length in 0_usize..5000, set in vec((0_usize..5000, 1_u8..), 0..3)) {
+        fn zero_means_no_byte_is_set(
+            length in 0_usize..5000, set in vec((0_usize..5000, 1_u8..), 0..3),
+        ) {
             let mut bytes = vec![0; length];
             for (at, value) in set {
                 if let Some(byte) = bytes.get_mut(at) {

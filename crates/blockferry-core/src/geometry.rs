@@ -130,7 +130,8 @@ impl Geometry {
         (rest > 0).then_some(rest)
     }
 
-    /// Levels of the tree above the blocks: 1 to 7. Every tree has a region level, even of an empty image.
+    /// Levels of the tree above the blocks: 1 to 7. Every tree has a region level, even of an empty
+    /// image.
     #[must_use]
     pub fn tree_levels(&self) -> u8 {
         let mut nodes = self.region_count();
@@ -189,9 +190,13 @@ mod tests {
         fn blocks_pages_and_regions_tile_the_image(geometry in geometries()) {
             let block_bytes = geometry.block_size().bytes();
 
-            check_units(&geometry, geometry.block_count(), block_bytes, |i| geometry.block_extent(BlockIndex::new(i)));
-            check_units(&geometry, geometry.page_count(), PAGE_BYTES, |i| geometry.page_extent(PageIndex::new(i)));
-            check_units(&geometry, geometry.region_count(), 256 * block_bytes, |i| geometry.region_extent(RegionIndex::new(i)));
+            let block = |i| geometry.block_extent(BlockIndex::new(i));
+            let page = |i| geometry.page_extent(PageIndex::new(i));
+            let region = |i| geometry.region_extent(RegionIndex::new(i));
+
+            check_units(&geometry, geometry.block_count(), block_bytes, block);
+            check_units(&geometry, geometry.page_count(), PAGE_BYTES, page);
+            check_units(&geometry, geometry.region_count(), 256 * block_bytes, region);
         }
 
         #[test]
@@ -200,7 +205,7 @@ mod tests {
                 let in_last = geometry.region_block_count(RegionIndex::new(last));
 
                 prop_assert!((1..=256).contains(&in_last));
-                prop_assert_eq!(u128::from(last) * 256 + u128::from(in_last), u128::from(geometry.block_count()));
+                prop_assert_eq!(last * 256 + in_last, geometry.block_count());
                 if last > 0 {
                     prop_assert_eq!(geometry.region_block_count(RegionIndex::new(last - 1)), 256);
                 }
@@ -212,8 +217,8 @@ mod tests {
             let levels = u32::from(geometry.tree_levels());
 
             prop_assert!((1..=7).contains(&levels));
-            prop_assert!(u128::from(geometry.block_count()) <= 256_u128.pow(levels));
-            prop_assert!(levels == 1 || u128::from(geometry.block_count()) > 256_u128.pow(levels - 1));
+            prop_assert!(geometry.block_count() <= 256_u64.pow(levels));
+            prop_assert!(levels == 1 || geometry.block_count() > 256_u64.pow(levels - 1));
         }
     }
 

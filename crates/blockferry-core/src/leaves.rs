@@ -1,7 +1,7 @@
 //! [`RegionLeaves`]: the block digests of one region, zero blocks implicit.
 //!
-//! A region that reads zero costs no heap memory; any other costs 32 bytes per block with data. That is what
-//! lets a region be the unit in which digests are streamed, saved and compared.
+//! A region that reads zero costs no heap memory; any other costs 32 bytes per block with data.
+//! That is what lets a region be the unit in which digests are streamed, saved and compared.
 
 use crate::tree::{node_digest, zero_node_digest};
 use crate::{
@@ -76,7 +76,8 @@ impl RegionLeaves {
         &self.geometry
     }
 
-    /// Number of blocks of the region: 1 to 256. A region is never empty, so there is no `is_empty`.
+    /// Number of blocks of the region: 1 to 256. A region is never empty, so there is no
+    /// `is_empty`.
     #[expect(
         clippy::len_without_is_empty,
         reason = "a region has at least one block"
@@ -86,7 +87,8 @@ impl RegionLeaves {
         self.block_count
     }
 
-    /// Records the digest of a block, by its place in the region. The digest of a zero block makes it zero.
+    /// Records the digest of a block, by its place in the region. The digest of a zero block makes
+    /// it zero.
     ///
     /// # Panics
     /// When the region has no such block.
@@ -151,10 +153,13 @@ impl RegionLeaves {
 
     /// The digests of all blocks in order, zero blocks included.
     pub fn iter(&self) -> impl Iterator<Item = Digest> + '_ {
-        let mut data = self.data.iter();
-        (0..self.block_count).map(move |index| match self.data_map.contains(index) {
-            true => *data.next().expect("one digest per bit of the map"),
-            false => self.zero_leaf(index),
+        let mut rank = 0;
+        (0..self.block_count).map(move |index| {
+            if !self.data_map.contains(index) {
+                return self.zero_leaf(index);
+            }
+            rank += 1;
+            self.data[rank - 1]
         })
     }
 
@@ -317,7 +322,8 @@ mod tests {
             let data: Vec<usize> = (0..oracle.len()).filter(is_data).collect();
             prop_assert_eq!(leaves.data_blocks(), data.len());
             prop_assert_eq!(leaves.is_zero(), data.is_empty());
-            let listed: Vec<usize> = leaves.iter_data().map(|(block, _)| block.in_region()).collect();
+            let places = leaves.iter_data().map(|(block, _)| block.in_region());
+            let listed: Vec<usize> = places.collect();
             prop_assert_eq!(listed, data);
             for (index, &expected) in oracle.iter().enumerate() {
                 prop_assert_eq!(leaves.get(index), expected);

@@ -1,11 +1,12 @@
 //! Blocks, digests, manifests, change maps and codec of blockferry.
 //!
 //! The bottom of the workspace: pure computation, without devices, clocks, threads or randomness. A
-//! [`Geometry`] cuts an image into blocks of a [`BlockSize`]; a [`Digest`] names the content of a block;
-//! [`RegionLeaves`] hold the digests of 256 blocks; a [`TreeHasher`] turns regions into the [`Root`] that
-//! names the whole image. A manifest ([`ManifestWriter`], [`ManifestReader`]) carries the same regions from
-//! one run to the next. [`ExtentSet`], [`ChangeMap`] and [`Delta`] say which bytes are meant, and the
-//! [`Encoder`] and [`Decoder`] are how every format of the workspace is written and read.
+//! [`Geometry`] cuts an image into blocks of a [`BlockSize`]; a [`Digest`] names the content of a
+//! block; [`RegionLeaves`] hold the digests of 256 blocks; a [`TreeHasher`] turns regions into the
+//! [`Root`] that names the whole image. A manifest ([`ManifestWriter`], [`ManifestReader`]) carries
+//! the same regions from one run to the next. [`ExtentSet`], [`ChangeMap`] and [`Delta`] say which
+//! bytes are meant, and the [`Encoder`] and [`Decoder`] are how every format of the workspace is
+//! written and read.
 //!
 //! ```
 //! use blockferry_core::{BlockSize, Geometry, RegionIndex, RegionLeaves, TreeHasher, block_digest};
@@ -20,6 +21,14 @@
 //! tree.push(&leaves);
 //! println!("{}", tree.finish());
 //! ```
+
+#![cfg_attr(
+    test,
+    expect(
+        clippy::cast_possible_truncation,
+        reason = "numbers in tests are small by construction"
+    )
+)]
 
 mod change_map;
 mod codec;

@@ -1,7 +1,8 @@
 //! The fixed parts of a manifest, field by field; the table is in `docs/format/manifest.md`.
 //!
-//! Each part ends with a checksum: the first 8 bytes of BLAKE3 of the part's bytes before it. The end of the
-//! manifest carries the root, so eight bytes need only tell chance damage early, not an attacker.
+//! Each part ends with a checksum: the first 8 bytes of BLAKE3 of the part's bytes before it. The
+//! end of the manifest carries the root, so eight bytes need only tell chance damage early, not an
+//! attacker.
 
 use crate::leaves::DataMap;
 use crate::{

@@ -8,10 +8,11 @@ use crate::{Error, ErrorKind, Geometry, RegionLeaves, Result, Root, TreeHasher};
 
 /// Reads a manifest from a sequential reader, region by region.
 ///
-/// Holds one region (at most 8 KiB and its bytes) and the open nodes of the tree, whatever the bytes say. It
-/// takes exactly the manifest from the reader and nothing behind it, in two or three reads per region: give it
-/// a buffered reader. A region it returns has a right checksum; that all of them together are the image the
-/// manifest was made of is known when [`ManifestReader::root`] has a value.
+/// Holds one region (at most 8 KiB and its bytes) and the open nodes of the tree, whatever the
+/// bytes say. It takes exactly the manifest from the reader and nothing behind it, in two or three
+/// reads per region: give it a buffered reader. A region it returns has a right checksum; that all
+/// of them together are the image the manifest was made of is known when [`ManifestReader::root`]
+/// has a value.
 pub struct ManifestReader<R> {
     input: R,
     geometry: Geometry,
@@ -36,8 +37,8 @@ impl<R: Read> ManifestReader<R> {
     /// Reads and checks the header.
     ///
     /// # Errors
-    /// [`ErrorKind::UnknownVersion`] for another version, [`ErrorKind::Truncated`] or [`ErrorKind::Corrupt`]
-    /// for what is not a manifest, [`ErrorKind::Io`] when the input fails.
+    /// [`ErrorKind::UnknownVersion`] for another version, [`ErrorKind::Truncated`] or
+    /// [`ErrorKind::Corrupt`] for what is not a manifest, [`ErrorKind::Io`] when the input fails.
     pub fn open(mut input: R) -> Result<Self> {
         let geometry = read_header(&mut input).map_err(|error| error.at("manifest header"))?;
         Ok(Self {
@@ -58,11 +59,13 @@ impl<R: Read> ManifestReader<R> {
         self.geometry
     }
 
-    /// The next region that does not read zero, ascending; `None` at the end, when count and root were right.
+    /// The next region that does not read zero, ascending; `None` at the end, when count and root
+    /// were right.
     ///
     /// # Errors
-    /// [`ErrorKind::Truncated`], [`ErrorKind::LimitExceeded`] or [`ErrorKind::Corrupt`] when the bytes are not
-    /// a manifest any more, [`ErrorKind::Io`] when the input fails. Every later call then fails, too.
+    /// [`ErrorKind::Truncated`], [`ErrorKind::LimitExceeded`] or [`ErrorKind::Corrupt`] when the
+    /// bytes are not a manifest any more, [`ErrorKind::Io`] when the input fails. Every later call
+    /// then fails, too.
     pub fn next_region(&mut self) -> Result<Option<RegionLeaves>> {
         match self.state {
             State::Reading => {}
@@ -79,7 +82,8 @@ impl<R: Read> ManifestReader<R> {
         })
     }
 
-    /// The root of the image, once [`ManifestReader::next_region`] has said that there are no more regions.
+    /// The root of the image, once [`ManifestReader::next_region`] has said that there are no more
+    /// regions.
     #[must_use]
     pub fn root(&self) -> Option<Root> {
         match self.state {
@@ -122,7 +126,8 @@ impl<R: Read> ManifestReader<R> {
         }
     }
 
-    /// Reads the rest of a part of `total_bytes` behind its head. `total_bytes` is bounded by the format.
+    /// Reads the rest of a part of `total_bytes` behind its head. `total_bytes` is bounded by the
+    /// format.
     fn read_rest(
         &mut self,
         head: [u8; format::ENTRY_HEAD_BYTES],

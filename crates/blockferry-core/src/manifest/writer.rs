@@ -11,9 +11,9 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Writes a manifest to a sequential writer.
 ///
-/// Holds at most 64 KiB of output and the open nodes of the tree. It does not flush the writer beyond
-/// [`Write::flush`]; durability is the caller's matter. A manifest that was not finished is truncated, and its
-/// reader says so.
+/// Holds at most 64 KiB of output and the open nodes of the tree. It does not flush the writer
+/// beyond [`Write::flush`]; durability is the caller's matter. A manifest that was not finished is
+/// truncated, and its reader says so.
 pub struct ManifestWriter<W> {
     output: W,
     buffer: Vec<u8>,
@@ -43,10 +43,12 @@ impl<W: Write> ManifestWriter<W> {
         })
     }
 
-    /// Adds a region. Regions come in ascending order; those left out read zero, as does one without data.
+    /// Adds a region. Regions come in ascending order; those left out read zero, as does one
+    /// without data.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] when the output fails; the manifest is lost then, and every later call fails.
+    /// [`ErrorKind::Io`] when the output fails; the manifest is lost then, and every later call
+    /// fails.
     ///
     /// # Panics
     /// When the region is of another geometry, or not behind the last one pushed.
