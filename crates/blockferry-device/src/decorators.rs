@@ -1,0 +1,13 @@
+//! Decorators: a device that wraps another one and adds one thing. Each is a [`crate::BlockSource`] over a
+//! source and a [`crate::BlockTarget`] over a target, so they stack in any order.
+
+mod cancellable;
+mod counting;
+mod forward;
+mod rate_limited;
+mod read_only;
+
+pub use cancellable::Cancellable;
+pub use counting::{Counting, Counts};
+pub use rate_limited::{RateLimited, RateLimiter};
+pub use read_only::ReadOnly;
