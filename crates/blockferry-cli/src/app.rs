@@ -15,10 +15,10 @@ use crate::session::Session;
 use crate::{demo, verbs};
 
 /// Runs the command with these words, the program's name first.
-pub(crate) fn run(words: Vec<OsString>) -> ExitCode {
-    let exit = match Cli::try_parse_from(&words) {
+pub(crate) fn run(words: &[OsString]) -> ExitCode {
+    let exit = match Cli::try_parse_from(words) {
         Ok(cli) => execute(&cli),
-        Err(error) => refuse(&error, asks_for_json(&words)),
+        Err(error) => refuse(&error, asks_for_json(words)),
     };
     ExitCode::from(exit.code())
 }

@@ -25,7 +25,7 @@ pub(crate) enum Exit {
     Peer,
     /// A hook failed.
     Hook,
-    /// A bug of blockferry (EX_SOFTWARE of sysexits).
+    /// A bug of blockferry (`EX_SOFTWARE` of sysexits).
     Internal,
     /// A clean stop after this signal.
     Signal(u8),

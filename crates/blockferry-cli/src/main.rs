@@ -5,6 +5,8 @@ mod address;
 mod app;
 mod arguments;
 mod demo;
+#[cfg(test)]
+mod documented;
 mod engine;
 mod exit;
 mod failure;
@@ -16,5 +18,5 @@ mod signals;
 mod verbs;
 
 fn main() -> std::process::ExitCode {
-    app::run(std::env::args_os().collect())
+    app::run(&std::env::args_os().collect::<Vec<_>>())
 }

@@ -12,6 +12,9 @@ use crate::progress::{Display, Look};
 use crate::quote::quoted_path;
 use crate::signals::{self, Received};
 
+/// Names another place for the state of devices and the list of targets, as tests and the demo need it.
+pub(crate) const STATE_ROOT_VARIABLE: &str = "BLOCKFERRY_STATE_ROOT";
+
 /// One invocation of the command.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -85,8 +88,11 @@ fn verbosity(global: &Global) -> Verbosity {
     }
 }
 
-/// `/var/lib/blockferry` for root, else `$XDG_STATE_HOME/blockferry` or `~/.local/state/blockferry`.
+/// `$BLOCKFERRY_STATE_ROOT`, else `/var/lib/blockferry` for root, else `$XDG_STATE_HOME/blockferry` or `~/.local/state/blockferry`.
 pub(crate) fn device_state_root() -> PathBuf {
+    if let Some(root) = std::env::var_os(STATE_ROOT_VARIABLE).filter(|root| !root.is_empty()) {
+        return PathBuf::from(root);
+    }
     if is_root() {
         return PathBuf::from("/var/lib/blockferry");
     }

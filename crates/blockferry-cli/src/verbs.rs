@@ -17,7 +17,7 @@ use crate::engine::{BlockSource, SourceOptions, open_source};
 use crate::failure::Failure;
 
 /// Opens a disk to be read.
-fn open(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
+pub(crate) fn open(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
     let mut options = SourceOptions::default();
     options.crash_consistent = crash_consistent;
     open_source(path, &options).map_err(|error| Failure::source(&error))

@@ -85,7 +85,7 @@ impl Renderer {
     pub(crate) fn event(&self, event: &Event) {
         match event {
             Event::Decision(message) => self.aloud(&EventLine::Decision { message }, |output| {
-                output.say(message)
+                output.say(message);
             }),
             &Event::Checkpoint {
                 sequence,
