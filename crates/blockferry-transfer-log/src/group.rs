@@ -1,0 +1,128 @@
+//! The group decision: several disks of one machine share one cut (I12).
+//!
+//! Every member reaches PREPARED(group); then one record, in a directory of the job's own, commits them all.
+//! A prepared member without that record is aborted.
+
+use std::sync::Arc;
+
+use blockferry_core::{Decoder, Encoder};
+use blockferry_device::{ReadRequest, StorageDir};
+
+use crate::error::{Error, Result};
+use crate::format::{PAGE, SessionId};
+use crate::session::{GroupCommitted, GroupId};
+
+const MAGIC: &[u8; 8] = b"BFRYGRP\0";
+
+/// What a group's record says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "callers decide for each")]
+pub enum Verdict {
+    /// All members are committed.
+    Committed,
+    /// None is: the record was never durable, and whoever could write it is gone.
+    Aborted,
+    /// The job's state cannot be reached.
+    Unknown,
+}
+
+/// Answers for prepared members whose group decides.
+pub trait GroupVerdicts {
+    /// The verdict on a group. [`Verdict::Aborted`] only if no one can commit it any more.
+    ///
+    /// # Errors
+    /// The job's state failed.
+    fn verdict(&self, group: GroupId) -> Result<Verdict>;
+}
+
+/// The directory where a job keeps its group records.
+#[derive(Clone, Debug)]
+pub struct GroupDirectory {
+    dir: Arc<dyn StorageDir>,
+}
+
+impl GroupDirectory {
+    /// Uses `dir`, which the caller has locked.
+    #[must_use]
+    pub fn new(dir: Arc<dyn StorageDir>) -> Self {
+        Self { dir }
+    }
+
+    /// Commits a group whose members are all prepared: the only commit point of the group.
+    ///
+    /// # Errors
+    /// The record could not be made durable; whether it counts is known after the next open.
+    pub fn commit(&self, group: GroupId, members: &[SessionId]) -> Result<GroupCommitted> {
+        let name = name_of(group);
+        let failed = |e| Error::log(format!("write group record {name}"), e);
+        let page = encode(group, members);
+        let file = self.dir.create(&name).map_err(failed)?;
+        file.write_at(0, &page).map_err(failed)?;
+        file.flush().map_err(failed)?;
+        self.dir.sync().map_err(failed)?;
+        Ok(GroupCommitted { group })
+    }
+
+    /// Removes a group's record, once every member has reached its outcome.
+    ///
+    /// # Errors
+    /// The directory failed.
+    pub fn retire(&self, group: GroupId) -> Result<()> {
+        let name = name_of(group);
+        self.dir
+            .remove(&name)
+            .map_err(|e| Error::log(format!("remove group record {name}"), e))
+    }
+}
+
+impl GroupVerdicts for GroupDirectory {
+    fn verdict(&self, group: GroupId) -> Result<Verdict> {
+        let name = name_of(group);
+        let failed = |e| Error::log(format!("read group record {name}"), e);
+        let Some(file) = self.dir.open(&name).map_err(failed)? else {
+            return Ok(Verdict::Aborted);
+        };
+        // What the page cache shows decides nothing before it and its name are durable.
+        file.flush().map_err(failed)?;
+        self.dir.sync().map_err(failed)?;
+        if file.size_bytes() < PAGE as u64 {
+            return Ok(Verdict::Aborted);
+        }
+        let mut page = vec![0; PAGE];
+        let read = file.read_medium(&mut [ReadRequest {
+            offset: 0,
+            buffer: &mut page,
+        }]);
+        let valid = read.is_ok() && decode(&page) == Some(group);
+        Ok(if valid {
+            Verdict::Committed
+        } else {
+            Verdict::Aborted
+        })
+    }
+}
+
+fn name_of(group: GroupId) -> String {
+    format!("{}.group", SessionId::from_bytes(*group.as_bytes()))
+}
+
+fn encode(group: GroupId, members: &[SessionId]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(PAGE);
+    let mut e = Encoder::new(&mut bytes);
+    e.bytes(MAGIC);
+    e.u32(crate::format::FORMAT_VERSION);
+    e.bytes(group.as_bytes());
+    e.count(members.len());
+    members.iter().for_each(|m| {
+        e.bytes(m.as_bytes());
+    });
+    crate::format::seal(bytes)
+}
+
+fn decode(page: &[u8]) -> Option<GroupId> {
+    let (body, _) = crate::format::unseal(page)?;
+    let mut d = Decoder::new(body);
+    let known = d.array::<8>().ok()? == *MAGIC && d.u32().ok()? == crate::format::FORMAT_VERSION;
+    let group = GroupId::from_bytes(d.array().ok()?);
+    known.then_some(group)
+}

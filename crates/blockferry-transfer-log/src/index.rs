@@ -1,0 +1,170 @@
+//! The live index: for every staged byte, the latest record that holds it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use blockferry_core::{Extent, ExtentSet};
+
+use crate::format::{NewContent, PAGE, RecordHeader, usize_of};
+
+/// A run of staged bytes that lie together in one record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) extent: Extent,
+    /// Index of the record in the session's list.
+    pub(crate) record: u32,
+    pub(crate) content: RunContent,
+}
+
+/// What a run holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RunContent {
+    /// Bytes, from this offset of the record's plain new payload.
+    Data {
+        payload: u32,
+    },
+    Zero,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    end: u64,
+    record: u32,
+    content: RunContent,
+}
+
+/// Later runs win over earlier ones. Memory: about 50 bytes for each run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Index {
+    // Invariant: entries are disjoint; the key is the start.
+    entries: BTreeMap<u64, Entry>,
+}
+
+impl Index {
+    /// Takes a record in; what it holds replaces what was there.
+    pub(crate) fn insert_record(&mut self, record: u32, header: &RecordHeader) {
+        let mut payload = 0u64;
+        for entry in &header.extents {
+            match entry.new {
+                NewContent::Data => {
+                    let content = RunContent::Data {
+                        payload: narrow(payload),
+                    };
+                    self.insert(entry.extent, record, content);
+                    payload += entry.extent.length().next_multiple_of(PAGE as u64);
+                }
+                NewContent::Zero => self.insert(entry.extent, record, RunContent::Zero),
+                NewContent::None | NewContent::Reserve => {}
+            }
+        }
+    }
+
+    fn insert(&mut self, extent: Extent, record: u32, content: RunContent) {
+        self.remove(extent);
+        self.entries.insert(
+            extent.start(),
+            Entry {
+                end: extent.end(),
+                record,
+                content,
+            },
+        );
+    }
+
+    /// Forgets what is staged in `extent`.
+    pub(crate) fn remove(&mut self, extent: Extent) {
+        let overlapping: Vec<(u64, Entry)> = self.overlapping(extent).collect();
+        for (start, entry) in overlapping {
+            self.entries.remove(&start);
+            if start < extent.start() {
+                self.entries.insert(
+                    start,
+                    Entry {
+                        end: extent.start(),
+                        ..entry
+                    },
+                );
+            }
+            if entry.end > extent.end() {
+                let content = advance(entry.content, extent.end() - start);
+                self.entries
+                    .insert(extent.end(), Entry { content, ..entry });
+            }
+        }
+    }
+
+    /// Forgets everything that lies in one record, and says what that was.
+    pub(crate) fn remove_record(&mut self, record: u32) -> ExtentSet {
+        let lost: ExtentSet = self
+            .runs()
+            .filter(|r| r.record == record)
+            .map(|r| r.extent)
+            .collect();
+        self.entries.retain(|_, e| e.record != record);
+        lost
+    }
+
+    /// All runs, ascending.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = Run> + '_ {
+        self.entries.iter().map(|(start, e)| run(*start, e))
+    }
+
+    /// The runs that overlap `extent`, cut to it, ascending.
+    pub(crate) fn within(&self, extent: Extent) -> impl Iterator<Item = Run> + '_ {
+        self.overlapping(extent).map(move |(start, entry)| {
+            let from = start.max(extent.start());
+            let content = advance(entry.content, from - start);
+            let extent = Extent::from_range(from..entry.end.min(extent.end()));
+            Run {
+                extent,
+                record: entry.record,
+                content,
+            }
+        })
+    }
+
+    /// Bytes of staged data (zeros not counted).
+    pub(crate) fn data_bytes(&self) -> u64 {
+        self.runs()
+            .filter(|r| matches!(r.content, RunContent::Data { .. }))
+            .map(|r| r.extent.length())
+            .sum()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn overlapping(&self, extent: Extent) -> impl Iterator<Item = (u64, Entry)> + '_ {
+        let before = self.entries.range(..extent.start()).next_back();
+        let first = before.filter(|(_, e)| e.end > extent.start());
+        let rest: Range<u64> = extent.range();
+        first
+            .into_iter()
+            .chain(self.entries.range(rest))
+            .map(|(s, e)| (*s, *e))
+    }
+}
+
+fn run(start: u64, entry: &Entry) -> Run {
+    let extent = Extent::from_range(start..entry.end);
+    Run {
+        extent,
+        record: entry.record,
+        content: entry.content,
+    }
+}
+
+fn advance(content: RunContent, by: u64) -> RunContent {
+    match content {
+        RunContent::Data { payload } => RunContent::Data {
+            payload: payload + narrow(by),
+        },
+        RunContent::Zero => RunContent::Zero,
+    }
+}
+
+fn narrow(bytes: u64) -> u32 {
+    u32::try_from(bytes)
+        .unwrap_or_else(|_| unreachable!("{} bytes: a record is smaller", usize_of(bytes)))
+}

@@ -1,0 +1,612 @@
+//! The log's segments: appending records, reading them back, scanning them after a crash.
+//!
+//! A segment is a file `SESSION.log.NNNN`: a header page, then records. A record is valid only for its
+//! session and its predecessor (I7): its header names the chain value of the one before, back to the header
+//! of the segment and through that to the segment before.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use blockferry_core::{Digest, Geometry};
+use blockferry_device::{AlignedBuffer, ReadRequest, StorageDir, StorageFile, WriteRequest};
+
+use crate::batch::Batch;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    MAX_HEADER_BYTES, NewContent, OldContent, PAGE, RecordHeader, SegmentHeader, SegmentKind,
+    SessionId, StoredPages, usize_of,
+};
+use crate::stats::Stats;
+
+/// Name of a segment.
+pub(crate) fn segment_name(session: SessionId, segment: u32) -> String {
+    format!("{session}.log.{segment:04}")
+}
+
+/// Session and number of a segment's name.
+pub(crate) fn parse_segment_name(name: &str) -> Option<(SessionId, u32)> {
+    let (session, number) = name.split_once(".log.")?;
+    Some((SessionId::from_hex(session)?, number.parse().ok()?))
+}
+
+/// Where a record is.
+#[derive(Clone, Debug)]
+pub(crate) struct RecordPlace {
+    pub(crate) sequence: u64,
+    segment: usize,
+    offset: u64,
+    header_bytes: u32,
+    stored_new_bytes: u32,
+    old_bytes: u32,
+    /// Its payload turned out not to be what was written; nothing refers to it any more.
+    pub(crate) dropped: bool,
+}
+
+impl RecordPlace {
+    fn stored_bytes(&self) -> u64 {
+        u64::from(self.header_bytes) + u64::from(self.stored_new_bytes) + u64::from(self.old_bytes)
+    }
+
+    /// Bytes of its payload in the log.
+    pub(crate) fn payload_bytes(&self) -> u64 {
+        u64::from(self.stored_new_bytes) + u64::from(self.old_bytes)
+    }
+}
+
+/// All segments of a session, open for reading.
+#[derive(Clone, Debug)]
+pub(crate) struct LogFiles {
+    session: SessionId,
+    geometry: Geometry,
+    /// Nothing a record names may lie beyond: the larger of the old and the new size.
+    limit_bytes: u64,
+    files: Vec<Arc<dyn StorageFile>>,
+}
+
+impl LogFiles {
+    pub(crate) fn new(header: &SegmentHeader) -> Self {
+        Self {
+            session: header.session,
+            geometry: header.geometry,
+            limit_bytes: header.old_bytes.max(header.geometry.image_bytes()),
+            files: Vec::new(),
+        }
+    }
+
+    /// Reads and checks the header of a record.
+    pub(crate) fn header(&self, place: &RecordPlace) -> Result<RecordHeader> {
+        let bytes = self.read(place.segment, place.offset, u64::from(place.header_bytes))?;
+        let (header, _) = RecordHeader::decode(&bytes, &self.geometry, self.limit_bytes)
+            .map_err(|e| self.at(place, &e))?;
+        if header.session != self.session || header.sequence != place.sequence {
+            return Err(Error::corrupt(format!(
+                "{}: it is another record",
+                self.name_of(place)
+            )));
+        }
+        Ok(header)
+    }
+
+    /// Reads, unpacks and checks the new pages.
+    pub(crate) fn new_pages(&self, place: &RecordPlace, header: &RecordHeader) -> Result<Vec<u8>> {
+        let offset = place.offset + u64::from(place.header_bytes);
+        let stored = self.read(place.segment, offset, u64::from(place.stored_new_bytes))?;
+        let plain = self.unpack(place, header, &stored)?;
+        self.check(place, header, &plain, Side::New)?;
+        Ok(plain.into_owned())
+    }
+
+    /// Reads and checks the old pages.
+    pub(crate) fn old_pages(&self, place: &RecordPlace, header: &RecordHeader) -> Result<Vec<u8>> {
+        let offset =
+            place.offset + u64::from(place.header_bytes) + u64::from(place.stored_new_bytes);
+        let old = self
+            .read(place.segment, offset, u64::from(place.old_bytes))?
+            .to_vec();
+        self.check(place, header, &old, Side::Old)?;
+        Ok(old)
+    }
+
+    /// Reads a whole record from the medium and checks all of it.
+    pub(crate) fn verify(&self, place: &RecordPlace) -> Result<RecordHeader> {
+        let header = self.header(place)?;
+        let offset = place.offset + u64::from(place.header_bytes);
+        let payload = self.read(place.segment, offset, place.payload_bytes())?;
+        let (new, old) = payload.split_at(place.stored_new_bytes as usize);
+        let new = self.unpack(place, &header, new)?;
+        self.check(place, &header, &new, Side::New)?;
+        self.check(place, &header, old, Side::Old)?;
+        Ok(header)
+    }
+
+    fn unpack<'a>(
+        &self,
+        place: &RecordPlace,
+        header: &RecordHeader,
+        stored: &'a [u8],
+    ) -> Result<Cow<'a, [u8]>> {
+        match header.pages {
+            StoredPages::Elsewhere => Ok(Cow::Borrowed(&[])),
+            StoredPages::Plain => Ok(Cow::Borrowed(stored)),
+            StoredPages::Zstd {
+                stored_bytes,
+                checksum,
+            } => {
+                let frame = &stored[..stored_bytes as usize];
+                if blockferry_core::checksum(frame) != checksum {
+                    let name = self.name_of(place);
+                    return Err(Error::corrupt(format!("{name}: checksum mismatch")));
+                }
+                crate::frame::unpack(frame, usize_of(header.new_bytes()))
+                    .map(Cow::Owned)
+                    .map_err(|e| self.at(place, &e))
+            }
+        }
+    }
+
+    fn check(
+        &self,
+        place: &RecordPlace,
+        header: &RecordHeader,
+        payload: &[u8],
+        side: Side,
+    ) -> Result<()> {
+        if side == Side::New && header.pages == StoredPages::Elsewhere {
+            return Ok(());
+        }
+        let digests = match side {
+            Side::New => &header.new_digests,
+            Side::Old => &header.old_digests,
+        };
+        let found = side.extents(header).scan(0usize, |offset, entry| {
+            let start = *offset;
+            *offset += usize_of(entry.extent.length().next_multiple_of(PAGE as u64));
+            Some((entry.extent, start..*offset))
+        });
+        let mut expected = digests.iter();
+        for (extent, range) in found {
+            let bytes = payload.get(range).unwrap_or_default();
+            if (bytes.len() as u64) < extent.length() {
+                return Err(Error::corrupt(format!(
+                    "{}: pages missing",
+                    self.name_of(place)
+                )));
+            }
+            for digest in header.unit.digests(&self.geometry, extent, bytes) {
+                if expected.next() != Some(&digest) {
+                    let name = self.name_of(place);
+                    return Err(Error::corrupt(format!(
+                        "{name}: digest mismatch in {extent}"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads from the medium into whole aligned pages.
+    fn read(&self, segment: usize, offset: u64, length: u64) -> Result<AlignedBuffer> {
+        let mut buffer = AlignedBuffer::zeroed(usize_of(length.max(PAGE as u64)));
+        if length > 0 {
+            let file = &self.files[segment];
+            let mut request = [ReadRequest {
+                offset,
+                buffer: &mut buffer[..usize_of(length)],
+            }];
+            file.read_medium(&mut request)
+                .map_err(|e| Error::log(format!("read {} at {offset}", file.label()), e))?;
+        }
+        Ok(buffer)
+    }
+
+    fn name_of(&self, place: &RecordPlace) -> String {
+        let file = self.files[place.segment].label();
+        format!(
+            "transfer log record {} at offset {} of {file}",
+            place.sequence, place.offset
+        )
+    }
+
+    fn at(&self, place: &RecordPlace, error: &Error) -> Error {
+        Error::new(error.kind(), format!("{}: {error}", self.name_of(place)))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    New,
+    Old,
+}
+
+impl Side {
+    fn extents(self, header: &RecordHeader) -> impl Iterator<Item = &crate::format::BatchExtent> {
+        header.extents.iter().filter(move |e| match self {
+            Self::New => e.new == NewContent::Data,
+            Self::Old => e.old == OldContent::Data,
+        })
+    }
+}
+
+/// The end of a log that is being written.
+#[derive(Debug)]
+pub(crate) struct Appender {
+    file: Arc<dyn StorageFile>,
+    stats: Arc<Stats>,
+    segment: usize,
+    position: u64,
+    next_sequence: u64,
+    chain: Digest,
+    durable: u64,
+    /// Set by the first failed write or flush (I8).
+    dead: bool,
+}
+
+impl Appender {
+    /// Creates a segment; its name is durable after the directory is synced.
+    pub(crate) fn create(
+        dir: &dyn StorageDir,
+        files: &mut LogFiles,
+        header: &SegmentHeader,
+        stats: &Arc<Stats>,
+    ) -> Result<Self> {
+        let name = segment_name(header.session, header.segment);
+        let attempt = || format!("create {name} in {}", dir.label());
+        let file = dir.create(&name).map_err(|e| Error::log(attempt(), e))?;
+        let (page, chain) = header.encode();
+        file.write_at(0, &page)
+            .map_err(|e| Error::log(attempt(), e))?;
+        files.files.push(Arc::clone(&file));
+        Ok(Self {
+            file,
+            stats: Arc::clone(stats),
+            segment: files.files.len() - 1,
+            position: PAGE as u64,
+            next_sequence: header.first_sequence,
+            chain,
+            durable: header.first_sequence - 1,
+            dead: false,
+        })
+    }
+
+    /// Writes one record. It counts after the next [`Self::flush`].
+    pub(crate) fn append(
+        &mut self,
+        session: SessionId,
+        batch: &Batch,
+        compaction_end: bool,
+    ) -> Result<(RecordPlace, RecordHeader)> {
+        let header = RecordHeader {
+            session,
+            sequence: self.next_sequence,
+            previous: self.chain,
+            durable: self.durable,
+            unit: batch.unit,
+            fuzzy: batch.fuzzy,
+            compaction_end,
+            pages: batch.pages,
+            extents: batch.extents.clone(),
+            new_digests: batch.new_digests.clone(),
+            old_digests: batch.old_digests.clone(),
+        };
+        let (head, chain) = header.encode();
+        let mut head_buffer = AlignedBuffer::zeroed(head.len());
+        head_buffer.copy_from_slice(&head);
+        let place = RecordPlace {
+            sequence: header.sequence,
+            segment: self.segment,
+            offset: self.position,
+            header_bytes: bounded_u32(head.len()),
+            stored_new_bytes: bounded_u32(batch.new_payload().len()),
+            old_bytes: bounded_u32(batch.old_payload().len()),
+            dropped: false,
+        };
+        self.write(&[&head_buffer, batch.new_payload(), batch.old_payload()])?;
+        self.stats.count_record(place.stored_bytes());
+        self.next_sequence += 1;
+        self.chain = chain;
+        Ok((place, header))
+    }
+
+    fn write(&mut self, parts: &[&[u8]]) -> Result<()> {
+        self.check_alive()?;
+        let mut requests = Vec::with_capacity(parts.len());
+        let mut offset = self.position;
+        for part in parts.iter().filter(|p| !p.is_empty()) {
+            requests.push(WriteRequest {
+                offset,
+                bytes: part,
+            });
+            offset += part.len() as u64;
+        }
+        self.dead = true;
+        self.file
+            .write_batch(&requests)
+            .map_err(|e| Error::log(format!("append to {}", self.file.label()), e))?;
+        self.dead = false;
+        self.position = offset;
+        Ok(())
+    }
+
+    /// Makes every appended record durable.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        self.check_alive()?;
+        self.dead = true;
+        self.file
+            .flush()
+            .map_err(|e| Error::log(format!("flush {}", self.file.label()), e))?;
+        self.stats.count_flush();
+        self.dead = false;
+        self.durable = self.next_sequence - 1;
+        Ok(())
+    }
+
+    fn check_alive(&self) -> Result<()> {
+        if self.dead {
+            let message = format!(
+                "{} had a failed write or flush and is never appended to again; the session resumes in \
+                 a fresh segment",
+                self.file.label()
+            );
+            return Err(Error::new(ErrorKind::Log, message));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn position(&self) -> u64 {
+        self.position
+    }
+
+    pub(crate) fn chain(&self) -> Digest {
+        self.chain
+    }
+
+    /// Sequence of the last record that is durable; 0 if none is.
+    pub(crate) fn durable(&self) -> u64 {
+        self.durable
+    }
+
+    pub(crate) fn next_sequence(&self) -> u64 {
+        self.next_sequence
+    }
+}
+
+/// What a scan found: everything up to the last chained record.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    /// Header of the first segment that counts.
+    pub(crate) header: SegmentHeader,
+    pub(crate) files: LogFiles,
+    pub(crate) records: Vec<(RecordPlace, RecordHeader)>,
+    /// Number of the next segment to create.
+    pub(crate) next_segment: u32,
+    pub(crate) next_sequence: u64,
+    pub(crate) chain: Digest,
+    /// Bytes of all segments.
+    pub(crate) held_bytes: u64,
+}
+
+/// Scans the segments of a session, in order of their numbers. `None` if no segment has a valid header: the
+/// session never became durable.
+pub(crate) fn scan(
+    dir: &dyn StorageDir,
+    session: SessionId,
+    segments: &[u32],
+    durability: ScanDurability,
+    stats: &Stats,
+) -> Result<Option<Scan>> {
+    let mut found: Option<Scan> = None;
+    let mut held_bytes = 0;
+    for number in segments {
+        let name = segment_name(session, *number);
+        let open = dir
+            .open(&name)
+            .map_err(|e| Error::log(format!("open {name}"), e))?;
+        let Some(file) = open else { continue };
+        if durability == ScanDurability::FlushFirst {
+            // Kill, restart, acknowledge what the page cache showed, power loss: without this flush the
+            // acknowledged records would be gone.
+            file.flush()
+                .map_err(|e| Error::log(format!("flush {name} before reading it"), e))?;
+            stats.count_flush();
+            file.drop_cache();
+        }
+        held_bytes += file.size_bytes();
+        let segment = match scan_segment(file, session, &name) {
+            Ok(Some(segment)) => segment,
+            Ok(None) => continue,
+            Err(error) if error.kind() == ErrorKind::UnknownVersion => return Err(error),
+            Err(_) => continue,
+        };
+        found = join(found, segment, *number);
+    }
+    Ok(found.map(|scan| Scan { held_bytes, ..scan }))
+}
+
+/// Whether a scan may trust what it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ScanDurability {
+    /// Flush every file first: what is read is then durable.
+    FlushFirst,
+    /// Only look (another process may be writing).
+    LookOnly,
+}
+
+struct SegmentScan {
+    header: SegmentHeader,
+    file: Arc<dyn StorageFile>,
+    records: Vec<(RecordPlace, RecordHeader)>,
+    /// Chain values: before the first record, then after each.
+    chains: Vec<Digest>,
+}
+
+/// Appends a segment to what was found before it, if it builds on it.
+fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<Scan> {
+    let complete = segment.records.iter().any(|(_, h)| h.compaction_end);
+    let starts_over = segment.header.kind == SegmentKind::Compacted;
+    if starts_over && !complete {
+        // A compaction that never finished: the segments before still count, this one never does.
+        return before.map(|scan| Scan {
+            next_segment: number + 1,
+            ..scan
+        });
+    }
+    let mut scan = match before {
+        Some(mut scan) if !starts_over => {
+            let keep = segment.header.first_sequence;
+            let reached = keep <= scan.next_sequence
+                && chain_before(&scan, keep) == Some(segment.header.previous_chain);
+            if !reached {
+                return Some(Scan {
+                    next_segment: number + 1,
+                    ..scan
+                });
+            }
+            scan.records.retain(|(p, _)| p.sequence < keep);
+            scan
+        }
+        _ => {
+            if !starts_over && number != 0 {
+                // What it builds on is not there.
+                return before;
+            }
+            Scan {
+                files: LogFiles::new(&segment.header),
+                header: segment.header.clone(),
+                records: Vec::new(),
+                next_segment: 0,
+                next_sequence: 0,
+                chain: segment.chains[0],
+                held_bytes: 0,
+            }
+        }
+    };
+    let index = scan.files.files.len();
+    scan.files.files.push(segment.file);
+    for (place, _) in &mut segment.records {
+        place.segment = index;
+    }
+    scan.next_sequence = segment.header.first_sequence + segment.records.len() as u64;
+    scan.records.append(&mut segment.records);
+    scan.chain = segment.chains.pop().unwrap_or(scan.chain);
+    scan.next_segment = number + 1;
+    Some(scan)
+}
+
+/// Chain value after the record before `sequence`, as the next segment's header must name it.
+fn chain_before(scan: &Scan, sequence: u64) -> Option<Digest> {
+    if sequence == scan.next_sequence {
+        return Some(scan.chain);
+    }
+    scan.records
+        .iter()
+        .find(|(p, _)| p.sequence == sequence)
+        .map(|(_, h)| h.previous)
+}
+
+fn scan_segment(
+    file: Arc<dyn StorageFile>,
+    session: SessionId,
+    name: &str,
+) -> Result<Option<SegmentScan>> {
+    let size = file.size_bytes();
+    if size < PAGE as u64 {
+        return Ok(None);
+    }
+    let mut page = AlignedBuffer::zeroed(PAGE);
+    file.read_medium(&mut [ReadRequest {
+        offset: 0,
+        buffer: &mut page,
+    }])
+    .map_err(|e| Error::log(format!("read header of {name}"), e))?;
+    let (header, mut chain) = SegmentHeader::decode(&page, name)?;
+    if header.session != session || header.first_sequence == 0 {
+        return Err(Error::corrupt(format!(
+            "header of {name}: it is another session's"
+        )));
+    }
+    let mut files = LogFiles::new(&header);
+    files.files.push(Arc::clone(&file));
+    let mut records: Vec<(RecordPlace, RecordHeader)> = Vec::new();
+    let mut chains = vec![chain];
+    let mut offset = PAGE as u64;
+    while let Some((place, record, next)) = read_record(
+        &files,
+        offset,
+        size,
+        header.first_sequence + records.len() as u64,
+        chain,
+    ) {
+        offset += place.stored_bytes();
+        chain = next;
+        chains.push(chain);
+        records.push((place, record));
+    }
+    drop_torn_tail(&files, &mut records, &mut chains);
+    Ok(Some(SegmentScan {
+        header,
+        file,
+        records,
+        chains,
+    }))
+}
+
+/// The record at `offset`, if it is whole, of this session, and follows the chain.
+fn read_record(
+    files: &LogFiles,
+    offset: u64,
+    size: u64,
+    sequence: u64,
+    previous: Digest,
+) -> Option<(RecordPlace, RecordHeader, Digest)> {
+    if offset + PAGE as u64 > size {
+        return None;
+    }
+    let first = files.read(0, offset, PAGE as u64).ok()?;
+    let length = RecordHeader::peek_length(&first)?;
+    let whole;
+    let bytes: &[u8] = if length == PAGE {
+        &first
+    } else {
+        debug_assert!(length <= MAX_HEADER_BYTES, "peek_length bounds it");
+        if offset + length as u64 > size {
+            return None;
+        }
+        whole = files.read(0, offset, length as u64).ok()?;
+        &whole
+    };
+    let (header, chain) = RecordHeader::decode(bytes, &files.geometry, files.limit_bytes).ok()?;
+    let follows = header.session == files.session
+        && header.sequence == sequence
+        && header.previous == previous;
+    let place = RecordPlace {
+        sequence,
+        segment: 0,
+        offset,
+        header_bytes: bounded_u32(length),
+        stored_new_bytes: bounded_u32(usize_of(header.stored_new_bytes())),
+        old_bytes: bounded_u32(usize_of(header.old_bytes())),
+        dropped: false,
+    };
+    (follows && offset + place.stored_bytes() <= size).then_some((place, header, chain))
+}
+
+/// Cuts the records off that no later record says were durable and whose pages are not whole: the group under
+/// way when power failed.
+fn drop_torn_tail(
+    files: &LogFiles,
+    records: &mut Vec<(RecordPlace, RecordHeader)>,
+    chains: &mut Vec<Digest>,
+) {
+    let durable = records.iter().map(|(_, h)| h.durable).max().unwrap_or(0);
+    let torn = records
+        .iter()
+        .position(|(place, _)| place.sequence > durable && files.verify(place).is_err());
+    if let Some(torn) = torn {
+        records.truncate(torn);
+        chains.truncate(torn + 1);
+    }
+}
+
+fn bounded_u32(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or_else(|_| unreachable!("bounded by the limits of a record"))
+}

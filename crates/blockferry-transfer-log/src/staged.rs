@@ -1,0 +1,255 @@
+//! What workers see of a session: [`Stager`] takes pages, [`StagedView`] shows what is staged already.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use blockferry_core::{Digest, Extent, Geometry};
+use blockferry_device::BlockTarget;
+
+use crate::batch::{Batch, New, Old};
+use crate::error::{Error, Result};
+use crate::format::{NewContent, RecordHeader, StoredPages, Unit, usize_of};
+use crate::index::{Index, RunContent};
+use crate::log::{LogFiles, RecordPlace};
+use crate::plan::Strategy;
+use crate::session::Working;
+
+/// Fills batches; shared by all workers. In `shadow` and `direct` runs of whole blocks it writes the bytes to
+/// the working file at once, on the worker's thread, while they are in its cache.
+#[derive(Clone, Debug)]
+pub struct Stager {
+    geometry: Geometry,
+    strategy: Strategy,
+    working: Option<Working>,
+}
+
+impl Stager {
+    pub(crate) fn new(geometry: Geometry, strategy: Strategy, working: Option<Working>) -> Self {
+        Self {
+            geometry,
+            strategy,
+            working,
+        }
+    }
+
+    /// A stager for batches whose bytes the session writes: what delta sync uses before its session begins.
+    #[must_use]
+    pub fn detached(geometry: Geometry) -> Self {
+        Self {
+            geometry,
+            strategy: Strategy::Redo,
+            working: None,
+        }
+    }
+
+    /// An empty batch for 4 KiB pages.
+    #[must_use]
+    pub fn pages(&self) -> Batch {
+        Batch::logged(self.geometry, Unit::Page)
+    }
+
+    /// An empty batch for whole blocks.
+    #[must_use]
+    pub fn blocks(&self) -> Batch {
+        match self.working {
+            Some(_) => Batch::written(self.geometry, Unit::Block),
+            None => Batch::logged(self.geometry, Unit::Block),
+        }
+    }
+
+    /// Adds new pages with what they replace.
+    pub fn add(&self, batch: &mut Batch, extent: Extent, new: &[u8], old: Old<'_>) {
+        batch.push(extent, New::Data(new), old);
+    }
+
+    /// Adds zeros with what they replace.
+    pub fn add_zero(&self, batch: &mut Batch, extent: Extent, old: Old<'_>) {
+        batch.push(extent, New::Zero, old);
+    }
+
+    /// Adds a pre-image of what the new image cuts off.
+    pub fn add_cut_off(&self, batch: &mut Batch, extent: Extent, old: Old<'_>) {
+        batch.push(extent, New::None, old);
+    }
+
+    /// Writes whole blocks to the working file and adds them; `digests` are the blocks' digests in order.
+    /// Without a working file their bytes go to the log, with what they replace.
+    ///
+    /// # Errors
+    /// The working file failed.
+    pub fn write_blocks(
+        &self,
+        batch: &mut Batch,
+        extent: Extent,
+        bytes: &[u8],
+        digests: &[Digest],
+        old: Old<'_>,
+    ) -> Result<()> {
+        let Some(working) = &self.working else {
+            batch.push(extent, New::Data(bytes), old);
+            return Ok(());
+        };
+        working
+            .target
+            .write_at(extent.start(), &bytes[..usize_of(extent.length())])
+            .map_err(|e| {
+                Error::target(format!("write {extent} to {}", working.target.label()), e)
+            })?;
+        batch.push(extent, New::Written(digests), Old::None);
+        Ok(())
+    }
+
+    /// Makes an extent read as zeros. Nothing to do in a file we created.
+    ///
+    /// # Errors
+    /// The working file failed.
+    pub fn write_zeros(&self, batch: &mut Batch, extent: Extent, old: Old<'_>) -> Result<()> {
+        match &self.working {
+            None => batch.push(extent, New::Zero, old),
+            Some(working) if working.sibling.is_none() => {
+                let label = working.target.label();
+                working
+                    .target
+                    .write_zeroes(extent)
+                    .map_err(|e| Error::target(format!("zero {extent} of {label}"), e))?;
+                batch.push(extent, New::Zero, Old::None);
+            }
+            Some(_) => debug_assert!(self.strategy != Strategy::Clone, "a clone is not fresh"),
+        }
+        Ok(())
+    }
+
+    /// Whether the old content of what is staged is wanted: only a log keeps it.
+    #[must_use]
+    pub fn wants_old(&self) -> bool {
+        self.working.is_none()
+    }
+}
+
+/// A snapshot of what a session had staged when it was taken, readable by many threads.
+#[derive(Debug)]
+pub struct StagedView {
+    geometry: Geometry,
+    files: LogFiles,
+    records: Vec<RecordPlace>,
+    index: Index,
+    working: Option<Arc<dyn BlockTarget>>,
+    /// Records read lately; bounded.
+    recent: Mutex<HashMap<u32, Arc<Loaded>>>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    header: RecordHeader,
+    pages: Vec<u8>,
+}
+
+impl StagedView {
+    /// Most records kept in memory: 8 MiB of pages.
+    const RECENT: usize = 8;
+
+    pub(crate) fn new(
+        geometry: Geometry,
+        files: LogFiles,
+        records: Vec<RecordPlace>,
+        index: Index,
+        working: Option<Arc<dyn BlockTarget>>,
+    ) -> Self {
+        Self {
+            geometry,
+            files,
+            records,
+            index,
+            working,
+            recent: Mutex::default(),
+        }
+    }
+
+    /// Nothing is staged.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.index.len() == 0
+    }
+
+    /// Whether anything in `extent` is staged.
+    #[must_use]
+    pub fn overlaps(&self, extent: Extent) -> bool {
+        self.index.within(extent).next().is_some()
+    }
+
+    /// Replaces what is staged in `bytes`, which hold the target's content of `extent`.
+    ///
+    /// # Errors
+    /// The log or the working file failed.
+    pub fn patch(&self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
+        for run in self.index.within(extent) {
+            let start = usize_of(run.extent.start() - extent.start());
+            let part = &mut bytes[start..start + usize_of(run.extent.length())];
+            let RunContent::Data { payload } = run.content else {
+                part.fill(0);
+                continue;
+            };
+            let loaded = self.load(run.record)?;
+            match (&self.working, loaded.header.pages) {
+                (Some(working), StoredPages::Elsewhere) => working
+                    .read_at(run.extent.start(), part)
+                    .map_err(|e| Error::target(format!("read {}", working.label()), e))?,
+                _ => {
+                    let from = payload as usize;
+                    part.copy_from_slice(&loaded.pages[from..from + part.len()]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The recorded digest of one unit, if exactly this unit is staged as data.
+    ///
+    /// # Errors
+    /// The log failed.
+    pub fn digest_of(&self, unit: Extent) -> Result<Option<Digest>> {
+        let Some(run) = self.index.within(unit).next() else {
+            return Ok(None);
+        };
+        if run.extent != unit || run.content == RunContent::Zero {
+            return Ok(None);
+        }
+        let loaded = self.load(run.record)?;
+        let step = loaded.header.unit.bytes(&self.geometry);
+        let mut digests = 0usize;
+        for entry in loaded
+            .header
+            .extents
+            .iter()
+            .filter(|e| e.new == NewContent::Data)
+        {
+            let offset = unit.start().wrapping_sub(entry.extent.start());
+            if entry.extent.contains(unit.start()) && offset.is_multiple_of(step) {
+                return Ok(loaded
+                    .header
+                    .new_digests
+                    .get(digests + usize_of(offset / step))
+                    .copied());
+            }
+            digests += usize_of(entry.extent.length().div_ceil(step));
+        }
+        Ok(None)
+    }
+
+    fn load(&self, record: u32) -> Result<Arc<Loaded>> {
+        let locked = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = locked().get(&record) {
+            return Ok(Arc::clone(loaded));
+        }
+        let place = &self.records[record as usize];
+        let header = self.files.header(place)?;
+        let pages = self.files.new_pages(place, &header)?;
+        let loaded = Arc::new(Loaded { header, pages });
+        let mut recent = locked();
+        if recent.len() >= Self::RECENT {
+            recent.clear();
+        }
+        recent.insert(record, Arc::clone(&loaded));
+        Ok(loaded)
+    }
+}

@@ -1,0 +1,298 @@
+//! The state file: two alternating slots that say where the target stands, and the decisions of its sessions.
+//!
+//! ```text
+//! page  0      file header
+//! page  1, 2   slot A, slot B
+//! page  3 ...  decisions: 2 lanes x 8 ordinals x 2 copies
+//! ```
+//! A decision is not in the log, so that a log that may no longer be appended to can still be decided. It is
+//! in one file with the slots, so that APPLIED and the slot that publishes the new point cost one flush: if
+//! only one of the two survives a power loss, recovery derives the other. Every page is written at most once
+//! between two flushes.
+
+use std::sync::Arc;
+
+use blockferry_device::{Identity, ReadRequest, StorageDir, StorageFile, WriteRequest};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Decision, DecisionKind, FORMAT_VERSION, PAGE, SessionId, Slot};
+use crate::stats::Stats;
+
+/// Name of the state file in the state directory.
+pub(crate) const STATE_NAME: &str = "state";
+const MAGIC: &[u8; 8] = b"BFRYSTA\0";
+const SLOT_PAGES: [usize; 2] = [1, 2];
+const LANES: usize = 2;
+const ORDINALS: usize = 8;
+const COPIES: usize = 2;
+const FIRST_DECISION: usize = 3;
+const PAGES: usize = FIRST_DECISION + LANES * ORDINALS * COPIES;
+
+/// Valid decisions, each with its lane.
+type Decisions = Vec<(usize, Decision)>;
+
+/// The open state file of a replica.
+#[derive(Debug)]
+pub(crate) struct StateFile {
+    file: Arc<dyn StorageFile>,
+    stats: Arc<Stats>,
+    slot: Slot,
+    /// Which of the two slot pages holds `slot`.
+    slot_page: usize,
+    /// Valid decisions with their lane.
+    decisions: Decisions,
+    /// Set by the first failed write or flush: nothing more is decided through this handle.
+    dead: bool,
+}
+
+impl StateFile {
+    /// Opens the state, or creates it for a target of this identity.
+    pub(crate) fn open_or_create(
+        dir: &dyn StorageDir,
+        identity: &Identity,
+        stats: &Arc<Stats>,
+    ) -> Result<Self> {
+        let attempt = || format!("open {STATE_NAME} in {}", dir.label());
+        match dir.open(STATE_NAME).map_err(|e| Error::log(attempt(), e))? {
+            Some(file) if file.size_bytes() >= (PAGES * PAGE) as u64 => {
+                Self::load(file, stats, dir)
+            }
+            // Shorter than it was ever made durable: its creation never finished.
+            Some(_) => {
+                dir.remove(STATE_NAME)
+                    .map_err(|e| Error::log(attempt(), e))?;
+                Self::create(dir, identity, stats)
+            }
+            None => Self::create(dir, identity, stats),
+        }
+    }
+
+    fn create(dir: &dyn StorageDir, identity: &Identity, stats: &Arc<Stats>) -> Result<Self> {
+        let attempt = || format!("create {STATE_NAME} in {}", dir.label());
+        let file = dir
+            .create(STATE_NAME)
+            .map_err(|e| Error::log(attempt(), e))?;
+        let slot = Slot::unknown(identity.clone());
+        let mut bytes = vec![0; PAGES * PAGE];
+        bytes[..8].copy_from_slice(MAGIC);
+        bytes[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        bytes[PAGE..2 * PAGE].copy_from_slice(&slot.encode());
+        file.write_at(0, &bytes)
+            .map_err(|e| Error::log(attempt(), e))?;
+        file.flush().map_err(|e| Error::log(attempt(), e))?;
+        stats.count_flush();
+        dir.sync().map_err(|e| Error::log(attempt(), e))?;
+        stats.count_flush();
+        let stats = Arc::clone(stats);
+        Ok(Self {
+            file,
+            stats,
+            slot,
+            slot_page: 0,
+            decisions: Vec::new(),
+            dead: false,
+        })
+    }
+
+    fn load(file: Arc<dyn StorageFile>, stats: &Arc<Stats>, dir: &dyn StorageDir) -> Result<Self> {
+        let attempt = format!("read {STATE_NAME} in {}", dir.label());
+        // What the page cache shows may not be on the medium (kill, restart, power loss): flush before
+        // trusting anything, and stop if that fails.
+        file.flush().map_err(|e| Error::log(&attempt, e))?;
+        stats.count_flush();
+        let (slot_page, slot, decisions) = read_state(&*file, &attempt)?;
+        let stats = Arc::clone(stats);
+        Ok(Self {
+            file,
+            stats,
+            slot,
+            slot_page,
+            decisions,
+            dead: false,
+        })
+    }
+
+    /// Where the target stands.
+    pub(crate) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// The last decision of a session.
+    pub(crate) fn last_decision(&self, session: SessionId) -> Option<&Decision> {
+        last_of(&self.decisions, session)
+    }
+
+    /// Makes a decision durable.
+    pub(crate) fn decide(&mut self, decision: &Decision) -> Result<()> {
+        self.write(Some(decision), None)
+    }
+
+    /// Makes a decision and the slot that follows from it durable with one flush.
+    pub(crate) fn decide_and_publish(&mut self, decision: &Decision, slot: Slot) -> Result<()> {
+        self.write(Some(decision), Some(slot))
+    }
+
+    /// Makes a slot durable.
+    pub(crate) fn publish(&mut self, slot: Slot) -> Result<()> {
+        self.write(None, Some(slot))
+    }
+
+    /// The next decision of a session; the caller fills in what it binds.
+    pub(crate) fn next_ordinal(&self, session: SessionId) -> u32 {
+        self.last_decision(session).map_or(0, |d| d.ordinal + 1)
+    }
+
+    fn write(&mut self, decision: Option<&Decision>, slot: Option<Slot>) -> Result<()> {
+        if self.dead {
+            return Err(Error::new(
+                ErrorKind::Log,
+                "the state file failed before; open the target again to decide anything",
+            ));
+        }
+        self.dead = true;
+        if let Some(decision) = decision {
+            self.write_decision(decision)?;
+        }
+        let slot_page = 1 - self.slot_page;
+        let slot = slot.map(|s| Slot {
+            sequence: self.slot.sequence + 1,
+            ..s
+        });
+        if let Some(slot) = &slot {
+            let offset = (SLOT_PAGES[slot_page] * PAGE) as u64;
+            self.file
+                .write_at(offset, &slot.encode())
+                .map_err(|e| Error::log("write state slot", e))?;
+        }
+        self.file
+            .flush()
+            .map_err(|e| Error::log("flush state", e))?;
+        self.stats.count_flush();
+        self.dead = false;
+        if let Some(slot) = slot {
+            self.slot = slot;
+            self.slot_page = slot_page;
+        }
+        Ok(())
+    }
+
+    fn write_decision(&mut self, decision: &Decision) -> Result<()> {
+        let lane = self.lane_of(decision.session);
+        let ordinal = decision.ordinal as usize;
+        if ordinal >= ORDINALS {
+            return Err(Error::refused(format!(
+                "decision {ordinal} of session {}: a session has at most {ORDINALS}",
+                decision.session
+            )));
+        }
+        let page = decision.encode();
+        let first = (FIRST_DECISION + (lane * ORDINALS + ordinal) * COPIES) * PAGE;
+        let copies = [first, first + PAGE].map(|o| WriteRequest {
+            offset: o as u64,
+            bytes: &page,
+        });
+        self.file
+            .write_batch(&copies)
+            .map_err(|e| Error::log("write decision", e))?;
+        // Stale decisions of an older session in this lane are overwritten one by one.
+        self.decisions
+            .retain(|(l, d)| *l != lane || d.session == decision.session);
+        self.decisions.push((lane, decision.clone()));
+        Ok(())
+    }
+
+    /// The lane that holds this session's decisions, or one that the current point does not need.
+    fn lane_of(&self, session: SessionId) -> usize {
+        let of = |id: SessionId| {
+            self.decisions
+                .iter()
+                .find(|(_, d)| d.session == id)
+                .map(|(l, _)| *l)
+        };
+        let current = self.slot.point.as_ref().map(|p| p.id);
+        of(session)
+            .or_else(|| current.and_then(of).map(|lane| (lane + 1) % LANES))
+            .unwrap_or_default()
+    }
+}
+
+/// Reads slots and decisions without changing anything: for `open` after its flush, and for looking only.
+fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<(usize, Slot, Decisions)> {
+    let mut bytes = vec![0; PAGES * PAGE];
+    let mut whole = [ReadRequest {
+        offset: 0,
+        buffer: &mut bytes,
+    }];
+    // An unreadable page must not hide the others: they are read one by one then.
+    if file.read_medium(&mut whole).is_err() {
+        let mut damaged = Vec::new();
+        for (page, buffer) in bytes.chunks_mut(PAGE).enumerate() {
+            let mut one = [ReadRequest {
+                offset: (page * PAGE) as u64,
+                buffer,
+            }];
+            if file.read_medium(&mut one).is_err() {
+                damaged.push(page);
+            }
+        }
+        damaged
+            .into_iter()
+            .for_each(|page| bytes[page * PAGE..(page + 1) * PAGE].fill(0));
+    }
+    let page = |n: usize| &bytes[n * PAGE..(n + 1) * PAGE];
+    let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
+    if bytes[..8] == *MAGIC && version != FORMAT_VERSION {
+        return Err(Error::new(
+            ErrorKind::UnknownVersion,
+            format!("{attempt}: format version {version}, this build reads {FORMAT_VERSION}"),
+        ));
+    }
+    let (slot_page, slot) = SLOT_PAGES
+        .iter()
+        .enumerate()
+        .filter_map(|(n, p)| Slot::decode(page(*p)).map(|s| (n, s)))
+        .max_by_key(|(_, s)| s.sequence)
+        .ok_or_else(|| Error::corrupt(format!("{attempt}: both state slots are damaged")))?;
+    let mut decisions = Vec::new();
+    for place in 0..LANES * ORDINALS {
+        let copies = (0..COPIES).map(|c| page(FIRST_DECISION + place * COPIES + c));
+        decisions.extend(
+            copies
+                .filter_map(Decision::decode)
+                .next()
+                .map(|d| (place / ORDINALS, d)),
+        );
+    }
+    Ok((slot_page, slot, decisions))
+}
+
+fn last_of(decisions: &[(usize, Decision)], session: SessionId) -> Option<&Decision> {
+    decisions
+        .iter()
+        .map(|(_, d)| d)
+        .filter(|d| d.session == session)
+        .max_by_key(|d| d.ordinal)
+}
+
+/// What the state file says, for a look that takes no lock and changes nothing.
+#[derive(Debug)]
+pub(crate) struct StateView {
+    pub(crate) slot: Slot,
+    decisions: Decisions,
+}
+
+impl StateView {
+    /// `None` if there is no state.
+    pub(crate) fn read(dir: &dyn StorageDir) -> Result<Option<Self>> {
+        let attempt = format!("read {STATE_NAME} in {}", dir.label());
+        let Some(file) = dir.open(STATE_NAME).map_err(|e| Error::log(&attempt, e))? else {
+            return Ok(None);
+        };
+        let (_, slot, decisions) = read_state(&*file, &attempt)?;
+        Ok(Some(Self { slot, decisions }))
+    }
+
+    pub(crate) fn last_kind(&self, session: SessionId) -> Option<DecisionKind> {
+        last_of(&self.decisions, session).map(|d| d.kind)
+    }
+}
