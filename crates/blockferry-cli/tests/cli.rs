@@ -1,0 +1,832 @@
+//! The command line contract, tested on the real binary: exit codes, streams, JSON lines, signals.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+const MIB: usize = 1 << 20;
+
+/// A directory with disks and a state root of its own, on a real file system.
+struct Lab {
+    directory: tempfile::TempDir,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        Self { directory }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A disk without zeros, different for each seed.
+    fn disk(&self, name: &str, bytes: usize, seed: u64) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content(bytes, seed)).expect("written");
+        path
+    }
+
+    fn command<'a>(&self, words: impl IntoIterator<Item = &'a str>) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blockferry"));
+        command
+            .args(words)
+            .current_dir(self.directory.path())
+            .stdin(Stdio::null());
+        command.env("BLOCKFERRY_STATE_ROOT", self.path("state-root"));
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line.split_whitespace())
+            .output()
+            .expect("the binary runs")
+    }
+
+    /// Runs with `--json` and returns the exit code and every line, parsed.
+    fn json(&self, line: &str) -> (i32, Vec<Value>) {
+        let output = self
+            .command(line.split_whitespace().chain(["--json"]))
+            .output()
+            .expect("runs");
+        assert_eq!(
+            text(&output.stderr),
+            "",
+            "{line}: JSON mode is silent on standard error"
+        );
+        let lines = text(&output.stdout);
+        let parsed = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).expect(line))
+            .collect();
+        (code(&output), parsed)
+    }
+
+    /// Runs something that must succeed.
+    fn must(&self, line: &str) {
+        let output = self.run(line);
+        assert_eq!(code(&output), 0, "{line}: {}", text(&output.stderr));
+    }
+
+    /// Two equal disks after a completed delta, so that there is something to roll back to.
+    fn applied(&self) {
+        self.disk("old", 4 * MIB, 1);
+        fs::copy(self.path("old"), self.path("target")).expect("copied");
+        fs::copy(self.path("old"), self.path("source")).expect("copied");
+        patch(&self.path("source"), 70_000, b"changed");
+        self.must("sync source target --mode delta");
+    }
+
+    /// A sync slowed down so much that it lasts until it is stopped.
+    fn slow_sync(&self, more: &str) -> Child {
+        self.disk("source", 24 * MIB, 2);
+        self.disk("target", 24 * MIB, 3);
+        let line = format!("sync source target --mode delta --bwlimit 2M {more}");
+        let mut command = self.command(line.split_whitespace());
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("runs")
+    }
+}
+
+/// xorshift64*: bytes without pattern, the same for the same seed.
+fn content(bytes: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    };
+    (0..bytes / 8)
+        .flat_map(|_| (next() | 1).to_le_bytes())
+        .collect()
+}
+
+fn patch(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .expect("opened");
+    file.write_all_at(bytes, offset).expect("written");
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    fs::read(one).expect("readable") == fs::read(other).expect("readable")
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().expect("ended by itself")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill")
+        .args([name, &child.id().to_string()])
+        .status();
+    assert!(status.expect("kill runs").success());
+}
+
+/// Reads JSON lines until one has this event, and returns it.
+fn wait_for(lines: &mut impl Iterator<Item = std::io::Result<String>>, event: &str) -> Value {
+    lines
+        .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"))
+        .find(|line| line["event"] == event)
+        .expect("the event comes before the end")
+}
+
+// --- streams -------------------------------------------------------------------------------------------------------
+
+/// The shape every JSON stream has, whatever the verb.
+fn check_stream(line: &str, code: i32, lines: &[Value]) {
+    assert_eq!(lines[0]["version"], 1, "{line}: a version heads the stream");
+    for value in lines {
+        let kind = value["type"].as_str().expect("every line has a type");
+        assert!(
+            ["event", "progress", "warning", "summary", "error"].contains(&kind),
+            "{line}: {kind}"
+        );
+    }
+    let endings: Vec<&Value> = lines
+        .iter()
+        .filter(|value| value["type"] == "summary" || value["type"] == "error")
+        .collect();
+    assert_eq!(
+        endings.len(),
+        1,
+        "{line}: one summary or one error: {lines:?}"
+    );
+    assert_eq!(
+        lines.last(),
+        Some(endings[0]),
+        "{line}: and it is the last line"
+    );
+    if endings[0]["type"] == "error" {
+        assert_eq!(
+            endings[0]["code"], code,
+            "{line}: the error names the exit code"
+        );
+    }
+}
+
+#[test]
+fn every_verb_speaks_valid_json_lines() {
+    let lab = Lab::new();
+    lab.disk("a", MIB, 1);
+    lab.disk("b", MIB, 2);
+    for (line, expected) in [
+        ("sync a t --dry-run", 0),
+        ("sync a t", 0),
+        ("sync b t", 0),
+        ("status t", 0),
+        ("status", 0),
+        ("resume t", 2),
+        ("cancel t", 0),
+        ("verify t", 0),
+        ("rollback t", 0),
+        ("sync b t", 0),
+        ("accept t", 0),
+        ("diff a b", 1),
+        ("digest a --manifest m", 0),
+        ("verify a b", 1),
+        ("completions fish", 0),
+        ("man pages", 0),
+        ("--help", 0),
+        ("sync --help", 0),
+        ("--version", 0),
+    ] {
+        let (code, lines) = lab.json(line);
+
+        assert_eq!(code, expected, "{line}: {lines:?}");
+        check_stream(line, code, &lines);
+    }
+}
+
+#[test]
+fn argument_errors_are_json_lines_too() {
+    let lab = Lab::new();
+    for line in [
+        "",
+        "nonsense",
+        "sync",
+        "sync a",
+        "sync a b --mode sideways",
+        "sync a b --force",
+        "sync a b --yes",
+        "sync a b --bwlimit 0",
+        "sync a b --block-size 3000",
+        "sync host:/a b",
+        "sync a ssh://host/b",
+        "sync nbd://host/a b",
+        "sync blockferry://host:1/a b",
+        "sync qcow2+file:a b",
+        "status t -q -v",
+        "completions tcsh",
+    ] {
+        let (code, lines) = lab.json(line);
+
+        assert_eq!(code, 2, "{line}");
+        check_stream(line, code, &lines);
+        assert_eq!(lines.last().expect("a line")["kind"], "usage", "{line}");
+    }
+}
+
+#[test]
+fn addresses_of_later_versions_are_called_unsupported_not_missing() {
+    let lab = Lab::new();
+    lab.disk("a", MIB, 1);
+    for address in [
+        "host:/disk",
+        "ssh://h/disk",
+        "nbd://h/e",
+        "blockferry://h:1/n",
+        "vhd+file:d",
+    ] {
+        for line in [
+            format!("sync a {address}"),
+            format!("sync {address} a"),
+            format!("digest {address}"),
+        ] {
+            let output = lab.run(&line);
+
+            assert_eq!(code(&output), 2, "{line}");
+            assert!(
+                text(&output.stderr).contains("is not supported by this version"),
+                "{line}"
+            );
+        }
+    }
+}
+
+#[test]
+fn text_for_people_never_goes_to_standard_output() {
+    let lab = Lab::new();
+    lab.applied();
+    for line in [
+        "status target",
+        "status",
+        "verify target",
+        "verify source target",
+        "rollback target",
+        "sync source target -v",
+        "accept target",
+        "cancel target",
+        "man pages",
+        "sync source target --dry-run",
+    ] {
+        let output = lab.run(line);
+
+        assert_eq!(code(&output), 0, "{line}: {}", text(&output.stderr));
+        assert_eq!(text(&output.stdout), "", "{line}");
+        assert_ne!(text(&output.stderr), "", "{line}");
+    }
+}
+
+#[test]
+fn quiet_runs_say_nothing() {
+    let lab = Lab::new();
+    lab.disk("source", MIB, 1);
+
+    let output = lab.run("sync -q source target");
+
+    assert_eq!(
+        (code(&output), text(&output.stderr), text(&output.stdout)),
+        (0, String::new(), String::new())
+    );
+}
+
+#[test]
+fn the_summary_of_sync_has_every_field_of_the_contract() {
+    let lab = Lab::new();
+    lab.disk("source", MIB, 1);
+
+    let (_, lines) = lab.json("sync source target");
+
+    let summary = lines
+        .last()
+        .expect("a line")
+        .as_object()
+        .expect("an object");
+    for field in [
+        "mode",
+        "strategy",
+        "source_bytes",
+        "scanned_bytes",
+        "changed_bytes",
+        "sent_bytes",
+        "staged_bytes",
+        "resumed_bytes",
+        "zero_bytes",
+        "source_root",
+        "target_root",
+        "sync_point",
+        "elapsed_seconds",
+        "downtime_seconds",
+    ] {
+        assert!(
+            summary.contains_key(field),
+            "{field} is missing: {summary:?}"
+        );
+    }
+    assert_eq!(summary["source_root"], summary["target_root"]);
+}
+
+#[test]
+fn a_reader_that_leaves_neither_panics_nor_hangs() {
+    let lab = Lab::new();
+    lab.disk("a", 8 * MIB, 1);
+    // Every second page differs: more lines than a pipe holds.
+    let mut other = content(8 * MIB, 1);
+    other
+        .iter_mut()
+        .step_by(8192)
+        .for_each(|byte| *byte ^= 0xff);
+    fs::write(lab.path("b"), other).expect("written");
+    for line in [
+        "diff a b",
+        "diff a b --json",
+        "completions bash",
+        "digest a",
+        "--help",
+    ] {
+        let mut command = lab.command(line.split_whitespace());
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("runs");
+        drop(child.stdout.take());
+
+        let output = child.wait_with_output().expect("ends");
+
+        assert!(
+            output.status.code().is_some_and(|code| code <= 1),
+            "{line}: {:?}",
+            output.status
+        );
+        assert!(
+            !text(&output.stderr).contains("panicked"),
+            "{line}: {}",
+            text(&output.stderr)
+        );
+    }
+}
+
+#[test]
+fn a_transfer_outlives_its_reader() {
+    let lab = Lab::new();
+    lab.disk("source", 2 * MIB, 1);
+    let mut command = lab.command(["sync", "source", "target", "--json"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("runs");
+    drop(child.stdout.take());
+
+    let output = child.wait_with_output().expect("ends");
+
+    assert_eq!(code(&output), 0, "{}", text(&output.stderr));
+    assert!(same(&lab.path("source"), &lab.path("target")));
+}
+
+// --- exit codes ----------------------------------------------------------------------------------------------------
+
+#[test]
+fn exit_0_means_done_or_equal() {
+    let lab = Lab::new();
+    lab.disk("source", 2 * MIB, 1);
+
+    lab.must("sync source target");
+
+    assert!(same(&lab.path("source"), &lab.path("target")));
+    for line in [
+        "diff source target",
+        "verify source target",
+        "verify target",
+    ] {
+        lab.must(line);
+    }
+    let (_, lines) = lab.json("sync source target");
+    assert_eq!(lines.last().expect("a line")["outcome"], "identical");
+}
+
+#[test]
+fn exit_1_means_different() {
+    let lab = Lab::new();
+    lab.disk("a", MIB, 1);
+    fs::copy(lab.path("a"), lab.path("b")).expect("copied");
+    patch(&lab.path("b"), 8192 + 5, b"x");
+    patch(&lab.path("b"), 4 * 65536 - 1, b"xy");
+
+    let output = lab.run("diff a b");
+
+    assert_eq!(code(&output), 1, "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "8192 4096\n258048 8192\n");
+    assert_eq!(code(&lab.run("verify a b")), 1);
+    let (code, lines) = lab.json("diff a b");
+    assert_eq!(code, 1);
+    let starts: Vec<&Value> = lines
+        .iter()
+        .filter(|line| line["event"] == "difference")
+        .map(|line| &line["start"])
+        .collect();
+    assert_eq!(starts, [8192, 258_048]);
+}
+
+#[test]
+fn exit_3_means_the_source() {
+    let lab = Lab::new();
+    lab.disk("target", MIB, 1);
+    fs::create_dir(lab.path("directory")).expect("made");
+    for line in [
+        "sync missing target",
+        "sync directory target",
+        "diff missing target",
+        "digest missing",
+    ] {
+        let output = lab.run(line);
+
+        assert_eq!(code(&output), 3, "{line}: {}", text(&output.stderr));
+    }
+    assert!(text(&lab.run("digest missing").stderr).contains("missing"));
+}
+
+#[test]
+fn exit_4_means_the_target() {
+    let lab = Lab::new();
+    lab.disk("source", MIB, 1);
+    lab.disk("real", MIB, 2);
+    std::os::unix::fs::symlink(lab.path("real"), lab.path("link")).expect("linked");
+    fs::create_dir(lab.path("directory")).expect("made");
+    for line in [
+        "sync source link",
+        "sync source directory",
+        "sync source nowhere/target",
+    ] {
+        let output = lab.run(line);
+
+        assert_eq!(code(&output), 4, "{line}: {}", text(&output.stderr));
+    }
+    assert_eq!(
+        fs::read(lab.path("real")).expect("readable"),
+        content(MIB, 2)
+    );
+}
+
+#[test]
+fn exit_7_means_corruption() {
+    let lab = Lab::new();
+    lab.disk("source", 2 * MIB, 1);
+    lab.must("sync source target");
+    patch(&lab.path("target"), 1_000_000, b"rot");
+
+    let output = lab.run("verify target");
+
+    assert_eq!(code(&output), 7, "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("corruption"));
+}
+
+#[test]
+fn a_signal_stops_cleanly_and_the_command_that_resumes_is_printed() {
+    for (name, expected) in [("-INT", 130), ("-TERM", 143)] {
+        let lab = Lab::new();
+        let mut child = lab.slow_sync("--json");
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        wait_for(&mut lines, "checkpoint");
+
+        signal(&child, name);
+
+        let rest: Vec<Value> = lines
+            .map(|line| serde_json::from_str(&line.expect("readable")).expect("JSON"))
+            .collect();
+        let status = child.wait().expect("ends");
+        let error = rest.last().expect("an error line");
+        assert_eq!(status.code(), Some(expected), "{rest:?}");
+        assert_eq!(
+            (&error["type"], &error["resumable"]),
+            (&"error".into(), &true.into()),
+            "{error}"
+        );
+        assert!(
+            error["hints"].to_string().contains("blockferry resume"),
+            "{error}"
+        );
+        assert_eq!(
+            fs::read(lab.path("target")).expect("readable"),
+            content(24 * MIB, 3)
+        );
+
+        let (code, lines) = lab.json("resume target");
+        let summary = lines.last().expect("a line");
+        assert_eq!(code, 0, "{summary}");
+        assert_eq!(summary["restaged_bytes"], 0, "{summary}");
+        assert!(
+            summary["resumed_bytes"].as_u64().expect("a number") > 0,
+            "{summary}"
+        );
+        assert!(same(&lab.path("source"), &lab.path("target")));
+    }
+}
+
+#[test]
+fn the_resume_command_of_the_hint_works_as_printed() {
+    let lab = Lab::new();
+    let mut child = lab.slow_sync("--state kept -v");
+    let mut errors = BufReader::new(child.stderr.take().expect("piped"));
+    let mut said = String::new();
+    while !said.contains("durable up to record") {
+        assert_ne!(
+            errors.read_line(&mut said).expect("readable"),
+            0,
+            "ended early: {said}"
+        );
+    }
+    signal(&child, "-INT");
+    errors.read_to_string(&mut said).expect("readable");
+    assert_eq!(child.wait().expect("ends").code(), Some(130), "{said}");
+    let command = said
+        .lines()
+        .find_map(|line| line.strip_prefix("hint: continue with: "))
+        .expect(&said);
+
+    let binary = Path::new(env!("CARGO_BIN_EXE_blockferry"))
+        .parent()
+        .expect("a directory");
+    let path = format!(
+        "{}:{}",
+        binary.display(),
+        std::env::var("PATH").expect("a path")
+    );
+    let status = Command::new("sh")
+        .args(["-c", command])
+        .current_dir("/")
+        .env("PATH", path)
+        .env("BLOCKFERRY_STATE_ROOT", lab.path("state-root"))
+        .stderr(Stdio::null())
+        .status();
+
+    assert!(status.expect("a shell").success(), "{command}");
+    assert!(same(&lab.path("source"), &lab.path("target")));
+}
+
+#[test]
+fn two_runs_cannot_meet_at_one_target() {
+    let lab = Lab::new();
+    let mut child = lab.slow_sync("--json");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    wait_for(&mut lines, "checkpoint");
+
+    for line in [
+        "sync source target",
+        "cancel target",
+        "rollback target --state elsewhere",
+    ] {
+        let output = lab.run(line);
+        assert_eq!(code(&output), 4, "{line}: {}", text(&output.stderr));
+    }
+    let (_, status) = lab.json("status target");
+    assert_eq!(status.last().expect("a line")["running"], true);
+
+    child.kill().expect("killed");
+    child.wait().expect("reaped");
+}
+
+// --- verbs ---------------------------------------------------------------------------------------------------------
+
+#[test]
+fn rollback_returns_to_the_old_point_and_accept_lets_it_go() {
+    let lab = Lab::new();
+    lab.applied();
+    assert!(same(&lab.path("source"), &lab.path("target")));
+
+    lab.must("rollback target");
+    assert!(same(&lab.path("old"), &lab.path("target")));
+
+    lab.must("sync source target");
+    lab.must("accept target");
+    let (_, lines) = lab.json("rollback target");
+    assert_ne!(lines.last().expect("a line")["outcome"], "rolled_back");
+    assert!(same(&lab.path("source"), &lab.path("target")));
+}
+
+#[test]
+fn cancel_drops_what_was_staged() {
+    let lab = Lab::new();
+    let mut child = lab.slow_sync("--json");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    wait_for(&mut lines, "checkpoint");
+    child.kill().expect("killed");
+    child.wait().expect("reaped");
+    let (_, lines) = lab.json("status target");
+    assert_eq!(lines.last().expect("a line")["state"], "staging");
+
+    let (code, lines) = lab.json("cancel target");
+
+    assert_eq!(
+        (code, &lines.last().expect("a line")["outcome"]),
+        (0, &"cancelled".into())
+    );
+    assert_eq!(
+        fs::read(lab.path("target")).expect("readable"),
+        content(24 * MIB, 3)
+    );
+    assert_eq!(lab.json("resume target").0, 2, "nothing is left to resume");
+}
+
+#[test]
+fn status_lists_all_targets_and_says_what_can_be_done() {
+    let lab = Lab::new();
+    lab.applied();
+
+    let one = text(&lab.run("status target").stderr);
+    let all = text(&lab.run("status").stderr);
+
+    assert!(
+        one.contains("blockferry rollback") && one.contains("blockferry accept"),
+        "{one}"
+    );
+    assert!(
+        all.contains("TARGET") && all.contains(&*lab.path("target").to_string_lossy()),
+        "{all}"
+    );
+}
+
+#[test]
+fn a_dry_run_writes_nothing_at_all() {
+    let lab = Lab::new();
+    lab.disk("source", 2 * MIB, 1);
+    lab.disk("target", 2 * MIB, 2);
+    let names = |lab: &Lab| -> Vec<String> {
+        let entries = fs::read_dir(lab.directory.path()).expect("readable");
+        let mut names: Vec<String> = entries
+            .map(|entry| {
+                entry
+                    .expect("an entry")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
+            .collect();
+        names.sort();
+        names
+    };
+    let before = names(&lab);
+
+    lab.must("sync source target --dry-run");
+    lab.must("sync source absent --dry-run");
+
+    assert_eq!(names(&lab), before);
+    assert_eq!(
+        fs::read(lab.path("target")).expect("readable"),
+        content(2 * MIB, 2)
+    );
+}
+
+#[test]
+fn bwlimit_holds() {
+    let lab = Lab::new();
+    lab.disk("source", 4 * MIB, 1);
+    let started = Instant::now();
+
+    lab.must("sync source target --bwlimit 4M");
+
+    let elapsed = started.elapsed();
+    assert!(
+        elapsed > Duration::from_millis(700),
+        "4 MiB at 4 MiB/s took {elapsed:?}"
+    );
+}
+
+#[test]
+fn a_digest_names_content_whatever_the_file_and_its_holes() {
+    let lab = Lab::new();
+    lab.disk("a", MIB, 1);
+    fs::copy(lab.path("a"), lab.path("b")).expect("copied");
+    let root = |line: &str| {
+        let output = lab.run(line);
+        assert_eq!(code(&output), 0, "{line}: {}", text(&output.stderr));
+        let line = text(&output.stdout);
+        line.split_once("  ")
+            .expect("root, two blanks, address")
+            .0
+            .to_owned()
+    };
+
+    let first = root("digest a");
+
+    assert_eq!(first.len(), 64);
+    assert_eq!(root("digest b --manifest manifest"), first);
+    assert!(fs::metadata(lab.path("manifest")).expect("written").len() > 0);
+    patch(&lab.path("b"), 99, b"x");
+    assert_ne!(root("digest b"), first);
+    assert_eq!(
+        code(&lab.run("digest a --manifest manifest")),
+        4,
+        "a manifest is never overwritten"
+    );
+}
+
+#[test]
+fn completions_and_manual_pages_know_every_verb() {
+    let lab = Lab::new();
+    let verbs = [
+        "demo", "sync", "status", "resume", "cancel", "rollback", "accept", "diff", "digest",
+        "verify",
+    ];
+    for shell in ["bash", "zsh", "fish"] {
+        let output = lab.run(&format!("completions {shell}"));
+        let script = text(&output.stdout);
+        assert_eq!(code(&output), 0);
+        assert!(verbs.iter().all(|verb| script.contains(verb)), "{shell}");
+    }
+
+    lab.must("man pages");
+
+    for verb in verbs {
+        let page = fs::read_to_string(lab.path(&format!("pages/blockferry-{verb}.1"))).expect(verb);
+        assert!(page.contains(".TH"), "{verb}");
+    }
+    assert!(
+        !lab.path("pages/blockferry-man.1").exists(),
+        "hidden verbs have no page"
+    );
+}
+
+#[test]
+fn help_lists_the_verbs_and_the_exit_codes() {
+    let lab = Lab::new();
+
+    let help = text(&lab.run("--help").stdout);
+    let none = lab.run("");
+
+    for word in [
+        "demo",
+        "sync",
+        "status",
+        "rollback",
+        "--json",
+        "--state",
+        "Exit codes:",
+        "130",
+    ] {
+        assert!(help.contains(word), "{word} is missing: {help}");
+    }
+    assert!(!help.contains(" man "), "hidden: {help}");
+    assert_eq!((code(&none), text(&none.stdout)), (2, String::new()));
+}
+
+#[test]
+fn a_log_limit_that_is_too_small_leaves_the_target_alone() {
+    let lab = Lab::new();
+    lab.disk("source", 8 * MIB, 1);
+    lab.disk("target", 8 * MIB, 2);
+
+    let output = lab.run("sync source target --strategy redo --log-limit 1M");
+
+    assert!([4, 5].contains(&code(&output)), "{}", text(&output.stderr));
+    assert_eq!(
+        fs::read(lab.path("target")).expect("readable"),
+        content(8 * MIB, 2)
+    );
+}
+
+// --- demo ----------------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_demo_holds_what_it_promises_and_leaves_its_receipt() {
+    let lab = Lab::new();
+    fs::create_dir(lab.path("demo")).expect("made");
+
+    let (code, lines) = lab.json("demo --dir demo --size 64MiB");
+
+    check_stream("demo", code, &lines);
+    let summary = lines.last().expect("a line");
+    assert_eq!(code, 0, "{summary}");
+    assert_eq!(summary["resumed"]["restaged_bytes"], 0);
+    assert!(
+        summary["resumed"]["resumed_bytes"]
+            .as_u64()
+            .expect("a number")
+            > 0
+    );
+    let receipt = summary["receipt"].as_str().expect("a path");
+    let stored: Value =
+        serde_json::from_str(&fs::read_to_string(lab.path(receipt)).expect("stored"))
+            .expect("JSON");
+    assert_eq!(
+        stored["resumed"]["source_root"],
+        stored["resumed"]["target_root"]
+    );
+}
