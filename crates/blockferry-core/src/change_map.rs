@@ -205,8 +205,8 @@ mod tests {
             prop_assert_eq!(map.run_count(), changes + usize::from(image_bytes > 0));
             let runs: Vec<(Extent, Content)> = map.runs(within).collect();
             prop_assert!(runs.windows(2).all(|pair| pair[0].1 != pair[1].1), "{:?}", runs);
-            let listed: Vec<(u64, Content)> =
-                runs.iter().flat_map(|&(run, content)| run.range().map(move |x| (x, content))).collect();
+            let bytes = |&(run, content): &(Extent, _)| run.range().map(move |x| (x, content));
+            let listed: Vec<(u64, Content)> = runs.iter().flat_map(bytes).collect();
             let expected: Vec<(u64, Content)> = within
                 .range()
                 .filter(|&x| x < image_bytes)

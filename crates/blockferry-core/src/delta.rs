@@ -153,6 +153,7 @@ mod tests {
             delta.merge(&Delta::between(&b, &c, 4));
 
             prop_assert_eq!(apply(&a, &delta, &c), c);
+            prop_assert!(delta.data().intersection(delta.zero()).is_empty());
         }
     }
 

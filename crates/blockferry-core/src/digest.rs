@@ -128,6 +128,14 @@ pub fn page_digest(block_size: BlockSize, offset: u64, bytes: &[u8]) -> Digest {
     Digest(hasher.finalize_non_root())
 }
 
+/// The digests of all pages of a block, in order; see [`page_digest`].
+pub fn page_digests(block_size: BlockSize, block: &[u8]) -> impl Iterator<Item = Digest> + '_ {
+    let offsets = (0..).step_by(to_usize(PAGE_BYTES));
+    offsets
+        .zip(block.chunks(to_usize(PAGE_BYTES)))
+        .map(move |(offset, page)| page_digest(block_size, offset, page))
+}
+
 /// The digest of a block of `block_bytes` from the digests of all its pages.
 ///
 /// `None` when it cannot be told: the block has a single page, or `pages` are not as many as the
@@ -235,6 +243,7 @@ mod tests {
                 .collect();
 
             let expected = (pages.len() > 1).then(|| block_digest(&bytes));
+            prop_assert!(page_digests(size, &bytes).eq(pages.iter().copied()));
             prop_assert_eq!(block_digest_from_pages(&pages, length), expected);
             prop_assert_eq!(block_digest_from_pages(&pages[1..], length), None);
         }

@@ -107,8 +107,7 @@ impl Extent {
     }
 
     /// The smallest extent that covers this one and starts and ends at multiples of `unit_bytes`.
-    /// The end stays below `limit`'s next multiple only if the caller clips it: see
-    /// [`Extent::intersection`].
+    /// It may reach behind the image; clip it with [`Extent::intersection`] where that matters.
     ///
     /// # Panics
     /// When `unit_bytes` is 0 or the widened end does not fit 64 bits.

@@ -47,7 +47,8 @@ pub use change_map::{ChangeMap, Content, Provenance, Trust};
 pub use codec::{Decoder, Encoder, checksum};
 pub use delta::Delta;
 pub use digest::{
-    Digest, block_digest, block_digest_from_pages, is_zero, page_digest, zero_block_digest,
+    Digest, block_digest, block_digest_from_pages, is_zero, page_digest, page_digests,
+    zero_block_digest,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use extent::Extent;
