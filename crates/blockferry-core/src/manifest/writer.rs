@@ -79,7 +79,7 @@ impl<W: Write> ManifestWriter<W> {
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<()> {
-        if self.buffer.len() + bytes > BUFFER_BYTES || self.failed {
+        if self.buffer.len() + bytes > BUFFER_BYTES {
             self.write_buffer()?;
         }
         Ok(())
