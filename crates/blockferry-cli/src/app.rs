@@ -1,6 +1,7 @@
 //! From the words typed to the exit code.
 
 use std::ffi::{OsStr, OsString};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -32,9 +33,18 @@ fn execute(cli: &Cli) -> Exit {
         }
     };
     session.output.head(Some(cli.verb.name()));
-    perform(&cli.verb, &session).unwrap_or_else(|failure| {
+    guarded(&cli.verb, &session).unwrap_or_else(|failure| {
         session.output.failure(&failure);
         failure.exit()
+    })
+}
+
+/// A panic is a bug, but also then the stream ends with an error line and the exit code says what it is. What
+/// panicked was already written by the panic hook.
+fn guarded(verb: &Verb, session: &Session) -> Result<Exit, Failure> {
+    catch_unwind(AssertUnwindSafe(|| perform(verb, session))).unwrap_or_else(|_| {
+        Err(Failure::new(Exit::Internal, "a bug in blockferry ended the run")
+            .with_hint("the target is safe: it keeps its old point until a commit, and recovery finishes one"))
     })
 }
 

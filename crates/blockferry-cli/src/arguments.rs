@@ -15,6 +15,7 @@ use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
 /// was durable is never sent again, and `blockferry status TARGET` says how to go on and how to go back.
 #[derive(Debug, Parser)]
 #[command(name = "blockferry", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+#[command(subcommand_value_name = "VERB", subcommand_help_heading = "Verbs")]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -43,7 +44,7 @@ pub(crate) struct Global {
         help_heading = "Every verb"
     )]
     pub(crate) quiet: bool,
-    /// Also decisions in detail, checkpoints, digests and times
+    /// Also checkpoints, digests and times
     #[arg(short, long, global = true, help_heading = "Every verb")]
     pub(crate) verbose: bool,
     /// JSON lines on standard output instead of text

@@ -11,7 +11,7 @@ use super::meter::Meter;
 use crate::engine::{Event, Phase, Progress, format_size};
 use crate::output::{Output, Verbosity, stderr_is_terminal};
 use crate::signals::Received;
-use crate::verbs::report::duration;
+use crate::verbs::report::about;
 
 /// Between two plain lines.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
@@ -183,10 +183,10 @@ impl Renderer {
     }
 
     fn draw_bar(&self, bar: &ProgressBar, progress: Progress) {
-        bar.set_length(progress.total_bytes.max(1));
-        bar.set_position(progress.done_bytes);
         bar.set_prefix(progress.phase.to_string());
         bar.set_message(self.describe(progress));
+        bar.set_length(progress.total_bytes.max(1));
+        bar.set_position(progress.done_bytes);
     }
 
     fn describe(&self, progress: Progress) -> String {
@@ -205,7 +205,7 @@ impl Renderer {
             text.push_str(&format!(", {}/s", format_size(whole(rate))));
         }
         if let Some(seconds) = self.meter.remaining_seconds(progress.total_bytes) {
-            text.push_str(&format!(", {} left", duration(seconds)));
+            text.push_str(&format!(", {} left", about(seconds)));
         }
         text
     }
@@ -279,7 +279,7 @@ fn form(output: &Output, look: Look) -> Form {
 
 fn bar() -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let style = ProgressStyle::with_template("{prefix:>12} [{bar:24}] {percent:>3} % {msg}")
+    let style = ProgressStyle::with_template("{prefix:>12} [{bar:24}] {percent:>3} % {wide_msg}")
         .expect("the template is constant and valid");
     bar.set_style(style.progress_chars("=> "));
     bar

@@ -20,6 +20,15 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
+/// A time nobody knows better than to the second: `3 s`, `4 min 05 s`.
+pub(crate) fn about(seconds: f64) -> String {
+    if seconds < 99.5 {
+        format!("{seconds:.0} s")
+    } else {
+        duration(seconds)
+    }
+}
+
 /// `just now`, `4 minutes ago`, `3 days ago`.
 pub(crate) fn age(seconds: u64) -> String {
     const UNITS: [(u64, &str); 4] = [
