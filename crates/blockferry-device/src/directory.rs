@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use crate::data_path::WriteMode;
 use crate::file::OsFile;
-use crate::sys::{self, LockKind};
+use crate::sys;
 use crate::{Error, ErrorKind, LockGuard, Result, StorageDir, StorageFile};
 
 /// A directory of the operating system.
@@ -96,13 +96,17 @@ impl OsDirectory {
     /// # Errors
     /// The file system failed or refused; the name is a symlink or no regular file.
     pub fn open_file(&self, name: &str) -> Result<Option<OsFile>> {
+        let wrap = |file| OsFile::from_file(self.label_of(name), file, self.write_mode);
+        self.open_raw(name)?.map(wrap).transpose()
+    }
+
+    /// Opens whatever has the name, except a symlink.
+    pub(crate) fn open_raw(&self, name: &str) -> Result<Option<File>> {
         self.check_name(name)?;
         // O_NONBLOCK: opening a FIFO must not wait for its other end.
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match rustix::fs::openat(&self.handle, name, flags, Mode::empty()) {
-            Ok(file) => {
-                OsFile::from_file(self.label_of(name), file.into(), self.write_mode).map(Some)
-            }
+            Ok(file) => Ok(Some(file.into())),
             Err(Errno::NOENT) => Ok(None),
             Err(Errno::LOOP) => Err(Error::new(
                 ErrorKind::Unsuitable,
@@ -251,8 +255,7 @@ impl StorageDir for OsDirectory {
     fn lock(&self, name: &str) -> Result<Box<dyn LockGuard>> {
         loop {
             let mut file = self.create_file(name, OFlags::empty())?;
-            sys::try_ofd_lock(&file, LockKind::Exclusive)
-                .map_err(|e| self.not_locked(name, &mut file, e))?;
+            sys::try_ofd_lock(&file).map_err(|e| self.not_locked(name, &mut file, e))?;
             if self.is_current(name, &file)? {
                 note_holder(&mut file);
                 return Ok(Box::new(FileLock { _file: file }));

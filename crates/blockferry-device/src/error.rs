@@ -59,6 +59,28 @@ impl Error {
         }
     }
 
+    /// One positioned request failed.
+    pub(crate) fn of_request(
+        attempt: &str,
+        offset: u64,
+        bytes: usize,
+        label: &str,
+        cause: io::Error,
+    ) -> Self {
+        Self::from_io(
+            format!("{attempt} of {bytes} bytes at offset {offset} of {label}"),
+            cause,
+        )
+    }
+
+    /// Some request of a batch failed.
+    pub(crate) fn of_batch(attempt: &str, requests: usize, label: &str, cause: io::Error) -> Self {
+        Self::from_io(
+            format!("{attempt} of {requests} requests on {label}"),
+            cause,
+        )
+    }
+
     /// What the caller can do next.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -73,7 +95,8 @@ fn kind_of(cause: &io::Error) -> ErrorKind {
         K::AlreadyExists => ErrorKind::AlreadyExists,
         K::PermissionDenied | K::ReadOnlyFilesystem => ErrorKind::Denied,
         K::StorageFull | K::QuotaExceeded | K::FileTooLarge => ErrorKind::NoSpace,
-        K::ResourceBusy | K::WouldBlock => ErrorKind::Busy,
+        K::ResourceBusy | K::WouldBlock | K::ExecutableFileBusy => ErrorKind::Busy,
+        K::IsADirectory | K::NotADirectory => ErrorKind::Unsuitable,
         K::Unsupported | K::CrossesDevices => ErrorKind::Unsupported,
         K::UnexpectedEof => ErrorKind::OutOfRange,
         _ => ErrorKind::Io,

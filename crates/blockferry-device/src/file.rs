@@ -120,21 +120,6 @@ impl OsFile {
         Error::from_io(format!("{attempt} of {}", self.label), cause.into())
     }
 
-    fn failed_at(&self, attempt: &str, offset: u64, bytes: usize, cause: io::Error) -> Error {
-        let label = &self.label;
-        Error::from_io(
-            format!("{attempt} of {bytes} bytes at offset {offset} of {label}"),
-            cause,
-        )
-    }
-
-    fn failed_batch(&self, attempt: &str, requests: usize, cause: io::Error) -> Error {
-        Error::from_io(
-            format!("{attempt} of {requests} requests on {}", self.label),
-            cause,
-        )
-    }
-
     fn failed_extent(&self, attempt: &str, extent: Extent, cause: Errno) -> Error {
         Error::from_io(
             format!("{attempt} {extent} of {}", self.label),
@@ -186,14 +171,14 @@ impl BlockSource for OsFile {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let read = self.path.read(offset, buffer);
-        read.map_err(|e| self.failed_at("read", offset, buffer.len(), e))
+        read.map_err(|e| Error::of_request("read", offset, buffer.len(), &self.label, e))
     }
 
     fn read_batch(&self, requests: &mut [ReadRequest<'_>]) -> Result<()> {
         let count = requests.len();
         self.path
             .read_batch(requests)
-            .map_err(|e| self.failed_batch("read", count, e))
+            .map_err(|e| Error::of_batch("read", count, &self.label, e))
     }
 
     fn preferred_depth(&self) -> usize {
@@ -203,24 +188,11 @@ impl BlockSource for OsFile {
     fn status_at(&self, offset: u64) -> Result<(Status, u64)> {
         let size = self.size_bytes();
         let known = allocation::status_at(self.file(), offset, size);
-        known.map_err(|e| self.failed_at("status", offset, 1, e))
+        known.map_err(|e| Error::of_request("status", offset, 1, &self.label, e))
     }
 
     fn identity(&self) -> Result<Identity> {
-        let found = rustix::fs::statx(
-            self.file(),
-            c"",
-            AtFlags::EMPTY_PATH,
-            StatxFlags::INO | StatxFlags::BTIME,
-        );
-        let found = found.map_err(|e| self.failed("identity", e))?;
-        if found.stx_mask & StatxFlags::BTIME.bits() == 0 {
-            return Ok(Identity::unknown());
-        }
-        let mut bytes = found.stx_ino.to_le_bytes().to_vec();
-        bytes.extend(found.stx_btime.tv_sec.to_le_bytes());
-        bytes.extend(found.stx_btime.tv_nsec.to_le_bytes());
-        Ok(Identity::from_bytes(&bytes))
+        Ok(identity_of(self.file()))
     }
 
     /// Inode, size, ctime and mtime.
@@ -247,6 +219,20 @@ impl BlockSource for OsFile {
     }
 }
 
+/// Inode and birth time; unknown where the file system keeps no birth time.
+pub(crate) fn identity_of(file: &File) -> Identity {
+    let wanted = StatxFlags::INO | StatxFlags::BTIME;
+    match rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, wanted) {
+        Ok(found) if found.stx_mask & StatxFlags::BTIME.bits() != 0 => {
+            let mut bytes = found.stx_ino.to_le_bytes().to_vec();
+            bytes.extend(found.stx_btime.tv_sec.to_le_bytes());
+            bytes.extend(found.stx_btime.tv_nsec.to_le_bytes());
+            Identity::from_bytes(&bytes)
+        }
+        _ => Identity::unknown(),
+    }
+}
+
 /// Longest tick of Linux (HZ=100), and a little.
 const CLOCK_TICK: Duration = Duration::from_millis(12);
 
@@ -262,12 +248,12 @@ fn changed_just_now(found: &std::fs::Metadata) -> bool {
 impl BlockTarget for OsFile {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let written = self.path.write(offset, bytes);
-        written.map_err(|e| self.failed_at("write", offset, bytes.len(), e))
+        written.map_err(|e| Error::of_request("write", offset, bytes.len(), &self.label, e))
     }
 
     fn write_batch(&self, requests: &[WriteRequest<'_>]) -> Result<()> {
         let written = self.path.write_batch(requests);
-        written.map_err(|e| self.failed_batch("write", requests.len(), e))
+        written.map_err(|e| Error::of_batch("write", requests.len(), &self.label, e))
     }
 
     fn write_zeroes(&self, extent: Extent) -> Result<()> {
@@ -315,7 +301,7 @@ impl BlockTarget for OsFile {
     fn read_medium(&self, requests: &mut [ReadRequest<'_>]) -> Result<()> {
         let count = requests.len();
         let read = self.path.read_medium(requests);
-        read.map_err(|e| self.failed_batch("read from the medium", count, e))
+        read.map_err(|e| Error::of_batch("read from the medium", count, &self.label, e))
     }
 
     fn drop_cache(&self) {

@@ -16,6 +16,7 @@
 //! ```
 
 mod allocation;
+mod block_device;
 mod buffer;
 mod cancel;
 mod clock;
@@ -25,13 +26,18 @@ mod directory;
 mod error;
 mod evidence;
 mod file;
+mod holders;
+mod image_format;
 mod memory;
 mod metadata;
+mod open;
+mod proc;
 mod spans;
 mod sys;
 mod traits;
 mod workers;
 
+pub use block_device::OsBlockDevice;
 pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer};
 pub use cancel::CancelToken;
 pub use clock::{Clock, SystemClock};
@@ -41,7 +47,9 @@ pub use directory::OsDirectory;
 pub use error::{Error, ErrorKind, Result};
 pub use evidence::{Evidence, Identity, MAX_EVIDENCE_BYTES};
 pub use file::{Access, OsFile};
+pub use image_format::ImageFormat;
 pub use memory::MemoryDevice;
+pub use open::{SourceOptions, TargetPlace, open_source, open_target, same_object};
 pub use traits::{
     BlockSource, BlockTarget, LockGuard, ReadRequest, Status, StorageDir, StorageFile, WriteRequest,
 };

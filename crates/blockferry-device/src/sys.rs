@@ -118,7 +118,7 @@ pub(crate) fn probe_lease(file: impl AsFd, lease: Lease) -> io::Result<()> {
         Lease::Alone => libc::F_WRLCK,
     };
     fcntl_integer(file, F_SETSIG, HARMLESS_SIGNAL)?;
-    fcntl_integer(file, libc::F_SETLEASE, c_int::from(kind_as_i16(kind)))?;
+    fcntl_integer(file, libc::F_SETLEASE, kind)?;
     fcntl_integer(file, libc::F_SETLEASE, libc::F_UNLCK)
 }
 
@@ -132,19 +132,10 @@ fn fcntl_integer(file: BorrowedFd<'_>, command: c_int, argument: c_int) -> io::R
     }
 }
 
-/// Kind of an advisory lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum LockKind {
-    /// Shared with other readers.
-    Shared,
-    /// Alone.
-    Exclusive,
-}
-
-/// Locks the whole file for the lifetime of its open file description (an OFD lock).
+/// Locks the whole file exclusively for the lifetime of its open file description (an OFD lock).
 /// `WouldBlock` means that somebody else holds a conflicting lock on some byte of it.
-pub(crate) fn try_ofd_lock(file: impl AsFd, kind: LockKind) -> io::Result<()> {
-    let lock = whole_file(kind);
+pub(crate) fn try_ofd_lock(file: impl AsFd) -> io::Result<()> {
+    let lock = lock_of_whole_file();
     // SAFETY: F_OFD_SETLK reads one `struct flock`.
     let outcome =
         unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
@@ -168,11 +159,8 @@ pub(crate) struct ForeignLock {
 }
 
 /// The first lock that would conflict with locking the whole file.
-pub(crate) fn find_ofd_conflict(
-    file: impl AsFd,
-    kind: LockKind,
-) -> io::Result<Option<ForeignLock>> {
-    let mut lock = whole_file(kind);
+pub(crate) fn find_ofd_conflict(file: impl AsFd) -> io::Result<Option<ForeignLock>> {
+    let mut lock = lock_of_whole_file();
     // SAFETY: F_OFD_GETLK reads and writes one `struct flock`.
     let outcome =
         unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
@@ -189,20 +177,16 @@ pub(crate) fn find_ofd_conflict(
     }))
 }
 
-fn whole_file(kind: LockKind) -> libc::flock {
-    let kind = match kind {
-        LockKind::Shared => libc::F_RDLCK,
-        LockKind::Exclusive => libc::F_WRLCK,
-    };
+fn lock_of_whole_file() -> libc::flock {
     // SAFETY: all-zero bytes are a valid `struct flock`: from byte 0 to the end of the file.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind_as_i16(kind);
-    lock.l_whence = kind_as_i16(libc::SEEK_SET);
+    lock.l_type = as_lock_field(libc::F_WRLCK);
+    lock.l_whence = as_lock_field(libc::SEEK_SET);
     lock
 }
 
-fn kind_as_i16(kind: c_int) -> i16 {
-    i16::try_from(kind).expect("lock types and whence are small constants")
+fn as_lock_field(value: c_int) -> i16 {
+    i16::try_from(value).expect("lock types and whence are small constants")
 }
 
 /// `struct fiemap` with room for [`FIEMAP_EXTENTS`] entries.
@@ -285,11 +269,11 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let other = file.reopen().unwrap();
 
-        try_ofd_lock(file.as_file(), LockKind::Exclusive).unwrap();
+        try_ofd_lock(file.as_file()).unwrap();
 
-        let refused = try_ofd_lock(&other, LockKind::Shared).unwrap_err();
+        let refused = try_ofd_lock(&other).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
-        let conflict = find_ofd_conflict(&other, LockKind::Shared).unwrap();
+        let conflict = find_ofd_conflict(&other).unwrap();
         assert_eq!(
             conflict,
             Some(ForeignLock {

@@ -1,27 +1,20 @@
 //! Every backend passes the public conformance suites.
+#![expect(clippy::print_stderr, reason = "says which tests were skipped")]
+
+mod common;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use blockferry_device::{
-    Access, BlockTarget, Identity, MemoryDevice, OsDirectory, OsFile, WriteMode,
+    Access, BlockTarget, Identity, MemoryDevice, OsBlockDevice, OsDirectory, OsFile, WriteMode,
 };
 use blockferry_testkit::conformance::{
     source_conformance, storage_conformance, target_conformance,
 };
-use tempfile::TempDir;
 
-/// Not in /tmp, which may be a tmpfs: the tests want a file system on a disk.
-fn disk_directory() -> TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
-}
-
-fn noise(length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    blockferry_testkit::Random::new(11).fill(&mut bytes);
-    bytes
-}
+use common::{LoopDevice, disk_directory, noise};
 
 #[test]
 fn memory_is_a_target() {
@@ -54,8 +47,8 @@ fn a_file_in_memory_is_a_target() {
 fn file(directory: &Path, mode: WriteMode, content: &[u8]) -> Arc<dyn BlockTarget> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let file = OsFile::create_new(&directory.join(format!("{number}.raw")), mode).unwrap();
-    file.write_at(0, content).unwrap();
+    let file = OsFile::create_new(&directory.join(format!("{number}.raw")), mode).expect("create");
+    file.write_at(0, content).expect("write");
     Arc::new(file)
 }
 
@@ -86,5 +79,23 @@ fn a_directory_is_storage_in_both_write_modes() {
             .with_write_mode(mode);
 
         storage_conformance(&storage);
+    }
+}
+
+#[test]
+fn a_block_device_is_a_target() {
+    for (size, sector) in [(2 << 20, 512), ((1 << 20) + 7 * 512, 512), (2 << 20, 4096)] {
+        let directory = disk_directory();
+        let image = directory.path().join("disk.raw");
+        std::fs::write(&image, noise(size)).unwrap();
+        let Some(device) = LoopDevice::attach(&image, sector) else {
+            eprintln!("SKIPPED (needs root)");
+            return;
+        };
+
+        target_conformance(&|| {
+            let opened = OsBlockDevice::open(device.path(), Access::ReadWrite);
+            Arc::new(opened.expect("open"))
+        });
     }
 }

@@ -1,0 +1,55 @@
+//! Files and loop devices for the tests.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockferry_testkit::Random;
+use tempfile::TempDir;
+
+/// Not in /tmp, which may be a tmpfs: the tests want a file system on a disk.
+pub(crate) fn disk_directory() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary directory")
+}
+
+pub(crate) fn noise(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    Random::new(11).fill(&mut bytes);
+    bytes
+}
+
+/// A loop device, detached when dropped.
+#[derive(Debug)]
+pub(crate) struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// `None` where loop devices are not to be had: not root, or no losetup.
+    pub(crate) fn attach(image: &Path, sector_bytes: u32) -> Option<Self> {
+        let sector_bytes = sector_bytes.to_string();
+        let arguments = ["--find", "--show", "--sector-size", &sector_bytes];
+        let output = Command::new("losetup")
+            .args(arguments)
+            .arg(image)
+            .output()
+            .ok()?;
+        let path = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Self {
+            path: PathBuf::from(path.trim()),
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _busy = Command::new("losetup")
+            .arg("--detach")
+            .arg(&self.path)
+            .status();
+    }
+}
