@@ -17,9 +17,14 @@
 //! ```
 
 pub mod conformance;
+mod explore;
 mod random;
 mod sim;
 
+pub use explore::{
+    Events, ExploreOptions, Report, Scenario, StepCounts, Violation, explore, explore_faults,
+    explore_with, sensitivity,
+};
 pub use random::Random;
 pub use sim::{
     Boundary, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits, Operation,

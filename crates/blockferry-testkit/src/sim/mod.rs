@@ -68,8 +68,11 @@ impl Default for SimOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "bytes are shown or not")]
 pub enum CacheAfterFailure {
-    /// The new bytes, although the medium lost them (measured on ext4).
+    /// The new bytes, although the medium lost them (measured on ext4). A new size is still to be flushed.
     Lies,
+    /// The same, and a new size may be lost for good as well. No reading of the medium can tell, so only a
+    /// size that was durable before the writes (preallocation) is safe.
+    LiesAboutSize,
     /// What the medium holds (as on Btrfs).
     Reverts,
 }
@@ -463,11 +466,13 @@ impl World {
     fn lose_pending(&mut self, number: u64, operation: &Operation, cache: CacheAfterFailure) {
         let mut random = Random::part(self.state.options.seed, operation.number);
         if let Some(inode) = self.state.inode_mut(number) {
-            inode.lose_pending(&mut random, cache);
+            inode.lose_pending(operation.number, &mut random, cache);
         }
     }
 
-    /// Runs one operation on a directory, as [`Self::on_file`] does on files. A failed one changed nothing.
+    /// Runs one operation on a directory, as [`Self::on_file`] does on files. A failed one changed nothing,
+    /// and after a failed sync the changes are still to be synced: names live in the file system's journal,
+    /// and a file system that loses its journal stops.
     fn on_directory<T: Default>(
         &mut self,
         slot: usize,
@@ -475,18 +480,14 @@ impl World {
         act: impl FnOnce(&mut Self, u64) -> Result<T>,
     ) -> Result<T> {
         let is_sync = operation.kind == OperationKind::SyncDirectory;
-        let verdict = self.judge(&operation);
-        if is_sync && matches!(&verdict, Verdict::LoseSilently | Verdict::Fail(..)) {
-            let powered = !self.power_lost;
-            let mut random = Random::part(self.state.options.seed, operation.number);
-            if powered {
+        let result = match self.judge(&operation) {
+            Verdict::LoseSilently if is_sync => {
+                let mut random = Random::part(self.state.options.seed, operation.number);
                 self.state.directory_mut(slot).lose_pending(&mut random);
+                Ok(T::default())
             }
-        }
-        let result = match verdict {
-            Verdict::Proceed => act(self, operation.number),
-            Verdict::LoseSilently if !is_sync => act(self, operation.number),
-            Verdict::Skip | Verdict::LoseSilently => Ok(T::default()),
+            Verdict::Proceed | Verdict::LoseSilently => act(self, operation.number),
+            Verdict::Skip => Ok(T::default()),
             Verdict::Fail(error, _) => Err(error),
         };
         self.note_boundary(Some(operation));

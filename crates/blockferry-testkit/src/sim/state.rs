@@ -2,6 +2,7 @@
 //! the changes in between. Pure transitions; faults, numbering and locks are the parent's.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::content::{Content, PAGE, SECTOR};
@@ -15,6 +16,24 @@ use crate::random::{count, index, mix};
 pub(crate) struct Pending {
     pub(crate) operation: u64,
     pub(crate) change: Change,
+    /// Of the change, for [`State::full_fingerprint`].
+    hash: u64,
+}
+
+impl Pending {
+    fn sectors(&self) -> Range<u64> {
+        match &self.change {
+            Change::Write {
+                first_sector,
+                bytes,
+            } => *first_sector..*first_sector + count(bytes.len()) / SECTOR,
+            Change::Zero {
+                first_sector,
+                sectors,
+            } => *first_sector..*first_sector + *sectors,
+            _ => 0..0,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -99,7 +118,12 @@ impl Inode {
     }
 
     fn push(&mut self, operation: u64, change: Change) {
-        Arc::make_mut(&mut self.pending).push(Pending { operation, change });
+        let hash = change_hash(&change);
+        Arc::make_mut(&mut self.pending).push(Pending {
+            operation,
+            change,
+            hash,
+        });
     }
 
     /// Bytes of new pages that a write of this range needs.
@@ -293,37 +317,36 @@ impl Inode {
         self.pending = Arc::default();
     }
 
-    /// Some of what is pending reaches the medium, the rest is lost and counts as clean (F4). The cache goes
-    /// on showing the new bytes or not.
-    pub(crate) fn lose_pending(&mut self, random: &mut Random, cache: CacheAfterFailure) {
+    /// Some of what is pending reaches the medium, the rest is lost and counts as clean (F4).
+    pub(crate) fn lose_pending(
+        &mut self,
+        operation: u64,
+        random: &mut Random,
+        cache: CacheAfterFailure,
+    ) {
         let (content, attributes) = CrashPlan::of_inode(self).draw_one(random);
         let lost_size = content.size() != self.cache.size();
         let mut stale = BTreeSet::clone(&self.stale);
-        let written = self
-            .pending
-            .iter()
-            .flat_map(|pending| match &pending.change {
-                Change::Write {
-                    first_sector,
-                    bytes,
-                } => *first_sector..*first_sector + count(bytes.len()) / SECTOR,
-                Change::Zero {
-                    first_sector,
-                    sectors,
-                } => *first_sector..*first_sector + *sectors,
-                _ => 0..0,
-            });
-        stale.extend(written.filter(|s| content.sector(*s) != self.cache.sector(*s)));
+        let differs = |s: &u64| content.sector(*s) != self.cache.sector(*s);
+        stale.extend(
+            self.pending
+                .iter()
+                .flat_map(Pending::sectors)
+                .filter(differs),
+        );
         self.durable = content;
         self.durable_attributes = attributes;
         self.pending = Arc::default();
         self.generation += 1;
-        if cache == CacheAfterFailure::Lies {
-            self.stale = Arc::new(stale);
-            self.size_lost |= lost_size;
-        } else {
-            self.drop_pending();
+        match cache {
+            CacheAfterFailure::Reverts => return self.drop_pending(),
+            CacheAfterFailure::Lies if lost_size => {
+                self.push(operation, Change::Size(self.cache.size()));
+            }
+            CacheAfterFailure::Lies => {}
+            CacheAfterFailure::LiesAboutSize => self.size_lost |= lost_size,
         }
+        self.stale = Arc::new(stale);
     }
 
     fn drop_pending(&mut self) {
@@ -537,10 +560,7 @@ impl State {
     pub(crate) fn full_fingerprint(&self) -> u64 {
         let files = self.inodes.iter().map(|inode| {
             let durable = inode.durable.fingerprint().rotate_left(1);
-            let pending = inode
-                .pending
-                .iter()
-                .fold(0, |hash, p| mix(hash ^ change_hash(&p.change)));
+            let pending = inode.pending.iter().fold(0, |hash, p| mix(hash ^ p.hash));
             let stale = inode.stale.iter().fold(0, |hash, s| mix(hash ^ s));
             mix(durable ^ mix(pending) ^ mix(!stale) ^ mix(inode.number))
         });
