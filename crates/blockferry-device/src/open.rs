@@ -48,7 +48,9 @@ pub fn open_source(path: &Path, options: SourceOptions) -> Result<Arc<dyn BlockS
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = rustix::fs::open(path, flags, Mode::empty());
     let file = File::from(opened.map_err(|e| failed("open", path, e))?);
-    let object = Object::of(&file.metadata().map_err(|e| failed("status", path, e))?);
+    let found = file.metadata().map_err(|e| failed("status", path, e))?;
+    refuse_if("source", path, ErrorKind::Unsuitable, wrong_type(&found))?;
+    let object = Object::of(&found);
     if !options.crash_consistent {
         let used = source_use(&file, object).map_err(|e| failed("check for writers", path, e))?;
         refuse_if("source", path, ErrorKind::Busy, used)?;
@@ -211,10 +213,14 @@ fn claim_file(path: &Path, file: File) -> Result<OsFile> {
 }
 
 fn unsuitable_file(found: &std::fs::Metadata) -> Option<String> {
-    if !found.is_file() {
-        return Some("expected a regular file or a block device".to_owned());
-    }
-    (found.nlink() > 1).then(|| format!("it has {} names (hard links)", found.nlink()))
+    let names =
+        || (found.nlink() > 1).then(|| format!("it has {} names (hard links)", found.nlink()));
+    wrong_type(found).or_else(names)
+}
+
+fn wrong_type(found: &std::fs::Metadata) -> Option<String> {
+    let known = found.is_file() || found.file_type().is_block_device();
+    (!known).then(|| "expected a regular file or a block device".to_owned())
 }
 
 fn file_use(file: &File, path: &Path, object: Object) -> io::Result<Option<String>> {
