@@ -63,7 +63,12 @@ impl Progress {
     /// A progress report.
     #[must_use]
     pub fn new(phase: Phase, done_bytes: u64, total_bytes: u64, changed_bytes: u64) -> Self {
-        Self { phase, done_bytes, total_bytes, changed_bytes }
+        Self {
+            phase,
+            done_bytes,
+            total_bytes,
+            changed_bytes,
+        }
     }
 }
 

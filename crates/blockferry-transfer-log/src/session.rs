@@ -915,7 +915,7 @@ fn holes_of(target: &dyn BlockTarget, extent: Extent, holes: &mut ExtentSet) -> 
     Ok(())
 }
 
-fn write_zeros(working: &Working, extent: Extent) -> Result<()> {
+pub(crate) fn write_zeros(working: &Working, extent: Extent) -> Result<()> {
     let attempt = || format!("zero {extent} of {}", working.target.label());
     let failed = |e| Error::target(attempt(), e);
     // A sibling is a file we created: its zeros become holes.

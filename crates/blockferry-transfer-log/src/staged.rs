@@ -12,7 +12,7 @@ use crate::format::{NewContent, RecordHeader, StoredPages, Unit, usize_of};
 use crate::index::{Index, RunContent};
 use crate::log::{LogFiles, RecordPlace};
 use crate::plan::Strategy;
-use crate::session::Working;
+use crate::session::{Working, write_zeros};
 
 /// Fills batches; shared by all workers. In `shadow` and `direct` runs of whole blocks it writes the bytes to
 /// the working file at once, on the worker's thread, while they are in its cache.
@@ -99,22 +99,26 @@ impl Stager {
         Ok(())
     }
 
-    /// Makes an extent read as zeros. Nothing to do in a file we created.
+    /// Makes an extent read as zeros. Nothing to do in a file we created, unless something was `staged` there.
     ///
     /// # Errors
     /// The working file failed.
-    pub fn write_zeros(&self, batch: &mut Batch, extent: Extent, old: Old<'_>) -> Result<()> {
+    pub fn write_zeros(
+        &self,
+        batch: &mut Batch,
+        extent: Extent,
+        staged: bool,
+        old: Old<'_>,
+    ) -> Result<()> {
         match &self.working {
             None => batch.push(extent, New::Zero, old),
-            Some(working) if working.sibling.is_none() => {
-                let label = working.target.label();
-                working
-                    .target
-                    .write_zeroes(extent)
-                    .map_err(|e| Error::target(format!("zero {extent} of {label}"), e))?;
+            Some(working) if working.sibling.is_some() && !staged => {
+                debug_assert!(self.strategy != Strategy::Clone, "a clone is not fresh");
+            }
+            Some(working) => {
+                write_zeros(working, extent)?;
                 batch.push(extent, New::Zero, Old::None);
             }
-            Some(_) => debug_assert!(self.strategy != Strategy::Clone, "a clone is not fresh"),
         }
         Ok(())
     }

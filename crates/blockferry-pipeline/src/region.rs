@@ -1,0 +1,152 @@
+//! A region of a device as the modes read it: which blocks are known to be zero, and runs of the others.
+
+use blockferry_core::{BlockIndex, Extent, Geometry, REGION_BLOCKS, RegionIndex};
+use blockferry_device::{BlockSource, Result, Status};
+
+/// Most bytes read at once; also the size of a worker's buffers.
+pub const PIECE_BYTES: u64 = 1024 * 1024;
+
+/// The blocks of a region that a device guarantees to read as zeros.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ZeroBlocks {
+    zero: Vec<bool>,
+}
+
+impl ZeroBlocks {
+    /// Asks the device. What lies beyond its end reads as zeros: the target may have to grow.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn of(device: &dyn BlockSource, geometry: &Geometry, region: RegionIndex) -> Result<Self> {
+        let extent = geometry.region_extent(region);
+        let count = to_usize(geometry.region_block_count(region));
+        let mut zero = vec![true; count];
+        let end = extent.end().min(device.size_bytes());
+        let mut offset = extent.start();
+        while offset < end {
+            let (status, run_end) = device.status_at(offset)?;
+            let run_end = run_end.min(end).max(offset + 1);
+            if status == Status::Data {
+                let block = geometry.block_size().bytes();
+                let first = to_usize((offset - extent.start()) / block);
+                let last = to_usize((run_end - 1 - extent.start()) / block);
+                zero[first..=last].fill(false);
+            }
+            offset = run_end;
+        }
+        Ok(Self { zero })
+    }
+
+    /// Whether the block reads as zeros for sure.
+    #[must_use]
+    pub fn contains(&self, block_in_region: usize) -> bool {
+        self.zero[block_in_region]
+    }
+
+    /// Whether all of them do.
+    #[must_use]
+    pub fn all(&self) -> bool {
+        self.zero.iter().all(|z| *z)
+    }
+}
+
+/// A run of blocks of one region that are read together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BlockRun {
+    /// First block, counted in the region.
+    pub first: usize,
+    /// Number of blocks.
+    pub count: usize,
+    /// The bytes.
+    pub extent: Extent,
+}
+
+/// Groups the blocks of a region that `wanted` selects into runs of at most [`PIECE_BYTES`].
+pub fn runs<'a>(
+    geometry: &'a Geometry,
+    region: RegionIndex,
+    wanted: impl Fn(usize) -> bool + 'a,
+) -> impl Iterator<Item = BlockRun> + 'a {
+    let blocks = to_usize(geometry.region_block_count(region));
+    let most = to_usize((PIECE_BYTES / geometry.block_size().bytes()).max(1));
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let first = (next..blocks).find(|b| wanted(*b))?;
+        let count = (first..blocks.min(first + most))
+            .take_while(|b| wanted(*b))
+            .count();
+        next = first + count;
+        let extent = Extent::from_range(
+            block_in(geometry, region, first).start()
+                ..block_in(geometry, region, first + count - 1).end(),
+        );
+        Some(BlockRun {
+            first,
+            count,
+            extent,
+        })
+    })
+}
+
+/// The bytes of a block, counted in its region.
+#[must_use]
+pub fn block_in(geometry: &Geometry, region: RegionIndex, block: usize) -> Extent {
+    geometry.block_extent(BlockIndex::new(region.get() * REGION_BLOCKS + block as u64))
+}
+
+/// Reads `extent`; what lies beyond the end of the device reads as zeros.
+///
+/// # Errors
+/// The device failed.
+pub fn read_padded(device: &dyn BlockSource, extent: Extent, buffer: &mut [u8]) -> Result<()> {
+    let inside = extent
+        .end()
+        .min(device.size_bytes())
+        .saturating_sub(extent.start());
+    let (head, tail) = buffer[..to_usize(extent.length())].split_at_mut(to_usize(inside));
+    if !head.is_empty() {
+        device.read_at(extent.start(), head)?;
+    }
+    tail.fill(0);
+    Ok(())
+}
+
+/// Lengths here are bounded by a region.
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockferry_core::BlockSize;
+    use blockferry_device::MemoryDevice;
+
+    #[test]
+    fn runs_cover_exactly_the_wanted_blocks() {
+        let geometry = Geometry::new(200 * 65_536 + 5, BlockSize::DEFAULT);
+        let wanted = |b: usize| b % 40 < 33 || b == 200;
+
+        let found: Vec<BlockRun> = runs(&geometry, RegionIndex::new(0), wanted).collect();
+
+        let blocks: Vec<usize> = found
+            .iter()
+            .flat_map(|r| r.first..r.first + r.count)
+            .collect();
+        assert_eq!(blocks, (0..=200).filter(|b| wanted(*b)).collect::<Vec<_>>());
+        assert!(found.iter().all(|r| r.extent.length() <= PIECE_BYTES));
+        assert_eq!(found.last().map(|r| r.extent.end()), Some(200 * 65_536 + 5));
+    }
+
+    #[test]
+    fn what_lies_beyond_a_short_device_reads_as_zeros() {
+        let device = MemoryDevice::from_bytes("short", vec![7; 5000]);
+        let mut buffer = vec![1; 8192];
+
+        read_padded(&device, Extent::from_range(4096..12_288), &mut buffer).unwrap();
+
+        assert!(buffer[..904].iter().all(|b| *b == 7));
+        assert!(buffer[904..].iter().all(|b| *b == 0));
+    }
+}
