@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!              in the cache?                     aligned or widened
-//! read_at  ──> buffered, RWF_NOWAIT ──(rest)──> O_DIRECT
+//! read_at  ──> cachestat(2) ── yes ──> buffered;  no ──> O_DIRECT
 //! write_at ──> WriteMode::Direct, whole units ─> O_DIRECT        anything else ─> buffered
 //! medium   ─────────────────────────────────────> O_DIRECT, spans of neighbours, several in flight
 //! ```
@@ -12,15 +12,16 @@
 
 use std::fs::File;
 use std::io;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{Advice, AtFlags, OFlags, StatxFlags};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::Errno;
 
+use crate::residency::{self, Run};
 use crate::spans::{JoinRule, Placed, plan_spans};
 use crate::workers::{Scratch, run_parts};
 use crate::{AlignedBuffer, ReadRequest, WriteRequest};
@@ -88,49 +89,26 @@ impl DataPath {
         &self.buffered
     }
 
-    /// Fills `buffer`, from the cache as far as it goes.
+    /// Fills `buffer`: what is cached from the cache, the rest past it.
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let Some(direct) = &self.direct else {
+        let Some((direct, runs)) = self.plan_read(offset, buffer.len()) else {
             return self.buffered.read_exact_at(buffer, offset);
         };
-        let Some(cached) = self.read_cached(offset, buffer)? else {
-            return self.buffered.read_exact_at(buffer, offset);
-        };
-        let rest = &mut buffer[cached..];
-        self.read_direct(
-            direct,
-            &mut Scratch::default(),
-            offset + cached as u64,
-            rest,
-        )
-    }
-
-    /// Reads what the page cache holds of the beginning of the range, without waiting for the device:
-    /// how many bytes that was, or `None` where the file system cannot tell.
-    fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        let mut done = 0;
-        while done < buffer.len() {
-            let mut vectors = [IoSliceMut::new(&mut buffer[done..])];
-            let at = offset + done as u64;
-            match rustix::io::preadv2(&self.buffered, &mut vectors, at, ReadWriteFlags::NOWAIT) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => done += count,
-                Err(Errno::AGAIN) => break,
-                Err(Errno::INTR) => {}
-                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(None),
-                Err(error) => return Err(error.into()),
+        let mut scratch = Scratch::default();
+        split_at_runs(ReadRequest { offset, buffer }, &runs, |part, cached| {
+            if cached {
+                self.buffered.read_exact_at(part.buffer, part.offset)
+            } else {
+                self.read_direct(direct, &mut scratch, part.offset, part.buffer)
             }
-        }
-        Ok(Some(self.whole_units(offset, done, buffer.len())))
+        })
     }
 
-    /// Gives up the part of a unit at the end of `done`, so that the rest begins aligned.
-    fn whole_units(&self, offset: u64, done: usize, wanted: usize) -> usize {
-        let excess = (offset + done as u64) % self.unit;
-        if done == wanted || excess == 0 {
-            return done;
-        }
-        done.saturating_sub(to_usize(excess))
+    /// Which parts of a read are cached; `None`: read it all through the cache.
+    fn plan_read(&self, offset: u64, length: usize) -> Option<(&File, Vec<Run>)> {
+        let direct = self.direct.as_ref()?;
+        let range = offset..offset.checked_add(length as u64)?;
+        Some((direct, residency::runs(&self.buffered, range)?))
     }
 
     /// Fills `buffer` past the page cache, through a bounce buffer where it is not aligned.
@@ -216,23 +194,28 @@ impl DataPath {
 
     /// Serves a batch of reads: what is cached from there, the rest in spans.
     pub(crate) fn read_batch(&self, requests: &mut [ReadRequest<'_>]) -> io::Result<()> {
-        let Some(direct) = &self.direct else {
-            return self.read_all_buffered(requests);
-        };
-        let mut rest = Vec::new();
-        for request in requests.iter_mut() {
-            let Some(cached) = self.read_cached(request.offset, request.buffer)? else {
-                return self.read_all_buffered(requests);
+        let mut past_cache = Vec::new();
+        for request in requests {
+            let (offset, length) = (request.offset, request.buffer.len());
+            let whole = ReadRequest {
+                offset,
+                buffer: &mut *request.buffer,
             };
-            if cached < request.buffer.len() {
-                let offset = request.offset + cached as u64;
-                rest.push(ReadRequest {
-                    offset,
-                    buffer: &mut request.buffer[cached..],
-                });
+            match self.plan_read(offset, length) {
+                None => self.buffered.read_exact_at(whole.buffer, offset)?,
+                Some((_, runs)) => split_at_runs(whole, &runs, |part, cached| {
+                    if cached {
+                        return self.buffered.read_exact_at(part.buffer, part.offset);
+                    }
+                    past_cache.push(part);
+                    Ok(())
+                })?,
             }
         }
-        self.read_batch_direct(direct, &mut rest)
+        match &self.direct {
+            Some(direct) => self.read_batch_direct(direct, &mut past_cache),
+            None => Ok(()),
+        }
     }
 
     fn read_all_buffered(&self, requests: &mut [ReadRequest<'_>]) -> io::Result<()> {
@@ -478,6 +461,27 @@ fn read_whole_units(direct: &File, offset: u64, buffer: &mut [u8]) -> io::Result
     } else {
         direct.read_exact_at(buffer, offset)
     }
+}
+
+/// Hands out the parts of a request that `runs`, which cover it, make of it.
+fn split_at_runs<'b>(
+    request: ReadRequest<'b>,
+    runs: &[Run],
+    mut part: impl FnMut(ReadRequest<'b>, bool) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut rest = request.buffer;
+    for run in runs {
+        let (buffer, later) = rest.split_at_mut(to_usize(run.range.end - run.range.start));
+        part(
+            ReadRequest {
+                offset: run.range.start,
+                buffer,
+            },
+            run.cached,
+        )?;
+        rest = later;
+    }
+    Ok(())
 }
 
 /// Gives every span its part of the sorted requests.

@@ -32,6 +32,7 @@ mod memory;
 mod metadata;
 mod open;
 mod proc;
+mod residency;
 mod spans;
 mod sys;
 mod traits;

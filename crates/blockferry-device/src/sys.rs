@@ -94,6 +94,33 @@ pub(crate) fn block_device_drop_cache(device: impl AsFd) -> io::Result<()> {
     Ok(unsafe { ioctl(device, request) }?)
 }
 
+/// The libc crate knows it only for some architectures; where the number is another one (mips, alpha), the
+/// kernel has no call of this number and says so.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// How many pages of the range the page cache holds (cachestat(2), since Linux 6.5).
+pub(crate) fn cached_pages(file: impl AsFd, start: u64, length: u64) -> io::Result<u64> {
+    let range = [start, length];
+    // Cached, dirty, under writeback, evicted, recently evicted.
+    let mut found = [0_u64; 5];
+    let flags: c_uint = 0;
+    // SAFETY: the kernel reads two u64 from the range and writes five to the result.
+    let outcome = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            file.as_fd().as_raw_fd(),
+            range.as_ptr(),
+            found.as_mut_ptr(),
+            flags,
+        )
+    };
+    if outcome == 0 {
+        Ok(found[0])
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// What a lease probe asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lease {

@@ -53,3 +53,42 @@ impl Drop for LoopDevice {
             .status();
     }
 }
+
+/// A fresh file system on a loop device, unmounted when dropped.
+#[derive(Debug)]
+pub(crate) struct MountedFileSystem {
+    point: PathBuf,
+    _device: LoopDevice,
+}
+
+impl MountedFileSystem {
+    /// `None` where it is not to be had: not root, or no such mkfs.
+    pub(crate) fn make(directory: &Path, kind: &str, bytes: u64) -> Option<Self> {
+        let image = directory.join(format!("{kind}.raw"));
+        std::fs::File::create(&image).ok()?.set_len(bytes).ok()?;
+        run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image))?;
+        let device = LoopDevice::attach(&image, 512)?;
+        let point = directory.join(kind);
+        std::fs::create_dir(&point).ok()?;
+        run(Command::new("mount").arg(device.path()).arg(&point))?;
+        Some(Self {
+            point,
+            _device: device,
+        })
+    }
+
+    pub(crate) fn point(&self) -> &Path {
+        &self.point
+    }
+}
+
+impl Drop for MountedFileSystem {
+    fn drop(&mut self) {
+        let _busy = run(Command::new("umount").arg(&self.point));
+    }
+}
+
+fn run(command: &mut Command) -> Option<()> {
+    let output = command.output().ok()?;
+    output.status.success().then_some(())
+}
