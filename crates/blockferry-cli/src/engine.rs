@@ -94,7 +94,7 @@ pub(crate) struct SourceOptions {
 }
 pub(crate) fn open_source(
     _path: &Path,
-    _options: &SourceOptions,
+    _options: SourceOptions,
 ) -> Result<Arc<dyn BlockSource>, DeviceError> {
     Ok(Arc::new(File))
 }
@@ -316,7 +316,7 @@ pub(crate) struct Receipt {
     pub(crate) source_bytes: u64,
     pub(crate) scanned_bytes: u64,
     pub(crate) target_read_bytes: u64,
-    pub(crate) changed_bytes: u64,
+    pub(crate) changed_bytes: Option<u64>,
     pub(crate) sent_bytes: u64,
     pub(crate) staged_bytes: u64,
     pub(crate) resumed_bytes: u64,
@@ -430,7 +430,7 @@ impl Error {
     pub(crate) fn kind(&self) -> ErrorKind {
         ErrorKind::Internal
     }
-    pub(crate) fn resumable(&self) -> bool {
+    pub(crate) fn is_resumable(&self) -> bool {
         false
     }
 }

@@ -67,7 +67,7 @@ impl Session {
     /// The engine's error as a failure, with the signal that caused it.
     pub(crate) fn failure(&self, error: &engine::Error) -> Failure {
         let exit = Exit::for_kind(error.kind(), self.received.signal());
-        Failure::from_error(exit, error).resumable(error.resumable())
+        Failure::from_error(exit, error).resumable(error.is_resumable())
     }
 
     /// The command for `verb` on `target` that works from any directory.

@@ -20,5 +20,5 @@ use crate::failure::Failure;
 pub(crate) fn open(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
     let mut options = SourceOptions::default();
     options.crash_consistent = crash_consistent;
-    open_source(path, &options).map_err(|error| Failure::source(&error))
+    open_source(path, options).map_err(|error| Failure::source(&error))
 }

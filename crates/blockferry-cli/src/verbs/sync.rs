@@ -81,7 +81,7 @@ fn explain(
     let path = target.absolute();
     let again = session.command(&format!("sync {}", quoted_path(&source.absolute())), &path);
     match error.kind() {
-        ErrorKind::Cancelled | ErrorKind::Interrupted if error.resumable() => failure
+        ErrorKind::Cancelled | ErrorKind::Interrupted if error.is_resumable() => failure
             .with_hint(
                 "the target is still at its old point, and what is durable is not sent again",
             )
@@ -96,7 +96,7 @@ fn explain(
             "see where it stands with: {}",
             session.command("status", &path)
         )),
-        _ if error.resumable() => failure.with_hint(format!(
+        _ if error.is_resumable() => failure.with_hint(format!(
             "once that is solved, continue with: {}",
             session.command("resume", &path)
         )),
@@ -149,7 +149,7 @@ fn facts(receipt: &Receipt) -> Facts {
         "read",
         format!("{}{speed}", format_size(receipt.scanned_bytes)),
     );
-    facts.add("changed", format_size(receipt.changed_bytes));
+    facts.add_some("changed", receipt.changed_bytes.map(format_size));
     facts.add("sent", format_size(receipt.sent_bytes));
     if receipt.resumed_bytes > 0 {
         facts.add("resumed", format_size(receipt.resumed_bytes));
