@@ -18,6 +18,8 @@
 
 pub mod conformance;
 mod explore;
+mod faults;
+pub mod images;
 mod random;
 mod sim;
 
@@ -25,6 +27,7 @@ pub use explore::{
     Events, ExploreOptions, Report, Scenario, StepCounts, Violation, explore, explore_faults,
     explore_with, sensitivity,
 };
+pub use faults::{FaultySource, FaultyTarget, Gate};
 pub use random::Random;
 pub use sim::{
     Boundary, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits, Operation,

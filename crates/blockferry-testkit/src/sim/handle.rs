@@ -411,6 +411,15 @@ impl SimDir {
         }
     }
 
+    /// A name is one path component.
+    fn check_name(&self, name: &str) -> Result<()> {
+        if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+            let text = format!("{name:?} is not a file name in {}", self.label);
+            return Err(Error::new(ErrorKind::Unsuitable, text));
+        }
+        Ok(())
+    }
+
     fn path(&self, name: &str) -> String {
         format!("{}/{name}", self.label)
     }
@@ -472,11 +481,13 @@ impl StorageDir for SimDir {
     }
 
     fn create(&self, name: &str) -> Result<Arc<dyn StorageFile>> {
+        self.check_name(name)?;
         let number = self.create_in(&mut self.disk.lock(), name)?;
         Ok(self.handle(number, name))
     }
 
     fn open(&self, name: &str) -> Result<Option<Arc<dyn StorageFile>>> {
+        self.check_name(name)?;
         let world = self.disk.lock();
         world.check_power(|| format!("open of {}", self.path(name)))?;
         Ok(world
@@ -486,6 +497,7 @@ impl StorageDir for SimDir {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
+        self.check_name(name)?;
         let mut world = self.disk.lock();
         if world.state.lookup(self.slot, name).is_none() {
             return world.check_power(|| format!("removal of {}", self.path(name)));
@@ -498,6 +510,9 @@ impl StorageDir for SimDir {
     }
 
     fn rename_new(&self, from: &str, to: &str) -> Result<()> {
+        [from, to]
+            .into_iter()
+            .try_for_each(|name| self.check_name(name))?;
         let mut world = self.disk.lock();
         let operation = self.operation(&mut world, OperationKind::Rename, from);
         world.on_directory(self.slot, operation, |world, number| {
@@ -511,6 +526,9 @@ impl StorageDir for SimDir {
     }
 
     fn exchange(&self, one: &str, other: &str) -> Result<()> {
+        [one, other]
+            .into_iter()
+            .try_for_each(|name| self.check_name(name))?;
         let mut world = self.disk.lock();
         if !world.state.options.exchanges {
             let text = format!("exchange of {} and {other}: unsupported", self.path(one));
@@ -552,6 +570,7 @@ impl StorageDir for SimDir {
     }
 
     fn lock(&self, name: &str) -> Result<Box<dyn LockGuard>> {
+        self.check_name(name)?;
         let mut world = self.disk.lock();
         world.check_power(|| format!("lock of {}", self.path(name)))?;
         let key = (self.slot, name.to_owned());

@@ -384,3 +384,23 @@ fn minimising_keeps_only_the_changes_that_matter() {
     assert_eq!(smallest.survivors(), ["v sector 5: as operation 1 made it"]);
     assert_eq!(smallest.lost(), 127);
 }
+
+#[test]
+fn the_simulated_machine_keeps_the_contracts_of_every_device() {
+    use crate::conformance::{storage_conformance, target_conformance};
+    const MIB: u64 = 1 << 20;
+
+    target_conformance(&|| disk().device("v", MIB));
+    target_conformance(&|| {
+        let file = new_file(&disk(), "f");
+        file.resize(MIB).unwrap();
+        file.into_target()
+    });
+    storage_conformance(&*disk().dir("d"));
+    let plain = SimOptions {
+        clones: false,
+        exchanges: true,
+        ..SimOptions::default()
+    };
+    storage_conformance(&*SimDisk::new(plain).dir("d"));
+}
