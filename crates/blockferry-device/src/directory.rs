@@ -252,6 +252,12 @@ impl StorageDir for OsDirectory {
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
+    /// By the kind of file system; XFS may have been made without reflinks.
+    fn may_clone(&self) -> bool {
+        let found = rustix::fs::fstatfs(&self.handle);
+        found.is_ok_and(|found| CLONING_FILE_SYSTEMS.contains(&found.f_type))
+    }
+
     fn lock(&self, name: &str) -> Result<Box<dyn LockGuard>> {
         loop {
             let mut file = self.create_file(name, OFlags::empty())?;
@@ -293,6 +299,9 @@ impl OsDirectory {
         Error::new(ErrorKind::Busy, format!("lock of {label}: held by {by}"))
     }
 }
+
+/// Magic numbers (statfs(2)) of Btrfs, XFS, OCFS2 and bcachefs.
+const CLONING_FILE_SYSTEMS: [i64; 4] = [0x9123_683E, 0x5846_5342, 0x7461_636F, 0xCA45_1A4E];
 
 /// A decimal process id and a line feed are shorter.
 const MAX_HOLDER_BYTES: u64 = 32;

@@ -270,6 +270,11 @@ pub trait StorageDir: Debug + Send + Sync {
     /// The file system failed.
     fn available_bytes(&self) -> Result<u64>;
 
+    /// Whether files here may share blocks ([`StorageFile::clone_from_file`]); trying tells for sure.
+    fn may_clone(&self) -> bool {
+        false
+    }
+
     /// Takes the lock named `name` (created if needed) or fails with `ErrorKind::Busy` naming it.
     ///
     /// # Errors

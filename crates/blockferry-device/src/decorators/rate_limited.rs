@@ -43,7 +43,7 @@ impl RateLimiter {
     }
 
     /// Waits until `bytes` more may be moved. Bytes are paid for before they move, so the rate is never
-    /// exceeded by more than [`MAX_CREDIT`] allows, however large a request is.
+    /// exceeded by more than 20 ms allow, however large a request is.
     ///
     /// # Errors
     /// `ErrorKind::Cancelled`.
