@@ -97,7 +97,7 @@ impl Layout {
         put(26, &narrow(255));
         put(36, &[0x80, 0, 0x29]);
         put(39, &seed.to_le_bytes()[..4]);
-        put(43, b"GENERATED  FAT16   ");
+        put(43, b"NO NAME    FAT16   ");
         put(510, &[0x55, 0xAA]);
         sector
     }
