@@ -569,6 +569,10 @@ impl StorageDir for SimDir {
         Ok(self.disk.lock().state.available_bytes(self.slot))
     }
 
+    fn may_clone(&self) -> bool {
+        self.disk.lock().state.options.clones
+    }
+
     fn lock(&self, name: &str) -> Result<Box<dyn LockGuard>> {
         self.check_name(name)?;
         let mut world = self.disk.lock();
