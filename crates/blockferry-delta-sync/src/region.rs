@@ -25,6 +25,8 @@ pub struct Comparison {
     pub staged: Option<Arc<StagedView>>,
     /// Whether what is replaced is kept.
     pub keep_old: bool,
+    /// Whether the source's leaves are wanted; without them only the pages that differ are found.
+    pub digests: bool,
 }
 
 /// What is known of a region without reading it, from saved manifests of proven content.
@@ -94,6 +96,7 @@ impl Comparison {
             stager,
             staged: None,
             keep_old: true,
+            digests: true,
         }
     }
 
@@ -167,7 +170,7 @@ impl Region<'_> {
         self.delta.source_read_bytes += run.extent.length();
         let block = to_usize(self.shared.geometry.block_size().bytes());
         for (bytes, n) in new[..length].chunks(block).zip(run.first..) {
-            if !is_zero(bytes) {
+            if self.shared.digests && !is_zero(bytes) {
                 self.delta.leaves.set(n, block_digest(bytes));
             }
         }

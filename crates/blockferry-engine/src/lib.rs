@@ -1,1 +1,31 @@
-//! The sync engine of blockferry: plans, sessions, receipts
+//! The engine: plans a sync, runs it through the transfer log, and says what it proved.
+//!
+//! [`sync`] brings a [`Target`] to the content of a source; [`SyncOptions`] say how, [`Context`] carries observer,
+//! cancel token and clock, the [`Receipt`] is the proof. [`rollback`], [`accept`] and [`cancel`] decide what
+//! becomes of the points; [`status`] looks; [`digest`], [`compare`] and [`verify_target`] only read.
+
+mod compare;
+mod error;
+mod handle;
+mod job;
+mod options;
+mod plan;
+mod receipt;
+mod recorder;
+mod status;
+mod sync;
+mod target;
+mod verbs;
+
+pub use blockferry_transfer_log::{Place, Recovered, SessionId, Strategy, Undo};
+pub use compare::{compare, digest};
+pub use error::{Error, ErrorKind, Result};
+pub use options::{Context, Mode, SyncOptions};
+pub use receipt::{Outcome, Prediction, RECEIPT_VERSION, Receipt};
+pub use status::{
+    Comparison, DigestReport, NextStep, PointStatus, SessionStatus, Status, VerifyReport,
+    resume_source, status,
+};
+pub use sync::sync;
+pub use target::{Target, TargetOptions, list_targets};
+pub use verbs::{accept, cancel, predict, recover, rollback, verify_target};

@@ -25,6 +25,7 @@ pub struct Copying {
     pub staged: Option<Arc<StagedView>>,
     /// The source is provably what it was when that was staged: durable blocks are not even read again.
     pub source_unchanged: bool,
+    digests_only: bool,
 }
 
 /// What one region came to.
@@ -66,8 +67,13 @@ impl Copying {
             geometry,
             stager,
             staged: None,
-            source_unchanged: false,
-        }
+            source_unchanged: false, digests_only: false }
+    }
+
+    /// Takes only the digests: nothing is written or emitted.
+    #[must_use]
+    pub fn digesting(source: Arc<dyn BlockSource>, geometry: Geometry) -> Self {
+        Self { digests_only: true, ..Self::new(source, geometry, Stager::detached(geometry)) }
     }
 
     /// Copies one region and emits what it wrote or wants logged.
@@ -181,6 +187,9 @@ impl Region<'_> {
         }
         let digest = block_digest(bytes);
         self.copy.leaves.set(block, digest);
+        if self.shared.digests_only {
+            return Ok(None);
+        }
         Ok((self.recorded(block)? != Some(digest)).then_some(digest))
     }
 
@@ -206,6 +215,9 @@ impl Region<'_> {
     }
 
     fn zero_extent(&mut self, extent: Extent, old: &mut AlignedBuffer) -> Result<(), Failure> {
+        if self.shared.digests_only {
+            return Ok(());
+        }
         if !self.batch.has_room(extent.length()) {
             self.flush()?;
         }

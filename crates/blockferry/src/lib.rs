@@ -1,1 +1,19 @@
-//! Moves whole disks between places incrementally, with minimal downtime, and never leaves a disk torn
+#![doc = include_str!("../../../README.md")]
+//!
+//! # This crate
+//! Only re-exports: [`sync`] and what it needs at the top, the layers below as modules.
+
+pub use blockferry_core::{BlockSize, Extent, format_size, parse_size};
+pub use blockferry_device::{
+    BlockSource, BlockTarget, CancelToken, Clock, SourceOptions, Status as ExtentStatus,
+    StorageDir, StorageFile, SystemClock, open_source, same_object,
+};
+pub use blockferry_engine::*;
+pub use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};
+
+/// Blocks, digests, manifests, change maps.
+pub use blockferry_core as core;
+/// Devices: traits, files, block devices, decorators.
+pub use blockferry_device as device;
+/// Sessions and decisions, for those who drive them themselves.
+pub use blockferry_transfer_log as transfer_log;

@@ -1,0 +1,284 @@
+//! Choosing: sample a few hundred blocks, measure, predict both modes, decide mode and strategy.
+
+use std::time::Duration;
+
+use blockferry_core::{BlockIndex, Geometry, PAGE_BYTES, block_digest, format_size, is_zero};
+use blockferry_delta_sync::differing_runs;
+use blockferry_device::{AlignedBuffer, BlockSource, Clock};
+use blockferry_pipeline::read_padded;
+use blockferry_transfer_log::{Strategy, Undo};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{Context, Mode, SyncOptions};
+
+/// Blocks that are sampled: the share that changed is then known to within a few percent.
+const SAMPLES: u64 = 256;
+/// Bytes per second a disk is assumed to write durably; measuring it would write.
+const ASSUMED_WRITE_RATE: f64 = 1.2e9;
+/// Above this share of changed pages a new file is cheaper than log and apply.
+const SHADOW_SHARE: f64 = 1.0 / 3.0;
+/// Logs need room for headers and for what a sample cannot see.
+const LOG_MARGIN: f64 = 1.1;
+
+/// What the sample showed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sample {
+    pub(crate) blocks: u64,
+    data_blocks: u64,
+    data_pages: u64,
+    changed_pages: u64,
+    source_seconds: f64,
+    target_seconds: f64,
+    digest_seconds: f64,
+    /// Blocks of the image for each sampled one.
+    weight: f64,
+    block_bytes: f64,
+}
+
+impl Sample {
+    /// Reads every n-th block of both sides.
+    pub(crate) fn take(
+        source: &dyn BlockSource,
+        target: Option<&dyn BlockSource>,
+        geometry: &Geometry,
+        seed: u64,
+        context: &Context,
+    ) -> Result<Self> {
+        let count = geometry.block_count();
+        let blocks = count.min(SAMPLES);
+        let mut sample = Self {
+            blocks,
+            weight: count as f64 / blocks.max(1) as f64,
+            block_bytes: geometry.block_size().bytes() as f64,
+            ..Self::default()
+        };
+        let length = usize::try_from(geometry.block_size().bytes()).unwrap_or(usize::MAX);
+        let mut buffers = (AlignedBuffer::zeroed(length), AlignedBuffer::zeroed(length));
+        for n in 0..blocks {
+            context.check_cancelled()?;
+            // One block of each of equal shares of the image, at a place the seed decides.
+            let (from, to) = (n * count / blocks, (n + 1) * count / blocks);
+            let block = from + scramble(seed ^ n) % (to - from).max(1);
+            let block = BlockIndex::new(block);
+            sample.look(source, target, geometry, block, &mut buffers, &*context.clock)?;
+        }
+        Ok(sample)
+    }
+
+    fn look(
+        &mut self,
+        source: &dyn BlockSource,
+        target: Option<&dyn BlockSource>,
+        geometry: &Geometry,
+        block: BlockIndex,
+        (new, old): &mut (AlignedBuffer, AlignedBuffer),
+        clock: &dyn Clock,
+    ) -> Result<()> {
+        let extent = geometry.block_extent(block);
+        let length = usize::try_from(extent.length()).unwrap_or(usize::MAX);
+        let (new, old) = (&mut new[..length], &mut old[..length]);
+        let start = clock.now();
+        source
+            .read_at(extent.start(), new)
+            .map_err(|e| Error::source(format!("sample {}", source.label()), e))?;
+        let read = clock.now();
+        let zero = is_zero(new);
+        std::hint::black_box(block_digest(new));
+        let digested = clock.now();
+        if let Some(target) = target {
+            read_padded(target, extent, old)
+                .map_err(|e| Error::target(format!("sample {}", target.label()), e))?;
+            let pages = |bytes: u64| bytes.div_ceil(PAGE_BYTES);
+            differing_runs(extent, new, old, |run| self.changed_pages += pages(run.extent.length()));
+            self.target_seconds += seconds(clock.now().saturating_sub(digested));
+        }
+        self.source_seconds += seconds(read.saturating_sub(start));
+        self.digest_seconds += seconds(digested.saturating_sub(read));
+        if !zero {
+            self.data_blocks += 1;
+            self.data_pages += extent.length().div_ceil(PAGE_BYTES);
+        }
+        Ok(())
+    }
+
+    /// Bytes of data in the source, estimated.
+    pub(crate) fn data_bytes(&self) -> f64 {
+        self.data_blocks as f64 * self.weight * self.block_bytes
+    }
+
+    /// Bytes of pages that differ, estimated.
+    pub(crate) fn changed_bytes(&self) -> f64 {
+        self.changed_pages as f64 * self.weight * PAGE_BYTES as f64
+    }
+
+    /// Share of the data's pages that differ.
+    pub(crate) fn changed_share(&self) -> f64 {
+        self.changed_pages as f64 / self.data_pages.max(1) as f64
+    }
+
+    fn scale(&self, seconds: f64, threads: usize) -> f64 {
+        seconds * self.weight / threads as f64
+    }
+
+    /// Seconds of a delta sync that reads both sides; with a manifest the target is read only where it differs.
+    pub(crate) fn delta_seconds(&self, threads: usize, strategy: Strategy, target_known: bool) -> f64 {
+        let target = if target_known { 0.0 } else { self.target_seconds };
+        let scan = self.scale(self.source_seconds + self.digest_seconds + target, threads);
+        let copies = if strategy == Strategy::Redo { 5.0 } else { 2.0 };
+        scan + copies * self.changed_bytes() / ASSUMED_WRITE_RATE
+    }
+
+    /// Seconds of a full download.
+    pub(crate) fn full_seconds(&self, threads: usize) -> f64 {
+        let scan = self.scale(self.source_seconds + self.digest_seconds, threads);
+        scan.max(2.0 * self.data_bytes() / ASSUMED_WRITE_RATE)
+    }
+}
+
+/// What the planner knows of the target.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Situation {
+    pub(crate) target_present: bool,
+    pub(crate) is_file: bool,
+    pub(crate) can_clone: bool,
+    /// The target's content is proven and its manifest is at hand.
+    pub(crate) target_known: bool,
+    pub(crate) state_free_bytes: u64,
+    pub(crate) target_free_bytes: u64,
+}
+
+/// The decision.
+#[derive(Clone, Debug)]
+pub(crate) struct Choice {
+    pub(crate) mode: Mode,
+    pub(crate) strategy: Strategy,
+    pub(crate) reason: String,
+    pub(crate) required_bytes: u64,
+    pub(crate) available_bytes: u64,
+}
+
+impl Choice {
+    pub(crate) fn fits(&self) -> bool {
+        self.required_bytes <= self.available_bytes
+    }
+}
+
+/// Decides mode and strategy. Pure.
+pub(crate) fn choose(options: &SyncOptions, found: Situation, sample: &Sample) -> Choice {
+    let threads = options.threads();
+    if !found.target_present {
+        let reason = "the target is absent: there is nothing to compare with".to_owned();
+        return with_space(Mode::Full, Strategy::Direct, reason, options, found, sample);
+    }
+    let (strategy, why) = delta_strategy(options, found, sample);
+    let delta = sample.delta_seconds(threads, strategy, found.target_known);
+    let full = sample.full_seconds(threads);
+    let share = sample.changed_share() * 100.0;
+    let facts = format!(
+        "{share:.1} % of the sampled data differs ({} of {}); predicted delta {delta:.2} s, full {full:.2} s",
+        format_size(round(sample.changed_bytes())),
+        format_size(round(sample.data_bytes()))
+    );
+    let full_is_better = full < delta && found.is_file || strategy == Strategy::Shadow;
+    let mode = match options.mode {
+        Mode::Auto if full_is_better => Mode::Full,
+        Mode::Auto => Mode::Delta,
+        asked => asked,
+    };
+    let (strategy, why) =
+        if mode == Mode::Full { full_strategy(options, found) } else { (strategy, why) };
+    with_space(mode, strategy, format!("{facts}; {why}"), options, found, sample)
+}
+
+fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (Strategy, String) {
+    if let Some(asked) = options.strategy {
+        return (asked, format!("{asked} as asked for"));
+    }
+    if options.in_place {
+        return (Strategy::Direct, "in place as asked for: the old content is given up".to_owned());
+    }
+    if found.can_clone {
+        return (Strategy::Clone, "clone: the file system shares unchanged blocks".to_owned());
+    }
+    let much = sample.changed_share() > SHADOW_SHARE;
+    if found.is_file && much && round(sample.data_bytes()) <= found.target_free_bytes {
+        let why = "shadow: more than a third differs, so a new file costs less than log and apply";
+        return (Strategy::Shadow, why.to_owned());
+    }
+    (Strategy::Redo, "redo: little differs, or there is no room for a second file".to_owned())
+}
+
+fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {
+    if let Some(asked) = options.strategy {
+        return (asked, format!("{asked} as asked for"));
+    }
+    if options.in_place {
+        return (Strategy::Direct, "in place as asked for: the old content is given up".to_owned());
+    }
+    if found.is_file {
+        return (Strategy::Shadow, "shadow: a complete new file beside the old one".to_owned());
+    }
+    (Strategy::Redo, "redo: a device cannot be exchanged".to_owned())
+}
+
+fn with_space(
+    mode: Mode,
+    strategy: Strategy,
+    reason: String,
+    options: &SyncOptions,
+    found: Situation,
+    sample: &Sample,
+) -> Choice {
+    let staged = if mode == Mode::Full { sample.data_bytes() } else { sample.changed_bytes() };
+    let copies = if options.undo == Undo::Keep { 2.0 } else { 1.0 };
+    let (required, available_bytes) = match strategy {
+        Strategy::Redo => (staged * copies * LOG_MARGIN, found.state_free_bytes),
+        Strategy::Shadow => (sample.data_bytes(), found.target_free_bytes),
+        Strategy::Direct if !found.target_present => (sample.data_bytes(), found.target_free_bytes),
+        Strategy::Clone => (sample.changed_bytes(), found.target_free_bytes),
+        Strategy::Direct => (0.0, found.state_free_bytes),
+    };
+    Choice { mode, strategy, reason, required_bytes: round(required), available_bytes }
+}
+
+/// Refuses before the first byte what cannot fit.
+pub(crate) fn check_space(choice: &Choice) -> Result<()> {
+    if choice.fits() {
+        return Ok(());
+    }
+    let advice = match choice.strategy {
+        Strategy::Redo => "give the log more room (--state), keep no old point (--undo none), or give the old \
+                           content up (--in-place)",
+        _ => "free space, or give the old content up (--in-place)",
+    };
+    Err(Error::new(
+        ErrorKind::Target,
+        format!(
+            "{} needs about {}, {} are free: {advice}",
+            choice.strategy,
+            format_size(choice.required_bytes),
+            format_size(choice.available_bytes)
+        ),
+    ))
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "an estimate of bytes: not negative, and far below 2^63"
+)]
+pub(crate) fn round(bytes: f64) -> u64 {
+    bytes.round() as u64
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}
+
+/// A cheap, well-mixed function of the seed (splitmix64's finaliser).
+fn scramble(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

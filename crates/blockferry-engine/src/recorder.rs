@@ -1,0 +1,136 @@
+//! Records the new point's manifest while regions come in order, and its root.
+//!
+//! While every region equals the old manifest nothing is written: an identical pair costs no write. The first
+//! difference starts the new manifest with a copy of what was equal so far.
+
+use std::io::Read;
+
+use blockferry_core::{Geometry, ManifestReader, ManifestWriter, RegionIndex, RegionLeaves, Root, TreeHasher};
+use blockferry_transfer_log::ManifestFile;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Yields the leaves of each region of a stored manifest in order, implicit zero regions included.
+#[derive(Debug)]
+pub(crate) struct Cursor<R: Read> {
+    reader: ManifestReader<R>,
+    ahead: Option<RegionLeaves>,
+    ended: bool,
+}
+
+impl<R: Read> Cursor<R> {
+    pub(crate) fn new(reader: ManifestReader<R>) -> Self {
+        Self { reader, ahead: None, ended: false }
+    }
+
+    /// The leaves of `region`; regions are asked for in ascending order.
+    ///
+    /// # Errors
+    /// The manifest is damaged.
+    pub(crate) fn leaves(&mut self, region: RegionIndex) -> std::result::Result<RegionLeaves, blockferry_core::Error> {
+        let geometry = self.reader.geometry();
+        while !self.ended && self.ahead.as_ref().is_none_or(|a| a.region() < region) {
+            self.ahead = self.reader.next_region()?;
+            self.ended = self.ahead.is_none();
+        }
+        match &self.ahead {
+            Some(ahead) if ahead.region() == region => Ok(ahead.clone()),
+            _ => Ok(RegionLeaves::zero(&geometry, region)),
+        }
+    }
+}
+
+type Opener<'a> = Box<dyn Fn() -> Option<Box<dyn Read + Send>> + 'a>;
+
+/// Takes the leaves of every region in order.
+pub(crate) struct Recorder {
+    geometry: Geometry,
+    tree: TreeHasher,
+    writer: Option<ManifestWriter<std::io::BufWriter<ManifestFile>>>,
+    /// Regions since the start that equalled the base, until the first that did not.
+    base: Option<Cursor<Box<dyn Read + Send>>>,
+    equal_regions: u64,
+}
+
+impl Recorder {
+    /// `base` is a manifest that the result may turn out to equal.
+    pub(crate) fn new(geometry: Geometry, base: Option<Box<dyn Read + Send>>) -> Self {
+        let base = base
+            .and_then(|b| ManifestReader::open(b).ok())
+            .filter(|r| r.geometry() == geometry)
+            .map(Cursor::new);
+        Self { geometry, tree: TreeHasher::new(geometry), writer: None, base, equal_regions: 0 }
+    }
+
+    /// Takes the next region. `reopen` opens the base again, `create` the new manifest.
+    pub(crate) fn push(
+        &mut self,
+        leaves: &RegionLeaves,
+        reopen: &Opener<'_>,
+        create: &mut dyn FnMut() -> Result<ManifestFile>,
+    ) -> Result<()> {
+        self.tree.push(leaves);
+        if let Some(base) = &mut self.base {
+            let equal = base.leaves(leaves.region()).is_ok_and(|b| b == *leaves);
+            if equal {
+                self.equal_regions += 1;
+                return Ok(());
+            }
+        }
+        self.start(reopen, create)?;
+        match &mut self.writer {
+            Some(writer) => writer.push(leaves).map_err(manifest_failed),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts the new manifest with what equalled the base so far.
+    pub(crate) fn start(
+        &mut self,
+        reopen: &Opener<'_>,
+        create: &mut dyn FnMut() -> Result<ManifestFile>,
+    ) -> Result<()> {
+        if self.writer.is_some() {
+            return Ok(());
+        }
+        let output = std::io::BufWriter::with_capacity(64 * 1024, create()?);
+        let mut writer = ManifestWriter::new(self.geometry, output).map_err(manifest_failed)?;
+        if self.base.take().is_some() && self.equal_regions > 0 {
+            let again = reopen().and_then(|r| ManifestReader::open(r).ok()).ok_or_else(|| {
+                Error::new(ErrorKind::Target, "the saved manifest disappeared while it was in use")
+            })?;
+            let mut again = Cursor::new(again);
+            for region in 0..self.equal_regions {
+                let leaves = again.leaves(RegionIndex::new(region)).map_err(manifest_failed)?;
+                writer.push(&leaves).map_err(manifest_failed)?;
+            }
+        }
+        self.writer = Some(writer);
+        Ok(())
+    }
+
+    /// Whether the result differs from the base, or there was none: a manifest is being written.
+    pub(crate) fn is_writing(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// The root, once every region was taken, with the manifest durable if one was written.
+    pub(crate) fn finish(self) -> Result<Root> {
+        let root = self.tree.finish();
+        let Some(writer) = self.writer else { return Ok(root) };
+        let (written, output) = writer.finish().map_err(manifest_failed)?;
+        let file = output.into_inner().map_err(|e| {
+            Error::because(ErrorKind::Target, "write the manifest", e.into_error())
+        })?;
+        file.finish().map_err(|e| Error::log("make the manifest durable", e))?;
+        if written == root {
+            Ok(root)
+        } else {
+            Err(Error::new(ErrorKind::Internal, "the manifest's root is not the tree's"))
+        }
+    }
+}
+
+fn manifest_failed(cause: blockferry_core::Error) -> Error {
+    Error::because(ErrorKind::Target, "write or read a manifest", cause)
+}

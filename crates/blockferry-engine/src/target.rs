@@ -1,0 +1,197 @@
+//! Opening a target: its place, its locks, its state directory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockferry_device::{BlockTarget, OsDirectory, StorageDir, TargetPlace, WriteMode, open_target};
+use blockferry_transfer_log::{GroupVerdicts, Place, Recovered, Replica};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Where states are kept.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct TargetOptions {
+    /// The state directory of this target, instead of the usual place.
+    pub state_dir: Option<PathBuf>,
+    /// Holds the states of devices, and the index of all targets of this host.
+    pub device_state_root: PathBuf,
+}
+
+impl TargetOptions {
+    /// `device_state_root` is usually `/var/lib/blockferry`.
+    #[must_use]
+    pub fn new(device_state_root: impl Into<PathBuf>) -> Self {
+        Self { state_dir: None, device_state_root: device_state_root.into() }
+    }
+
+    /// With the state in a directory of its own.
+    #[must_use]
+    pub fn with_state_dir(mut self, state_dir: Option<PathBuf>) -> Self {
+        self.state_dir = state_dir;
+        self
+    }
+
+    /// The state directory of the target at `path`: beside a file, below the root for a device.
+    pub(crate) fn state_path(&self, path: &Path) -> PathBuf {
+        if let Some(dir) = &self.state_dir {
+            return dir.clone();
+        }
+        let is_device = fs::metadata(path).is_ok_and(|found| {
+            std::os::unix::fs::FileTypeExt::is_block_device(&found.file_type())
+        });
+        if is_device {
+            let resolved = path.canonicalize().unwrap_or_else(|_unresolved| path.to_owned());
+            return self.device_state_root.join(flat_name(&resolved));
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        path.with_file_name(format!(".{name}.blockferry"))
+    }
+}
+
+/// `/dev/vg0/root` as one path component.
+fn flat_name(path: &Path) -> String {
+    path.to_string_lossy().trim_start_matches('/').replace('%', "%25").replace('/', "%2F")
+}
+
+/// A target with its state directory, both locked. Opening it finishes what an earlier run left decided.
+#[derive(Debug)]
+pub struct Target {
+    pub(crate) replica: Replica,
+    /// Set where a receipt may be left.
+    pub(crate) state_path: Option<PathBuf>,
+    /// Holds the locks on the target.
+    _place: Option<TargetPlace>,
+}
+
+impl Target {
+    /// Opens the target at `path` and its state.
+    ///
+    /// # Errors
+    /// The target is refused (mounted, open, locked, linked, an image format …), its state is damaged or held
+    /// by someone else, or a decision could not be carried out.
+    pub fn open(path: &Path, options: &TargetOptions) -> Result<Self> {
+        let opened = open_place(path)?;
+        let state_path = options.state_path(path);
+        let state = open_state(&state_path)?;
+        let mut target = Self::from_parts(place_of(&opened)?, Arc::new(state))?;
+        target.state_path = Some(state_path);
+        target._place = Some(opened);
+        remember(path, options);
+        Ok(target)
+    }
+
+    /// Puts a target together from storage of the caller's own.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_parts(place: Place, state: Arc<dyn StorageDir>) -> Result<Self> {
+        Self::from_group_member(place, state, None)
+    }
+
+    /// As [`Self::from_parts`], with someone who answers for groups of disks.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_group_member(
+        place: Place,
+        state: Arc<dyn StorageDir>,
+        groups: Option<&dyn GroupVerdicts>,
+    ) -> Result<Self> {
+        let label = place.label();
+        let replica = Replica::open(place, state, groups, &|_, _| {})
+            .map_err(|e| Error::log(format!("open the state of {label}"), e))?;
+        Ok(Self { replica, state_path: None, _place: None })
+    }
+
+    /// What opening it found and did.
+    #[must_use]
+    pub fn recovered(&self) -> &Recovered {
+        self.replica.recovered()
+    }
+
+    /// The replica below, for those who drive sessions themselves.
+    #[must_use]
+    pub fn replica(&mut self) -> &mut Replica {
+        &mut self.replica
+    }
+
+    /// For messages.
+    #[must_use]
+    pub fn label(&self) -> String {
+        self.replica.label()
+    }
+}
+
+/// Opens and locks the place; creates nothing.
+pub(crate) fn open_place(path: &Path) -> Result<TargetPlace> {
+    open_target(path).map_err(|e| Error::target(format!("open target {}", path.display()), e))
+}
+
+/// The place as the transfer log wants it.
+pub(crate) fn place_of(opened: &TargetPlace) -> Result<Place> {
+    match opened {
+        TargetPlace::File { directory, name, .. } => {
+            let dir = OsDirectory::open(directory.path())
+                .map_err(|e| Error::target("open the target's directory", e))?;
+            Ok(Place::File { dir: Arc::new(dir), name: name.clone() })
+        }
+        TargetPlace::Device(device) => {
+            let device: Arc<dyn BlockTarget> = Arc::clone(device) as _;
+            Ok(Place::Device(device))
+        }
+    }
+}
+
+fn open_state(path: &Path) -> Result<OsDirectory> {
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        fs::create_dir_all(parent).map_err(|e| {
+            let message = format!("create {} for the state of the target", parent.display());
+            Error::because(ErrorKind::Target, message, e)
+        })?;
+    }
+    refuse_volatile(path)?;
+    let dir = OsDirectory::open_or_create(path)
+        .map_err(|e| Error::target(format!("open state directory {}", path.display()), e))?;
+    Ok(dir.with_write_mode(WriteMode::Direct))
+}
+
+/// A state on a file system that forgets would break the promise at the first power loss.
+fn refuse_volatile(path: &Path) -> Result<()> {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    let found = rustix::fs::statfs(existing).map(|s| u64::from_ne_bytes(s.f_type.to_ne_bytes()));
+    match found {
+        Ok(TMPFS | RAMFS) => Err(Error::new(
+            ErrorKind::Target,
+            format!(
+                "state directory {}: it is on a file system in memory, which forgets the transfer log at a \
+                 power loss; name another with --state",
+                path.display()
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Leaves the target's path in the index of this host, so that a status without a target finds it. Best effort.
+fn remember(path: &Path, options: &TargetOptions) {
+    let index = options.device_state_root.join("targets");
+    let Ok(resolved) = path.canonicalize().or_else(|_absent| std::path::absolute(path)) else { return };
+    let entry = index.join(flat_name(&resolved));
+    if !entry.exists() && fs::create_dir_all(&index).is_ok() {
+        let _best_effort = fs::write(entry, resolved.to_string_lossy().as_bytes());
+    }
+}
+
+/// Every target that was ever synced from this host and still has a state.
+#[must_use]
+pub fn list_targets(device_state_root: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(device_state_root.join("targets")) else { return Vec::new() };
+    let paths = entries.flatten().filter_map(|e| fs::read_to_string(e.path()).ok());
+    let mut targets: Vec<PathBuf> = paths.map(PathBuf::from).collect();
+    targets.sort();
+    targets
+}
