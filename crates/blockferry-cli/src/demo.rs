@@ -13,6 +13,7 @@ mod story;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use blockferry_testkit::images::FileSystem;
 use serde::Serialize;
 
 use crate::address::Address;
@@ -40,9 +41,9 @@ const ATTEMPTS: u32 = 4;
 /// What the demo leaves: the receipts of its runs and what was checked between them.
 #[derive(Debug, Serialize)]
 struct DemoReceipt {
-    disk: String,
-    changes: String,
+    file_system: String,
     full: Receipt,
+    changed_bytes: u64,
     kill: Kill,
     status_after_kill: Status,
     resumed: Receipt,
@@ -125,20 +126,20 @@ impl<'a> Demo<'a> {
     /// The whole story; each chapter checks what it claims.
     fn play(&mut self, size_bytes: u64) -> Result<DemoReceipt, Failure> {
         let started = Instant::now();
-        let disk = self.make_disk(size_bytes)?;
+        let kind = self.make_disk(size_bytes)?;
         let full = self.full_download()?;
-        let changes = self.change_source()?;
-        let (kill, status_after_kill) = self.pull_the_plug()?;
+        let changed_bytes = self.change_source()?;
+        let (kill, status_after_kill) = self.pull_the_plug(changed_bytes)?;
         let resumed = self.resume()?;
         let rolled_back = self.roll_back()?;
         let delta_again = self.delta_again()?;
         let accepted = self.accept()?;
-        let file_system_checked = self.check_file_system()?;
+        let file_system_checked = self.check_file_system(kind)?;
         let elapsed_seconds = started.elapsed().as_secs_f64();
         Ok(DemoReceipt {
-            disk,
-            changes,
+            file_system: kind.to_string(),
             full,
+            changed_bytes,
             kill,
             status_after_kill,
             resumed,
@@ -150,17 +151,17 @@ impl<'a> Demo<'a> {
         })
     }
 
-    fn make_disk(&mut self, size_bytes: u64) -> Result<String, Failure> {
+    fn make_disk(&mut self, size_bytes: u64) -> Result<FileSystem, Failure> {
         self.story.chapter("A disk");
         let started = Instant::now();
-        let disk = disk::make(&self.source, size_bytes)?;
-        self.story.tell(&disk);
+        let kind = disk::make(&self.source, size_bytes)?;
         self.story.tell(format_args!(
-            "{} ({})",
-            self.source.display(),
-            duration(started.elapsed().as_secs_f64())
+            "{} of {kind} with files on it, made in {}: {}",
+            format_size(size_bytes),
+            duration(started.elapsed().as_secs_f64()),
+            self.source.display()
         ));
-        Ok(disk)
+        Ok(kind)
     }
 
     fn full_download(&mut self) -> Result<Receipt, Failure> {
@@ -184,21 +185,25 @@ impl<'a> Demo<'a> {
         Ok(receipt)
     }
 
-    fn change_source(&mut self) -> Result<String, Failure> {
+    fn change_source(&mut self) -> Result<u64, Failure> {
         self.story.chapter("The source is used");
-        let changes = disk::use_it(&self.source)?;
-        self.story.tell(&changes);
-        Ok(changes)
-    }
-
-    fn pull_the_plug(&mut self) -> Result<(Kill, Status), Failure> {
-        self.story
-            .chapter("A delta sync, and the plug is pulled in its middle");
-        let changed_bytes = self.changed_bytes()?;
+        let changed_bytes = disk::use_it(&self.source)?;
+        let found_bytes = self.different_bytes()?;
+        claim(
+            found_bytes == changed_bytes,
+            "comparing finds exactly the pages that were changed",
+            format_args!("{found_bytes} bytes instead of {changed_bytes}"),
+        )?;
         self.story.tell(format_args!(
-            "{} differ, in pages of 4 KiB",
+            "files were written: {} differ now, in pages of 4 KiB; the target is older",
             format_size(changed_bytes)
         ));
+        Ok(changed_bytes)
+    }
+
+    fn pull_the_plug(&mut self, changed_bytes: u64) -> Result<(Kill, Status), Failure> {
+        self.story
+            .chapter("A delta sync, and the plug is pulled in its middle");
         let kill = self.kill(changed_bytes)?;
         self.story.tell(format_args!(
             "killed (SIGKILL) after {}, with {} of its log durable",
@@ -313,14 +318,20 @@ impl<'a> Demo<'a> {
         Ok(outcome)
     }
 
-    fn check_file_system(&mut self) -> Result<bool, Failure> {
+    fn check_file_system(&mut self, kind: FileSystem) -> Result<bool, Failure> {
         self.story.chapter("The file system on the target");
+        if kind != FileSystem::Ext4 {
+            self.story
+                .tell(format_args!("{kind}: e2fsck cannot check it"));
+            return Ok(false);
+        }
         let checked = check::file_system(&self.target)?.is_some();
-        self.story.tell(if checked {
+        let outcome = if checked {
             "e2fsck -fn: clean"
         } else {
             "e2fsck is not installed: not checked"
-        });
+        };
+        self.story.tell(outcome);
         Ok(checked)
     }
 
@@ -361,11 +372,11 @@ impl<'a> Demo<'a> {
         ))
     }
 
-    fn changed_bytes(&self) -> Result<u64, Failure> {
+    fn different_bytes(&self) -> Result<u64, Failure> {
         let source = verbs::open(&self.source, false)?;
         let target = verbs::open(&self.target, true)?;
         let (context, display) = self.session.context(Look::Bar);
-        let outcome = engine::compare(&*source, &*target, &context, &mut |_| {});
+        let outcome = engine::compare(&source, &target, &context, &mut |_| {});
         drop(display);
         outcome
             .map(|comparison| comparison.different_bytes)

@@ -7,7 +7,6 @@ mod arguments;
 mod demo;
 #[cfg(test)]
 mod documented;
-mod engine;
 mod exit;
 mod failure;
 mod output;
@@ -16,6 +15,8 @@ mod quote;
 mod session;
 mod signals;
 mod verbs;
+
+use blockferry as engine;
 
 fn main() -> std::process::ExitCode {
     app::run(&std::env::args_os().collect::<Vec<_>>())

@@ -26,7 +26,7 @@ pub(crate) fn run(arguments: &DiffArguments, session: &Session) -> Result<Exit, 
         Look::Bar
     };
     let (context, display) = session.context(look);
-    let outcome = engine::compare(&*a, &*b, &context, &mut |extent| list(extent, session));
+    let outcome = engine::compare(&a, &b, &context, &mut |extent| list(extent, session));
     drop(display);
     if session.output.reader_left() {
         // Whoever read the list has seen enough; that a difference was found is why it was written to.

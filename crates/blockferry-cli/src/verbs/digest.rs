@@ -38,7 +38,7 @@ fn take(
         Look::Bar
     };
     let (context, display) = session.context(look);
-    let outcome = engine::digest(&*image, arguments.block_size, &context, manifest);
+    let outcome = engine::digest(&image, arguments.block_size, &context, manifest);
     drop(display);
     outcome.map_err(|error| session.failure(&error))
 }

@@ -14,7 +14,7 @@ use crate::verbs::report::{Facts, age, short};
 
 pub(crate) fn run(arguments: &StatusArguments, session: &Session) -> Result<Exit, Failure> {
     match &arguments.target {
-        Some(target) => one(target.path(), session),
+        Some(target) => one(&target.absolute(), session),
         None => {
             all(session);
             Ok(Exit::Done)
@@ -23,15 +23,28 @@ pub(crate) fn run(arguments: &StatusArguments, session: &Session) -> Result<Exit
 }
 
 fn one(path: &Path, session: &Session) -> Result<Exit, Failure> {
-    let status =
-        engine::status(path, &session.target_options()).map_err(|error| session.failure(&error))?;
+    let status = look(path, session).map_err(|error| session.failure(&error))?;
     session.output.summary("status", &status);
     describe(&status, &session.output);
     Ok(Exit::Done)
 }
 
+/// The status, its next steps as commands that can be pasted.
+fn look(path: &Path, session: &Session) -> engine::Result<Status> {
+    let mut status = engine::status(path, &session.target_options())?;
+    for step in &mut status.next {
+        // The engine names verb and target; quoting and `--state` are the command line's.
+        let words = step
+            .command
+            .strip_suffix(&status.target)
+            .unwrap_or(&step.command);
+        step.command = session.command(words.trim_end(), path);
+    }
+    Ok(status)
+}
+
 /// The whole status of one target, as text.
-pub(crate) fn describe(status: &Status, output: &Output) {
+fn describe(status: &Status, output: &Output) {
     let running = if status.running {
         " (a run is under way)"
     } else {
@@ -140,8 +153,7 @@ struct Entry {
 
 /// Every target synced from this host, whatever state it is in; one that cannot be read is still listed.
 fn all(session: &Session) {
-    let options = session.target_options();
-    let entry = |path: PathBuf| match engine::status(&path, &options) {
+    let entry = |path: PathBuf| match look(&path, session) {
         Ok(status) => Entry {
             path,
             status: Some(status),
@@ -156,10 +168,17 @@ fn all(session: &Session) {
             }
         }
     };
-    let targets: Vec<Entry> = engine::list_targets(&device_state_root())
+    let mut targets: Vec<Entry> = engine::list_targets(&device_state_root())
         .into_iter()
         .map(entry)
         .collect();
+    // The list remembers targets that were removed with their state.
+    targets.retain(|entry| {
+        entry
+            .status
+            .as_ref()
+            .is_none_or(|status| status.state != "unknown")
+    });
     table(&targets, &session.output);
     session.output.summary("status", &Known { targets });
 }

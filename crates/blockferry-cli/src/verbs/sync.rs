@@ -189,7 +189,7 @@ fn dry_run(
     let disk = super::open(arguments.source.path(), arguments.pace.crash_consistent)?;
     let (context, display) = session.context(Look::Bar);
     let place = session.target_options();
-    let outcome = engine::predict(disk, arguments.target.path(), &place, options, &context);
+    let outcome = engine::predict(&disk, arguments.target.path(), &place, options, &context);
     drop(display);
     let prediction = outcome.map_err(|error| session.failure(&error))?;
     session.output.summary("sync", &prediction);
@@ -210,14 +210,20 @@ fn foretell(prediction: &Prediction, output: &Output) {
         "changed",
         format!("about {}", format_size(prediction.predicted_changed_bytes)),
     );
-    facts.add(
-        "log",
-        format!("about {}", format_size(prediction.predicted_log_bytes)),
+    let (data, all) = (
+        format_size(prediction.data_bytes),
+        format_size(prediction.source_bytes),
     );
+    facts.add("data", format!("about {data} of {all}"));
     facts.add(
         "time",
         format!("about {}", duration(prediction.predicted_seconds)),
     );
+    let (delta, full) = (
+        duration(prediction.delta_seconds),
+        duration(prediction.full_seconds),
+    );
+    facts.add("by mode", format!("delta about {delta}, full about {full}"));
     facts.add(
         "space",
         format!(

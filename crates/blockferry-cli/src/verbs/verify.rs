@@ -2,7 +2,7 @@
 
 use crate::address::Address;
 use crate::arguments::VerifyArguments;
-use crate::engine::{self, Target};
+use crate::engine::{self, Target, VerifyReport, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::progress::Look;
@@ -21,7 +21,7 @@ fn pair(first: &Address, second: &Address, session: &Session) -> Result<Exit, Fa
     let a = super::open(first.path(), true)?;
     let b = super::open(second.path(), true)?;
     let (context, display) = session.context(Look::Bar);
-    let outcome = engine::compare(&*a, &*b, &context, &mut |_| {});
+    let outcome = engine::compare(&a, &b, &context, &mut |_| {});
     drop(display);
     let comparison = outcome.map_err(|error| session.failure(&error))?;
     session.output.summary("verify", &comparison);
@@ -49,20 +49,34 @@ fn target(address: &Address, session: &Session) -> Result<Exit, Failure> {
         ));
         return Ok(Exit::Done);
     }
-    session.output.answer(format_args!(
-        "corruption: {address} is not at its recorded point: expected root {}, found {}",
-        short(&report.expected_root),
-        short(&report.found_root)
-    ));
-    for &(start, length) in &report.different_regions {
-        session
-            .output
-            .say(format_args!("  differs in {start} {length}"));
-    }
+    mismatch(&report, session);
     let path = address.absolute();
     session.output.say(format_args!(
         "hint: see where it stands with: {}",
         session.command("status", &path)
     ));
     Ok(Exit::Corruption)
+}
+
+fn mismatch(report: &VerifyReport, session: &Session) {
+    session.output.answer(format_args!(
+        "corruption: {} is not at its recorded point: expected root {}, found {}",
+        report.target,
+        short(&report.expected_root),
+        short(&report.found_root)
+    ));
+    if report.written_since {
+        session
+            .output
+            .say("  somebody wrote it since its last sync");
+    }
+    if report.different_bytes > 0 {
+        session.output.say(format_args!(
+            "  {} differ:",
+            format_size(report.different_bytes)
+        ));
+    }
+    for &(start, length) in &report.different_extents {
+        session.output.say(format_args!("    {start} {length}"));
+    }
 }
