@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use blockferry_core::{Extent, Geometry};
+use blockferry_core::{Extent, ExtentSet, Geometry};
 use blockferry_device::{BlockTarget, WriteRequest};
 
-use crate::error::{Error, Result};
-use crate::format::{NewContent, OldContent, PAGE, RecordHeader, usize_of};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{
+    BatchExtent, NewContent, OldContent, PAGE, RecordHeader, StoredPages, Unit, usize_of,
+};
 use crate::index::{Index, RunContent};
 use crate::log::{LogFiles, RecordPlace};
 use crate::readback::{Expected, ReadBack};
@@ -60,6 +62,8 @@ pub(crate) struct Staged<'a> {
     pub(crate) records: &'a [RecordPlace],
     pub(crate) index: &'a Index,
     pub(crate) pool: &'a Pool,
+    /// Holes of the target that apply fills.
+    pub(crate) reserved: &'a ExtentSet,
 }
 
 impl Staged<'_> {
@@ -102,22 +106,19 @@ impl Staged<'_> {
     pub(crate) fn prove(&self, target: &dyn BlockTarget, progress: Progress<'_>) -> Result<u64> {
         let mut checked = 0;
         let total: u64 = self.index.runs().map(|r| r.extent.length()).sum();
-        let mut read_back: Option<ReadBack<'_>> = None;
-        for (number, place) in self.records.iter().enumerate() {
-            if place.dropped {
-                continue;
-            }
+        let mut read_back = ReadBack::new(target, self.geometry);
+        for (place, number) in self.records.iter().zip(0u32..).filter(|(p, _)| !p.dropped) {
             let header = self.files.header(place)?;
-            let read_back =
-                read_back.get_or_insert_with(|| ReadBack::new(target, self.geometry, header.unit));
-            let number = u32::try_from(number).unwrap_or(u32::MAX);
-            checked += self.prove_record(number, &header, read_back)?;
+            checked += self.add_live(number, &header, &mut read_back)?;
             progress(checked, total);
         }
-        read_back.map_or(Ok(0), ReadBack::finish)
+        read_back.finish()?;
+        Ok(checked)
     }
 
-    fn prove_record(
+    /// Adds to a read-back what a record says of the new point and no later record replaced; returns how many
+    /// bytes that is.
+    pub(crate) fn add_live(
         &self,
         number: u32,
         header: &RecordHeader,
@@ -125,58 +126,103 @@ impl Staged<'_> {
     ) -> Result<u64> {
         let step = header.unit.bytes(&self.geometry);
         let mut bytes = 0;
-        let mut digests = 0usize;
-        for entry in &header.extents {
-            let first = digests;
-            if entry.new == NewContent::Data {
-                digests += usize_of(entry.extent.length().div_ceil(step));
-            }
-            // Only what no later record replaced.
-            for run in self
-                .index
-                .within(entry.extent)
-                .filter(|r| r.record == number)
-            {
+        let mut first = 0usize;
+        for entry in header
+            .extents
+            .iter()
+            .filter(|e| matches!(e.new, NewContent::Data | NewContent::Zero))
+        {
+            let units = usize_of(entry.extent.length().div_ceil(step));
+            let runs = self.index.within(entry.extent);
+            for run in runs.filter(|r| r.record == number) {
                 bytes += run.extent.length();
-                let skip = usize_of((run.extent.start() - entry.extent.start()) / step);
-                let count = usize_of(run.extent.length().div_ceil(step));
-                match run.content {
-                    RunContent::Zero => read_back.add(run.extent, Expected::Zero)?,
-                    RunContent::Data { .. } => {
-                        let all = &header.new_digests[first + skip..first + skip + count];
-                        read_back.add(run.extent, Expected::Digests(all))?;
-                    }
+                let RunContent::Data { payload } = run.content else {
+                    read_back.add(run.extent, header.unit, &Expected::Zero)?;
+                    continue;
+                };
+                let skip = run.extent.start() - entry.extent.start();
+                let whole_units = skip.is_multiple_of(step)
+                    && (run.extent.end() == entry.extent.end()
+                        || run.extent.length().is_multiple_of(step));
+                if whole_units {
+                    let from = first + usize_of(skip / step);
+                    let count = usize_of(run.extent.length().div_ceil(step));
+                    let expected = header.new_digests[from..from + count].to_vec();
+                    read_back.add(run.extent, header.unit, &Expected::Digests(expected))?;
+                } else if header.pages != StoredPages::Elsewhere {
+                    // A later record replaced part of a unit: what is left is checked page by page.
+                    let pages = self.pages_of(number)?;
+                    let left = &pages[payload as usize..];
+                    let expected = Unit::Page.digests(&self.geometry, run.extent, left);
+                    let expected = Expected::Digests(expected.collect());
+                    read_back.add(run.extent, Unit::Page, &expected)?;
                 }
+            }
+            if entry.new == NewContent::Data {
+                first += units;
             }
         }
         Ok(bytes)
     }
 
-    /// Writes every pre-image back to `target`. Not flushed.
+    /// Checks every pre-image, before anything is decided that relies on them.
+    pub(crate) fn check_pre_images(&self) -> Result<()> {
+        for place in self.records {
+            let header = self.files.header(place)?;
+            if header.extents.iter().any(|e| e.old == OldContent::Data) {
+                self.files.old_pages(place, &header)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `target` still holds every pre-image: nobody wrote there since they were taken.
+    pub(crate) fn holds_pre_images(
+        &self,
+        target: &dyn BlockTarget,
+        old_bytes: u64,
+    ) -> Result<bool> {
+        match self.prove_restored(target, old_bytes) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes every pre-image back to `target`, up to its old size. Not flushed.
     pub(crate) fn restore_to(
         &self,
         target: &dyn BlockTarget,
+        old_bytes: u64,
         progress: Progress<'_>,
     ) -> Result<()> {
         let total = self.records.len() as u64;
         for (place, done) in self.records.iter().zip(1..) {
             let header = self.files.header(place)?;
-            if header.extents.iter().any(|e| e.old == OldContent::Data) {
-                let pages = Arc::new(self.files.old_pages(place, &header)?);
-                let mut batch = Writes::default();
-                for (extent, range) in old_ranges(&header) {
-                    batch.push(extent.start(), Arc::clone(&pages), range);
+            let has_pages = header.extents.iter().any(|e| e.old == OldContent::Data);
+            let pages = if has_pages {
+                self.files.old_pages(place, &header)?
+            } else {
+                Vec::new()
+            };
+            let pages = Arc::new(pages);
+            let mut batch = Writes::default();
+            for (entry, payload) in old_entries(&header) {
+                // Padding beyond the old end is not content.
+                let Some(inside) = entry.extent.intersection(Extent::from_range(0..old_bytes))
+                else {
+                    continue;
+                };
+                if entry.old == OldContent::Zero {
+                    target.write_zeroes(inside).map_err(|e| {
+                        Error::target(format!("restore zeros at {inside} of the target"), e)
+                    })?;
+                } else {
+                    let range = payload.start..payload.start + usize_of(inside.length());
+                    batch.push(inside.start(), Arc::clone(&pages), range);
                 }
-                batch.write(target)?;
             }
-            for entry in header.extents.iter().filter(|e| e.old == OldContent::Zero) {
-                target.write_zeroes(entry.extent).map_err(|e| {
-                    Error::target(
-                        format!("restore zeros at {} of the target", entry.extent),
-                        e,
-                    )
-                })?;
-            }
+            batch.write(target)?;
             progress(done, total);
         }
         Ok(())
@@ -184,45 +230,42 @@ impl Staged<'_> {
 
     /// Reads every restored extent back from the medium.
     pub(crate) fn prove_restored(&self, target: &dyn BlockTarget, old_bytes: u64) -> Result<()> {
+        let mut read_back = ReadBack::new(target, self.geometry);
         for place in self.records {
             let header = self.files.header(place)?;
-            let mut read_back = ReadBack::new(target, self.geometry, header.unit);
             let step = header.unit.bytes(&self.geometry);
             let mut digests = 0usize;
-            for entry in &header.extents {
+            for (entry, payload) in old_entries(&header) {
                 let count = usize_of(entry.extent.length().div_ceil(step));
-                // What lies beyond the old end is cut off by now; a unit that straddles it cannot be checked
-                // by its digest, which covers the padding too.
-                let inside = entry.extent.end() <= old_bytes;
-                match entry.old {
-                    OldContent::Data => {
-                        let expected = &header.old_digests[digests..digests + count];
-                        digests += count;
-                        if inside {
-                            read_back.add(entry.extent, Expected::Digests(expected))?;
-                        }
+                let expected = header.old_digests.get(digests..digests + count);
+                digests += if entry.old == OldContent::Data {
+                    count
+                } else {
+                    0
+                };
+                // What lies beyond the old end is cut off by now.
+                let Some(inside) = entry.extent.intersection(Extent::from_range(0..old_bytes))
+                else {
+                    continue;
+                };
+                match (entry.old, expected) {
+                    (OldContent::Data, Some(expected)) if inside == entry.extent => {
+                        let expected = Expected::Digests(expected.to_vec());
+                        read_back.add(inside, header.unit, &expected)?;
                     }
-                    OldContent::Zero if inside => read_back.add(entry.extent, Expected::Zero)?,
-                    OldContent::Zero | OldContent::None => {}
+                    (OldContent::Data, _) => {
+                        // Its digests cover the padding too: take new ones of what is inside.
+                        let pages = self.files.old_pages(place, &header)?;
+                        let pages = &pages[payload.start..];
+                        let expected = Unit::Page.digests(&self.geometry, inside, pages);
+                        let expected = Expected::Digests(expected.collect());
+                        read_back.add(inside, Unit::Page, &expected)?;
+                    }
+                    _ => read_back.add(inside, header.unit, &Expected::Zero)?,
                 }
             }
-            read_back.finish()?;
         }
-        Ok(())
-    }
-
-    /// What the records say was allocated for apply.
-    pub(crate) fn reserved(&self) -> Result<Vec<Extent>> {
-        let mut reserved = Vec::new();
-        for place in self.records {
-            let header = self.files.header(place)?;
-            let extents = header
-                .extents
-                .iter()
-                .filter(|e| e.new == NewContent::Reserve);
-            reserved.extend(extents.map(|e| e.extent));
-        }
-        Ok(reserved)
+        read_back.finish()
     }
 
     /// The extents that became zero, for giving their space back after `accept`.
@@ -243,13 +286,17 @@ impl Staged<'_> {
     }
 }
 
-fn old_ranges(header: &RecordHeader) -> impl Iterator<Item = (Extent, Range<usize>)> + '_ {
-    let old = header.extents.iter().filter(|e| e.old == OldContent::Data);
+/// The extents with a pre-image, each with its range in the old payload (empty for zeros).
+fn old_entries(header: &RecordHeader) -> impl Iterator<Item = (&BatchExtent, Range<usize>)> + '_ {
+    let old = header.extents.iter().filter(|e| e.old != OldContent::None);
     old.scan(0usize, |offset, entry| {
         let start = *offset;
+        if entry.old == OldContent::Zero {
+            return Some((entry, start..start));
+        }
         let length = usize_of(entry.extent.length());
         *offset += length.next_multiple_of(PAGE);
-        Some((entry.extent, start..start + length))
+        Some((entry, start..start + length))
     })
 }
 

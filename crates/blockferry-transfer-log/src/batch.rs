@@ -1,8 +1,11 @@
 //! Batches: what one worker hands to the session, at most one record's worth.
 
-use blockferry_core::{Digest, Extent, Geometry, checksum};
-use blockferry_device::AlignedBuffer;
+use std::borrow::Cow;
 
+use blockferry_core::{Digest, Extent, ExtentSet, Geometry, checksum};
+use blockferry_device::{AlignedBuffer, Evidence};
+
+use crate::error::Result;
 use crate::format::{
     BatchExtent, MAX_PAYLOAD_BYTES, NewContent, OldContent, PAGE, StoredPages, Unit, usize_of,
 };
@@ -32,6 +35,7 @@ pub struct Batch {
     pub(crate) unit: Unit,
     pub(crate) fuzzy: bool,
     pub(crate) pages: StoredPages,
+    pub(crate) evidence: Evidence,
     pub(crate) extents: Vec<BatchExtent>,
     pub(crate) new_digests: Vec<Digest>,
     pub(crate) old_digests: Vec<Digest>,
@@ -56,6 +60,7 @@ impl Batch {
             unit,
             fuzzy: false,
             pages,
+            evidence: Evidence::unknown(),
             extents: Vec::new(),
             new_digests: Vec::new(),
             old_digests: Vec::new(),
@@ -76,6 +81,12 @@ impl Batch {
         self.new.push(frame);
     }
 
+    /// Marks its pages as copied from a source that was being written: they may be committed only after a later
+    /// pass has staged them again.
+    pub fn mark_fuzzy(&mut self) {
+        self.fuzzy = true;
+    }
+
     /// Nothing in it yet.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -92,6 +103,11 @@ impl Batch {
             && self.old_digests.len() + units <= MAX_UNITS
             && self.new.len() + bytes <= MAX_PAYLOAD_BYTES
             && self.old.len() + bytes <= MAX_PAYLOAD_BYTES
+    }
+
+    /// Where its pages lie.
+    pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.extents.iter().map(|e| e.extent)
     }
 
     /// Bytes of new data in it.
@@ -113,9 +129,11 @@ impl Batch {
             New::Data(bytes) => {
                 self.new_digests
                     .extend(self.unit.digests(&self.geometry, extent, bytes));
-                if self.pages == StoredPages::Plain {
-                    self.new.push(&bytes[..usize_of(extent.length())]);
-                }
+                assert!(
+                    self.pages == StoredPages::Plain,
+                    "bytes are added before a frame, and to batches that carry bytes"
+                );
+                self.new.push(&bytes[..usize_of(extent.length())]);
                 NewContent::Data
             }
             New::Written(digests) => {
@@ -143,6 +161,17 @@ impl Batch {
         }
     }
 
+    /// The bytes of the new pages, unpacked.
+    pub(crate) fn plain_pages(&self) -> Result<Cow<'_, [u8]>> {
+        let StoredPages::Zstd { stored_bytes, .. } = self.pages else {
+            return Ok(Cow::Borrowed(self.new.bytes()));
+        };
+        let data = self.extents.iter().filter(|e| e.new == NewContent::Data);
+        let padded = data.map(|e| e.extent.length().next_multiple_of(PAGE as u64));
+        let frame = &self.new.bytes()[..stored_bytes as usize];
+        crate::frame::unpack(frame, usize_of(padded.sum())).map(Cow::Owned)
+    }
+
     pub(crate) fn new_payload(&self) -> &[u8] {
         self.new.bytes()
     }
@@ -151,61 +180,47 @@ impl Batch {
         self.old.bytes()
     }
 
-    /// Forgets the pre-images of what `touched` says was touched before; they are in an earlier record.
-    pub(crate) fn keep_first_touch(self, touched: &blockferry_core::ExtentSet) -> Self {
-        if !self.extents.iter().any(|e| touched.overlaps(e.extent)) {
-            return self;
+    /// Parts the batch in pre-images of what is touched for the first time and new content, where some of it
+    /// was touched before: the pre-images of that are in earlier records, and the units of the new content
+    /// must stay whole. The pre-images come in batches of their own, to be appended first.
+    pub(crate) fn keep_first_touch(mut self, touched: &ExtentSet) -> (Vec<Self>, Self) {
+        let again = |e: &BatchExtent| e.old != OldContent::None && touched.overlaps(e.extent);
+        if !self.extents.iter().any(again) {
+            return (Vec::new(), self);
         }
-        let mut kept = Self::with_pages(self.geometry, self.unit, self.pages);
-        kept.fuzzy = self.fuzzy;
-        kept.new = self.new;
-        kept.new_digests = self.new_digests;
-        let step = self.unit.bytes(&self.geometry);
-        let (mut offset, mut digest) = (0usize, 0usize);
-        for entry in self.extents {
-            // Split into units so that every piece is either kept or not.
-            let mut start = entry.extent.start();
-            while start < entry.extent.end() {
-                let end = (start + step).min(entry.extent.end());
-                let piece = Extent::from_range(start..end);
-                let length = usize_of(piece.length());
-                let first = !touched.overlaps(piece);
-                let mut old = OldContent::None;
-                if entry.old == OldContent::Data {
-                    if first {
-                        kept.old.push(&self.old.bytes()[offset..offset + length]);
-                        kept.old_digests.push(self.old_digests[digest]);
-                        old = OldContent::Data;
+        let mut olds = vec![Self::logged(self.geometry, self.unit)];
+        let mut offset = 0usize;
+        for entry in &self.extents {
+            let start = offset;
+            if entry.old == OldContent::Data {
+                offset += usize_of(entry.extent.length().next_multiple_of(PAGE as u64));
+            }
+            let untouched = ExtentSet::from_iter([entry.extent]).difference(touched);
+            for piece in untouched.iter() {
+                let from = start + usize_of(piece.start() - entry.extent.start());
+                let old = match entry.old {
+                    OldContent::None => continue,
+                    OldContent::Zero => Old::Zero,
+                    OldContent::Data => {
+                        Old::Data(&self.old.bytes()[from..from + usize_of(piece.length())])
                     }
-                    offset += length.next_multiple_of(PAGE);
-                    digest += 1;
-                } else if first {
-                    old = entry.old;
+                };
+                if olds.last().is_none_or(|b| b.extents.len() == MAX_EXTENTS) {
+                    olds.push(Self::logged(self.geometry, self.unit));
                 }
-                kept.extents.push(BatchExtent {
-                    extent: piece,
-                    new: entry.new,
-                    old,
-                });
-                start = end;
+                if let Some(last) = olds.last_mut() {
+                    last.push(piece, New::None, old);
+                }
             }
         }
-        kept.merge_adjacent(step);
-        kept
-    }
-
-    /// Joins neighbours of one kind again after a split.
-    fn merge_adjacent(&mut self, step: u64) {
-        self.extents.dedup_by(|next, previous| {
-            let joins = previous.extent.end() == next.extent.start()
-                && previous.extent.length().is_multiple_of(step)
-                && previous.new == next.new
-                && previous.old == next.old;
-            if joins {
-                previous.extent = Extent::from_range(previous.extent.start()..next.extent.end());
-            }
-            joins
-        });
+        self.extents.retain(|e| e.new != NewContent::None);
+        self.extents
+            .iter_mut()
+            .for_each(|e| e.old = OldContent::None);
+        self.old_digests.clear();
+        self.old = Payload::default();
+        olds.retain(|b| !b.is_empty());
+        (olds, self)
     }
 }
 

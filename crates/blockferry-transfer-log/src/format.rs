@@ -13,7 +13,7 @@ pub(crate) use decision::Decision;
 pub use decision::DecisionKind;
 pub use header::{SegmentHeader, SegmentKind, SourceStamp};
 pub use record::{BatchExtent, NewContent, OldContent, Unit};
-pub(crate) use record::{MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, usize_of};
+pub(crate) use record::{MAX_DIGESTS, MAX_EXTENTS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, usize_of};
 pub(crate) use record::{RecordHeader, StoredPages};
 pub(crate) use slot::Slot;
 pub use slot::{Point, Retained};

@@ -8,11 +8,14 @@ use std::sync::Arc;
 use blockferry_core::{Decoder, Encoder};
 use blockferry_device::{ReadRequest, StorageDir};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{PAGE, SessionId};
 use crate::session::{GroupCommitted, GroupId};
 
 const MAGIC: &[u8; 8] = b"BFRYGRP\0";
+
+/// Most disks of one group: their ids fit one page.
+const MAX_MEMBERS: usize = 200;
 
 /// What a group's record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +58,17 @@ impl GroupDirectory {
     pub fn commit(&self, group: GroupId, members: &[SessionId]) -> Result<GroupCommitted> {
         let name = name_of(group);
         let failed = |e| Error::log(format!("write group record {name}"), e);
+        if members.len() > MAX_MEMBERS {
+            return Err(Error::new(
+                ErrorKind::LimitExceeded,
+                format!("a group of {} disks: at most {MAX_MEMBERS}", members.len()),
+            ));
+        }
         let page = encode(group, members);
         let file = self.dir.create(&name).map_err(failed)?;
-        file.write_at(0, &page).map_err(failed)?;
+        // Twice: a sector that goes bad later must not take the decision back for some of the members.
+        file.write_at(0, &[&page[..], &page[..]].concat())
+            .map_err(failed)?;
         file.flush().map_err(failed)?;
         self.dir.sync().map_err(failed)?;
         Ok(GroupCommitted { group })
@@ -85,20 +96,18 @@ impl GroupVerdicts for GroupDirectory {
         // What the page cache shows decides nothing before it and its name are durable.
         file.flush().map_err(failed)?;
         self.dir.sync().map_err(failed)?;
-        if file.size_bytes() < PAGE as u64 {
-            return Ok(Verdict::Aborted);
-        }
         let mut page = vec![0; PAGE];
-        let read = file.read_medium(&mut [ReadRequest {
-            offset: 0,
-            buffer: &mut page,
-        }]);
-        let valid = read.is_ok() && decode(&page) == Some(group);
-        Ok(if valid {
-            Verdict::Committed
-        } else {
-            Verdict::Aborted
-        })
+        for copy in 0..2 {
+            let offset = copy * PAGE as u64;
+            let mut request = [ReadRequest {
+                offset,
+                buffer: &mut page,
+            }];
+            if file.read_medium(&mut request).is_ok() && decode(&page) == Some(group) {
+                return Ok(Verdict::Committed);
+            }
+        }
+        Ok(Verdict::Aborted)
     }
 }
 

@@ -17,6 +17,7 @@ pub mod frame;
 mod group;
 mod index;
 mod inspect;
+mod ledger;
 mod log;
 mod place;
 mod plan;
@@ -26,6 +27,7 @@ mod session;
 mod staged;
 mod state;
 mod stats;
+mod working;
 
 pub use apply::Progress;
 pub use batch::{Batch, Old};
@@ -38,7 +40,7 @@ pub use group::{GroupDirectory, GroupVerdicts, Verdict};
 pub use inspect::{Inspection, UnfinishedSession, inspect};
 pub use place::Place;
 pub use plan::{Plan, Strategy, Undo};
-pub use replica::{Recovered, Replica, Unwritten};
+pub use replica::{ManifestSource, Recovered, Replica, Unwritten};
 pub use session::{
     Applied, Checkpoint, GROUP_BYTES, GroupCommitted, GroupId, ManifestFile, Prepared, Session,
     SessionTotals,

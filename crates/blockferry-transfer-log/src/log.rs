@@ -13,8 +13,8 @@ use blockferry_device::{AlignedBuffer, ReadRequest, StorageDir, StorageFile, Wri
 use crate::batch::Batch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
-    MAX_HEADER_BYTES, NewContent, OldContent, PAGE, RecordHeader, SegmentHeader, SegmentKind,
-    SessionId, StoredPages, usize_of,
+    Decision, MAX_DIGESTS, MAX_EXTENTS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, NewContent,
+    OldContent, PAGE, RecordHeader, SegmentHeader, SegmentKind, SessionId, StoredPages, usize_of,
 };
 use crate::stats::Stats;
 
@@ -26,7 +26,8 @@ pub(crate) fn segment_name(session: SessionId, segment: u32) -> String {
 /// Session and number of a segment's name.
 pub(crate) fn parse_segment_name(name: &str) -> Option<(SessionId, u32)> {
     let (session, number) = name.split_once(".log.")?;
-    Some((SessionId::from_hex(session)?, number.parse().ok()?))
+    let number = number.parse().ok().filter(|n| *n < u32::MAX)?;
+    Some((SessionId::from_hex(session)?, number))
 }
 
 /// Where a record is.
@@ -38,6 +39,8 @@ pub(crate) struct RecordPlace {
     header_bytes: u32,
     stored_new_bytes: u32,
     old_bytes: u32,
+    /// Copied from a source that was being written.
+    pub(crate) fuzzy: bool,
     /// Its payload turned out not to be what was written; nothing refers to it any more.
     pub(crate) dropped: bool,
 }
@@ -227,6 +230,36 @@ impl Side {
     }
 }
 
+/// What a reader would refuse must never be written: everything after it would be lost with it.
+fn check_limits(header: &RecordHeader) -> Result<()> {
+    let frame_fits = match header.pages {
+        StoredPages::Zstd { stored_bytes, .. } => u64::from(stored_bytes) <= 2 * MAX_PAYLOAD_BYTES,
+        StoredPages::Plain | StoredPages::Elsewhere => true,
+    };
+    let pages_fit =
+        header.pages == StoredPages::Elsewhere || header.new_bytes() <= MAX_PAYLOAD_BYTES;
+    let fits = header.extents.len() <= MAX_EXTENTS
+        && header.new_digests.len() <= MAX_DIGESTS
+        && header.old_digests.len() <= MAX_DIGESTS
+        && header.old_bytes() <= MAX_PAYLOAD_BYTES
+        && frame_fits
+        && pages_fit
+        && header.encoded_bytes() <= MAX_HEADER_BYTES;
+    if fits {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::LimitExceeded,
+        format!(
+            "record {}: {} extents with {} new and {} old bytes are more than a record may have",
+            header.sequence,
+            header.extents.len(),
+            header.new_bytes(),
+            header.old_bytes()
+        ),
+    ))
+}
+
 /// The end of a log that is being written.
 #[derive(Debug)]
 pub(crate) struct Appender {
@@ -234,6 +267,8 @@ pub(crate) struct Appender {
     stats: Arc<Stats>,
     segment: usize,
     position: u64,
+    /// Position at the last flush.
+    flushed: u64,
     next_sequence: u64,
     chain: Digest,
     durable: u64,
@@ -261,6 +296,7 @@ impl Appender {
             stats: Arc::clone(stats),
             segment: files.files.len() - 1,
             position: PAGE as u64,
+            flushed: 0,
             next_sequence: header.first_sequence,
             chain,
             durable: header.first_sequence - 1,
@@ -284,10 +320,12 @@ impl Appender {
             fuzzy: batch.fuzzy,
             compaction_end,
             pages: batch.pages,
+            evidence: batch.evidence.clone(),
             extents: batch.extents.clone(),
             new_digests: batch.new_digests.clone(),
             old_digests: batch.old_digests.clone(),
         };
+        check_limits(&header)?;
         let (head, chain) = header.encode();
         let mut head_buffer = AlignedBuffer::zeroed(head.len());
         head_buffer.copy_from_slice(&head);
@@ -298,6 +336,7 @@ impl Appender {
             header_bytes: bounded_u32(head.len()),
             stored_new_bytes: bounded_u32(batch.new_payload().len()),
             old_bytes: bounded_u32(batch.old_payload().len()),
+            fuzzy: header.fuzzy,
             dropped: false,
         };
         self.write(&[&head_buffer, batch.new_payload(), batch.old_payload()])?;
@@ -337,6 +376,7 @@ impl Appender {
         self.stats.count_flush();
         self.dead = false;
         self.durable = self.next_sequence - 1;
+        self.flushed = self.position;
         Ok(())
     }
 
@@ -350,6 +390,11 @@ impl Appender {
             return Err(Error::new(ErrorKind::Log, message));
         }
         Ok(())
+    }
+
+    /// Whether anything was written since the last flush, the segment's header included.
+    pub(crate) fn is_unflushed(&self) -> bool {
+        self.position != self.flushed
     }
 
     pub(crate) fn position(&self) -> u64 {
@@ -383,6 +428,31 @@ pub(crate) struct Scan {
     pub(crate) chain: Digest,
     /// Bytes of all segments.
     pub(crate) held_bytes: u64,
+}
+
+impl Scan {
+    /// Keeps exactly the records a decision counts.
+    ///
+    /// # Errors
+    /// They are not all there, or they are not those the decision was made on.
+    pub(crate) fn keep_decided(&mut self, decision: &Decision) -> Result<()> {
+        if decision.chain == Digest::from_bytes([0; 32]) {
+            // It binds nothing: the decision before it was not readable.
+            return Ok(());
+        }
+        let after = decision.records + 1;
+        if chain_before(self, after) != Some(decision.chain) {
+            return Err(Error::corrupt(format!(
+                "session {} is decided with {} records, but its log of {} does not have these: the log is \
+                 damaged",
+                decision.session,
+                decision.records,
+                self.next_sequence.saturating_sub(1)
+            )));
+        }
+        self.records.retain(|(p, _)| p.sequence < after);
+        Ok(())
+    }
 }
 
 /// Scans the segments of a session, in order of their numbers. `None` if no segment has a valid header: the
@@ -485,6 +555,13 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
     for (place, _) in &mut segment.records {
         place.segment = index;
     }
+    // The later segment knows better what the target looked like; a record may know still better.
+    let noted = segment.records.iter().rev().map(|(_, h)| &h.evidence);
+    scan.header.target_evidence = noted
+        .chain([&segment.header.target_evidence])
+        .find(|e| e.is_known())
+        .unwrap_or(&segment.header.target_evidence)
+        .clone();
     scan.next_sequence = segment.header.first_sequence + segment.records.len() as u64;
     scan.records.append(&mut segment.records);
     scan.chain = segment.chains.pop().unwrap_or(scan.chain);
@@ -519,7 +596,8 @@ fn scan_segment(
     }])
     .map_err(|e| Error::log(format!("read header of {name}"), e))?;
     let (header, mut chain) = SegmentHeader::decode(&page, name)?;
-    if header.session != session || header.first_sequence == 0 {
+    let starts = 1..=u64::from(u32::MAX) * u64::from(u32::MAX);
+    if header.session != session || !starts.contains(&header.first_sequence) {
         return Err(Error::corrupt(format!(
             "header of {name}: it is another session's"
         )));
@@ -585,6 +663,7 @@ fn read_record(
         header_bytes: bounded_u32(length),
         stored_new_bytes: bounded_u32(usize_of(header.stored_new_bytes())),
         old_bytes: bounded_u32(usize_of(header.old_bytes())),
+        fuzzy: header.fuzzy,
         dropped: false,
     };
     (follows && offset + place.stored_bytes() <= size).then_some((place, header, chain))

@@ -10,10 +10,10 @@ use crate::format::{PAGE, Unit, usize_of};
 const SPAN_BYTES: usize = 4 * 1024 * 1024;
 
 /// What an extent must hold.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Expected<'a> {
+#[derive(Clone, Debug)]
+pub(crate) enum Expected {
     /// Units with these digests.
-    Digests(&'a [Digest]),
+    Digests(Vec<Digest>),
     Zero,
 }
 
@@ -22,30 +22,30 @@ pub(crate) enum Expected<'a> {
 pub(crate) struct ReadBack<'t> {
     target: &'t dyn BlockTarget,
     geometry: Geometry,
-    unit: Unit,
-    buffer: AlignedBuffer,
-    /// Where in the buffer each piece lies and what it must be; `None` is zeros.
-    pieces: Vec<(Extent, usize, Option<Vec<Digest>>)>,
+    pieces: Vec<Piece>,
     used: usize,
-    checked_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Piece {
+    extent: Extent,
+    unit: Unit,
+    expected: Expected,
 }
 
 impl<'t> ReadBack<'t> {
-    pub(crate) fn new(target: &'t dyn BlockTarget, geometry: Geometry, unit: Unit) -> Self {
+    pub(crate) fn new(target: &'t dyn BlockTarget, geometry: Geometry) -> Self {
         Self {
             target,
             geometry,
-            unit,
-            buffer: AlignedBuffer::zeroed(SPAN_BYTES),
             pieces: Vec::new(),
             used: 0,
-            checked_bytes: 0,
         }
     }
 
-    /// Adds an extent; it starts at a unit.
-    pub(crate) fn add(&mut self, extent: Extent, expected: Expected<'_>) -> Result<()> {
-        let step = self.unit.bytes(&self.geometry);
+    /// Adds an extent; its digests are those of its units, counted from its start.
+    pub(crate) fn add(&mut self, extent: Extent, unit: Unit, expected: &Expected) -> Result<()> {
+        let step = unit.bytes(&self.geometry);
         let mut start = extent.start();
         while start < extent.end() {
             let room = ((SPAN_BYTES - self.used) as u64 / step) * step;
@@ -54,36 +54,42 @@ impl<'t> ReadBack<'t> {
                 continue;
             }
             let piece = Extent::from_range(start..extent.end().min(start + room));
-            let digests = match expected {
-                Expected::Zero => None,
+            let expected = match expected {
+                Expected::Zero => Expected::Zero,
                 Expected::Digests(all) => {
                     let first = usize_of((start - extent.start()) / step);
                     let count = usize_of(piece.length().div_ceil(step));
-                    Some(all[first..first + count].to_vec())
+                    Expected::Digests(all[first..first + count].to_vec())
                 }
             };
-            self.pieces.push((piece, self.used, digests));
-            self.used += usize_of(piece.length()).next_multiple_of(PAGE);
+            self.pieces.push(Piece {
+                extent: piece,
+                unit,
+                expected,
+            });
+            self.used += padded(piece);
             start = piece.end();
         }
         Ok(())
     }
 
-    /// Checks what is left and returns how many bytes were checked in all.
-    pub(crate) fn finish(mut self) -> Result<u64> {
-        self.check()?;
-        Ok(self.checked_bytes)
+    /// Checks what is left.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        self.check()
     }
 
     fn check(&mut self) -> Result<()> {
-        let mut rest: &mut [u8] = &mut self.buffer;
+        if self.pieces.is_empty() {
+            return Ok(());
+        }
+        let mut buffer = AlignedBuffer::zeroed(self.used);
+        let mut rest: &mut [u8] = &mut buffer;
         let mut requests = Vec::with_capacity(self.pieces.len());
-        for (extent, _, _) in &self.pieces {
-            let padded = usize_of(extent.length()).next_multiple_of(PAGE);
-            let (head, tail) = rest.split_at_mut(padded);
+        for piece in &self.pieces {
+            let (head, tail) = rest.split_at_mut(padded(piece.extent));
             requests.push(ReadRequest {
-                offset: extent.start(),
-                buffer: &mut head[..usize_of(extent.length())],
+                offset: piece.extent.start(),
+                buffer: &mut head[..usize_of(piece.extent.length())],
             });
             rest = tail;
         }
@@ -91,23 +97,34 @@ impl<'t> ReadBack<'t> {
         self.target
             .read_medium(&mut requests)
             .map_err(|e| Error::target(format!("read back what was written to {label}"), e))?;
-        for (extent, offset, digests) in self.pieces.drain(..) {
-            let bytes = &self.buffer[offset..offset + usize_of(extent.length())];
-            let good = match &digests {
-                None => is_zero(bytes),
-                Some(expected) => self
-                    .unit
-                    .digests(&self.geometry, extent, bytes)
-                    .eq(expected.iter().copied()),
-            };
-            if !good {
+        let mut offset = 0;
+        for piece in self.pieces.drain(..) {
+            let bytes = &buffer[offset..offset + usize_of(piece.extent.length())];
+            offset += padded(piece.extent);
+            if !piece.holds(&self.geometry, bytes) {
                 return Err(Error::corrupt(format!(
-                    "read back {extent} of {label}: the medium does not hold what was written"
+                    "read back {} of {label}: the medium does not hold what was written",
+                    piece.extent
                 )));
             }
-            self.checked_bytes += extent.length();
         }
         self.used = 0;
         Ok(())
     }
+}
+
+impl Piece {
+    fn holds(&self, geometry: &Geometry, bytes: &[u8]) -> bool {
+        match &self.expected {
+            Expected::Zero => is_zero(bytes),
+            Expected::Digests(expected) => self
+                .unit
+                .digests(geometry, self.extent, bytes)
+                .eq(expected.iter().copied()),
+        }
+    }
+}
+
+fn padded(extent: Extent) -> usize {
+    usize_of(extent.length()).next_multiple_of(PAGE)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use blockferry_core::{Extent, Geometry, ManifestReader, Root};
+use blockferry_core::{Extent, Geometry, Root};
 use blockferry_device::{BlockTarget, Evidence, LockGuard, StorageDir, StorageFile};
 
 use crate::apply::{Pool, Progress, Staged};
@@ -12,10 +12,10 @@ use crate::format::{
     Decision, DecisionKind, Point, Retained, SegmentHeader, SessionId, Slot, SourceStamp,
 };
 use crate::group::{GroupVerdicts, Verdict};
-use crate::index::Index;
+use crate::ledger::Ledger;
 use crate::log::{Scan, ScanDurability, parse_segment_name, scan, segment_name};
 use crate::place::{Content, Place};
-use crate::plan::{Plan, Strategy};
+use crate::plan::{Plan, Strategy, Undo};
 use crate::session::{GroupId, ManifestFile, Session, applied_point, finish_commit, restore_redo};
 use crate::state::StateFile;
 use crate::stats::Stats;
@@ -65,6 +65,10 @@ pub struct Replica {
     pub(crate) stats: Arc<Stats>,
     staged: Option<Scan>,
     recovered: Recovered,
+    /// Highest epoch of any session seen, durable or not.
+    epoch: u64,
+    /// A session that could not be taken up again through this handle.
+    stranded: Option<SessionId>,
     _lock: Box<dyn LockGuard>,
 }
 
@@ -94,6 +98,8 @@ impl Replica {
             stats,
             staged: None,
             recovered: Recovered::Clean,
+            epoch: 0,
+            stranded: None,
             _lock: lock,
         };
         replica.check_identity()?;
@@ -177,6 +183,12 @@ impl Replica {
         self.point().filter(|_| proven)
     }
 
+    /// An epoch above that of every session before.
+    pub(crate) fn next_epoch(&mut self) -> u64 {
+        self.epoch = self.epoch.max(self.state.slot().epoch) + 1;
+        self.epoch
+    }
+
     /// The unfinished session, if there is one.
     #[must_use]
     pub fn unfinished(&self) -> Option<&SegmentHeader> {
@@ -205,28 +217,52 @@ impl Replica {
             }
         }
         let before = &header.target_evidence;
-        let absent = header.old_file_id.is_none() && self.content.target().is_none();
-        Ok(absent || self.content.evidence()?.proves_same(before))
+        let absent = !matches!(self.place, Place::Device(_)) && header.old_file_id.is_none();
+        if absent {
+            return Ok(self.content.target().is_none());
+        }
+        if self.content.evidence()?.proves_same(before) {
+            return Ok(true);
+        }
+        self.still_holds_pre_images()
     }
 
-    /// A reader over the manifest of `point`, if it is there and belongs to it. Its content is checked while
-    /// it is read.
-    ///
-    /// # Errors
-    /// The state directory failed.
-    pub fn manifest(
-        &self,
-        point: &Point,
-    ) -> Result<Option<ManifestReader<impl std::io::Read + Send + use<>>>> {
-        let name = manifest_name(point.id);
-        let opened = self
-            .dir
-            .open(&name)
-            .map_err(|e| Error::log(format!("open {name}"), e))?;
-        let Some(file) = opened else { return Ok(None) };
-        Ok(ManifestReader::open(SequentialReader { file, offset: 0 })
-            .ok()
-            .filter(|reader| reader.geometry() == point.geometry))
+    /// A device's evidence ends with the boot. Where every pre-image is still in place nobody wrote what is
+    /// staged; the rest of the target is compared afresh.
+    fn still_holds_pre_images(&self) -> Result<bool> {
+        let (Some(scan), Content::Device(device)) = (&self.staged, &self.content) else {
+            return Ok(false);
+        };
+        let header = &scan.header;
+        if header.strategy != Strategy::Redo || header.undo != Undo::Keep {
+            return Ok(false);
+        }
+        let loaded = LoadedSession::of(scan);
+        loaded
+            .staged(scan)
+            .holds_pre_images(&**device, header.old_bytes)
+    }
+
+    /// Where the manifest of `point` is. Its content is checked while it is read.
+    #[must_use]
+    pub fn manifest_source(&self, point: &Point) -> ManifestSource {
+        ManifestSource {
+            dir: Arc::clone(&self.dir),
+            name: manifest_name(point.id),
+        }
+    }
+
+    /// Tries whether the target's file system shares blocks between files, on a sibling named after `probe`.
+    #[must_use]
+    pub fn supports_clone(&self, probe: SessionId) -> bool {
+        let (Some((dir, _)), Content::File(old)) = (self.place.file(), &self.content) else {
+            return false;
+        };
+        let name = self.place.sibling(probe);
+        let cloned = dir
+            .create(&name)
+            .and_then(|file| file.clone_from_file(&**old));
+        dir.remove(&name).is_ok() && cloned.is_ok()
     }
 
     /// Begins a session.
@@ -241,6 +277,7 @@ impl Replica {
             )));
         }
         self.refuse_while_group_pending()?;
+        self.refuse_while_stranded()?;
         Session::begin(self, plan)
     }
 
@@ -250,10 +287,30 @@ impl Replica {
     /// There is none, or its log or working file failed.
     pub fn resume(&mut self, log_limit_bytes: u64) -> Result<Session<'_>> {
         self.refuse_while_group_pending()?;
+        self.refuse_while_stranded()?;
+        if self.staged.is_some() && !self.can_resume()? {
+            return Err(Error::refused(format!(
+                "{} is not what the unfinished session was compared with: cancel the session and sync again",
+                self.label()
+            )));
+        }
         let Some(scan) = self.staged.take() else {
             return Err(Error::refused("there is no unfinished session to resume"));
         };
-        Session::resume(self, scan, log_limit_bytes)
+        let session = scan.header.session;
+        // Until it is taken up, its log must not be mistaken for a leftover.
+        self.stranded = Some(session);
+        let resumed = Session::resume(self, scan, log_limit_bytes)?;
+        resumed.replica.stranded = None;
+        Ok(resumed)
+    }
+
+    fn refuse_while_stranded(&self) -> Result<()> {
+        self.stranded.map_or(Ok(()), |session| {
+            Err(Error::refused(format!(
+                "session {session} could not be taken up: open the target again"
+            )))
+        })
     }
 
     /// Records that the target, as it is, holds `point`: an identical pair needs no session.
@@ -325,14 +382,27 @@ impl Replica {
             return Ok(0);
         };
         let header = scan.header.clone();
-        if header.strategy == Strategy::Redo && self.can_resume_header(&header)? {
+        let unwritten = self.is_as_recorded(&header)?;
+        if header.strategy == Strategy::Redo && unwritten {
             self.give_back(&scan)?;
         }
         let held = scan.held_bytes + self.sibling_bytes(header.session)?;
         self.remove_session(header.session, true)?;
         self.sync_dir()?;
         self.sync_target_dir()?;
+        self.keep_point_proven(&header, unwritten)?;
         Ok(held)
+    }
+
+    /// Reserving and giving back is our own doing: the target was proven to be at its point when the session
+    /// began and still is.
+    fn keep_point_proven(&mut self, header: &SegmentHeader, unwritten: bool) -> Result<()> {
+        let at_point = header.base.is_some() && self.point().map(|p| p.id) == header.base;
+        if !unwritten || !at_point || self.unwritten()? == Unwritten::Proven {
+            return Ok(());
+        }
+        let slot = self.state.slot().clone();
+        self.publish_slot(slot)
     }
 
     /// Returns the target to the point before.
@@ -362,9 +432,32 @@ impl Replica {
                 current.id
             ))
         })?;
-        self.decide_for(&scan.header, DecisionKind::Rollback)?;
-        self.carry_rollback_out(&scan, progress)?;
+        // A decision that cannot be carried out would leave neither point: everything it needs is checked first.
+        self.check_way_back(&scan)?;
+        self.decide_for(&scan.header, DecisionKind::Rollback)
+            .and_then(|()| self.carry_rollback_out(&scan, progress))
+            .map_err(|e| Error::pending("the way back is decided but not finished", e))?;
         Ok(retained.point)
+    }
+
+    fn check_way_back(&self, scan: &Scan) -> Result<()> {
+        let header = &scan.header;
+        match (header.strategy, self.place.file()) {
+            (Strategy::Redo, _) => LoadedSession::of(scan).staged(scan).check_pre_images(),
+            (Strategy::Clone | Strategy::Shadow, Some((dir, _))) => {
+                let name = self.place.sibling(header.session);
+                let failed = |e| Error::target(format!("open {name}, the old file"), e);
+                let old = dir.open(&name).map_err(failed)?;
+                let id = old.map(|f| f.file_id()).transpose().map_err(failed)?;
+                if id.is_some() && id == header.old_file_id {
+                    return Ok(());
+                }
+                Err(Error::corrupt(format!(
+                    "{name} is not the old file any more"
+                )))
+            }
+            _ => Err(Error::refused("direct keeps no old point")),
+        }
     }
 
     /// Lets the old point go and frees what held it; returns the bytes freed.
@@ -433,21 +526,39 @@ impl Replica {
         progress: Progress<'_>,
     ) -> Result<()> {
         let mut leftovers = false;
-        for (session, segments) in self.sessions()? {
+        let sessions = self.sessions()?;
+        self.refuse_lost_logs(&sessions)?;
+        for (session, segments) in sessions {
             let last = self.state.last_decision(session).cloned();
-            let Some(found) = scan(
+            if last
+                .as_ref()
+                .is_some_and(|d| d.kind == DecisionKind::Applied)
+                && self.names(session)
+            {
+                // At rest: its log only holds the old point, until somebody asks for it.
+                leftovers |= self.retained().is_none();
+                continue;
+            }
+            let found = scan(
                 &*self.dir,
                 session,
                 &segments,
                 ScanDurability::FlushFirst,
                 &self.stats,
-            )?
-            else {
-                leftovers = true;
-                continue;
-            };
-            self.refuse_lost_records(&found, last.as_ref())?;
-            leftovers |= self.recover_session(found, last.as_ref(), groups, progress)?;
+            )?;
+            match found {
+                Some(mut found) => {
+                    self.epoch = self.epoch.max(found.header.epoch);
+                    let counted = last.as_ref().filter(|d| d.kind.is_carried_out_from_log());
+                    counted.map_or(Ok(()), |d| keep_decided(&mut found, d))?;
+                    leftovers |= self.recover_session(found, last.as_ref(), groups, progress)?;
+                }
+                // It never became durable, or its removal was cut short.
+                None => {
+                    self.refuse_lost_log(session, last.as_ref(), groups)?;
+                    leftovers = true;
+                }
+            }
         }
         if leftovers || self.staged.is_none() {
             self.remove_leftovers()?;
@@ -455,24 +566,42 @@ impl Replica {
         Ok(())
     }
 
-    /// A decision says how many records count; fewer means that the log lost some after they were read back.
-    fn refuse_lost_records(&self, found: &Scan, last: Option<&Decision>) -> Result<()> {
-        let needs_log = found.header.strategy == Strategy::Redo;
-        let Some(decision) = last.filter(|d| {
-            needs_log && matches!(d.kind, DecisionKind::Commit | DecisionKind::Rollback)
-        }) else {
-            return Ok(());
-        };
-        if found.next_sequence > decision.records {
-            return Ok(());
+    /// A decision that was not carried out and whose log is gone leaves a target that is neither point.
+    fn refuse_lost_logs(&self, sessions: &BTreeMap<SessionId, Vec<u32>>) -> Result<()> {
+        for session in self.state.sessions() {
+            let last = self.state.last_decision(session).map(|d| d.kind);
+            let undone = matches!(last, Some(DecisionKind::Commit | DecisionKind::Rollback));
+            let settled = self.is_settled(session, last);
+            if undone && !settled && !sessions.contains_key(&session) {
+                return Err(lost_log(session, &self.label()));
+            }
         }
-        Err(Error::corrupt(format!(
-            "session {} of {} is decided with {} records, but its log has only {}: the log is damaged",
-            decision.session,
-            self.label(),
-            decision.records,
-            found.next_sequence.saturating_sub(1)
-        )))
+        Ok(())
+    }
+
+    fn refuse_lost_log(
+        &self,
+        session: SessionId,
+        last: Option<&Decision>,
+        groups: Option<&dyn GroupVerdicts>,
+    ) -> Result<()> {
+        let lost = match last.map(|d| (d.kind, d)) {
+            Some((DecisionKind::Commit | DecisionKind::Rollback, _)) => true,
+            Some((DecisionKind::Prepared, decision)) => {
+                verdict(groups, decision)? != Verdict::Aborted
+            }
+            _ => false,
+        };
+        if lost {
+            return Err(lost_log(session, &self.label()));
+        }
+        Ok(())
+    }
+
+    /// Whether the slot says that a decision was carried out, although the decision that says so is not
+    /// readable any more: both were made durable together.
+    fn is_settled(&self, session: SessionId, last: Option<DecisionKind>) -> bool {
+        last == Some(DecisionKind::Commit) && self.names(session)
     }
 
     /// Returns whether something is left to remove.
@@ -485,56 +614,44 @@ impl Replica {
     ) -> Result<bool> {
         let session = found.header.session;
         let epoch = self.state.slot().epoch;
-        match last.map(|d| (d.kind, d)) {
-            None | Some((DecisionKind::GiveUp, _)) if found.header.epoch <= epoch => Ok(true),
-            None | Some((DecisionKind::GiveUp, _)) => Ok(self.keep_newest(found)),
-            Some((DecisionKind::Prepared, decision)) => {
-                self.recover_member(found, decision, groups, progress)
+        let Some(decision) = last else {
+            return Ok(found.header.epoch <= epoch || self.keep_newest(found));
+        };
+        match decision.kind {
+            DecisionKind::GiveUp => Ok(found.header.epoch <= epoch || self.keep_newest(found)),
+            DecisionKind::Prepared => self.recover_member(found, decision, groups, progress),
+            DecisionKind::Commit if self.is_settled(session, Some(DecisionKind::Commit)) => {
+                let evidence = self.state.slot().evidence.clone();
+                self.decide_outcome(&found.header, DecisionKind::Applied, evidence)?;
+                self.recovered = Recovered::Applied(session);
+                Ok(true)
             }
-            Some((DecisionKind::Commit, decision)) => {
+            DecisionKind::Commit => {
                 let root = Root::from_bytes(*decision.root.as_bytes());
                 self.carry_commit_out(&found, root, progress)?;
                 self.recovered = Recovered::Applied(session);
                 Ok(true)
             }
-            Some((DecisionKind::Rollback, _)) => {
+            DecisionKind::Rollback => {
                 self.carry_rollback_out(&found, progress)?;
                 self.recovered = Recovered::RolledBack(session);
                 Ok(true)
             }
-            // The slot that follows from APPLIED was lost: derive it again from the same decision.
-            Some((DecisionKind::Applied, decision)) if found.header.epoch > epoch => {
+            // The slot that follows from the outcome was lost: derive it again from the same decision.
+            DecisionKind::Applied if found.header.epoch > epoch => {
                 let root = Root::from_bytes(*decision.root.as_bytes());
                 let (point, retained) = applied_point(self, &found.header, root);
-                let epoch = found.header.epoch;
-                // Whether anyone wrote the target since is not known any more: no evidence is claimed.
-                let evidence = Evidence::unknown();
-                let slot = self.state.slot().clone();
-                self.state.publish(Slot {
-                    epoch,
-                    evidence,
-                    point: Some(point),
-                    retained,
-                    ..slot
-                })?;
+                self.publish_derived(&found.header, decision, Some(point), retained)?;
                 self.recovered = Recovered::Applied(session);
                 Ok(true)
             }
-            Some((DecisionKind::RolledBack, _)) if self.names(session) => {
-                let point = self.point_before(&found.header);
-                let evidence = Evidence::unknown();
-                let slot = self.state.slot().clone();
-                self.state.publish(Slot {
-                    point,
-                    retained: None,
-                    evidence,
-                    ..slot
-                })?;
+            DecisionKind::RolledBack if self.names(session) || found.header.epoch > epoch => {
+                let (point, retained) = self.rolled_back_point(&found.header);
+                self.publish_derived(&found.header, decision, point, retained)?;
+                self.recovered = Recovered::RolledBack(session);
                 Ok(true)
             }
-            Some((DecisionKind::Retired, _))
-                if self.names(session) && self.retained().is_some() =>
-            {
+            DecisionKind::Retired if self.names(session) && self.retained().is_some() => {
                 let slot = Slot {
                     retained: None,
                     ..self.state.slot().clone()
@@ -542,11 +659,25 @@ impl Replica {
                 self.state.publish(slot)?;
                 Ok(true)
             }
-            Some((DecisionKind::Applied, _)) => {
-                Ok(!self.names(session) || self.retained().is_none())
-            }
-            Some((DecisionKind::RolledBack | DecisionKind::Retired, _)) => Ok(true),
+            DecisionKind::Applied | DecisionKind::RolledBack | DecisionKind::Retired => Ok(true),
         }
+    }
+
+    fn publish_derived(
+        &mut self,
+        header: &SegmentHeader,
+        decision: &Decision,
+        point: Option<Point>,
+        retained: Option<Retained>,
+    ) -> Result<()> {
+        self.state.publish(Slot {
+            epoch: header.epoch,
+            // As it was when the outcome was reached: who wrote the target since is found out.
+            evidence: decision.evidence.clone(),
+            point,
+            retained,
+            ..self.state.slot().clone()
+        })
     }
 
     fn keep_newest(&mut self, found: Scan) -> bool {
@@ -564,21 +695,28 @@ impl Replica {
 
     fn recover_member(
         &mut self,
-        found: Scan,
+        mut found: Scan,
         decision: &Decision,
         groups: Option<&dyn GroupVerdicts>,
         progress: Progress<'_>,
     ) -> Result<bool> {
-        let group = GroupId(decision.group);
-        let verdict = groups.map_or(Ok(Verdict::Unknown), |g| g.verdict(group))?;
-        match verdict {
+        match verdict(groups, decision)? {
             Verdict::Unknown => {
                 self.recovered = Recovered::GroupPending(found.header.session);
                 self.staged = Some(found);
                 Ok(false)
             }
-            Verdict::Aborted => Ok(true),
+            Verdict::Aborted => {
+                let header = found.header.clone();
+                let unwritten = self.is_as_recorded(&header)?;
+                if header.strategy == Strategy::Redo && unwritten {
+                    self.give_back(&found)?;
+                    self.keep_point_proven(&header, unwritten)?;
+                }
+                Ok(true)
+            }
             Verdict::Committed => {
+                keep_decided(&mut found, decision)?;
                 self.decide_for(&found.header, DecisionKind::Commit)?;
                 let root = Root::from_bytes(*decision.root.as_bytes());
                 self.carry_commit_out(&found, root, progress)?;
@@ -633,17 +771,47 @@ impl Replica {
             .map_err(|e| Error::target("sync the target's directory", e))?;
         self.stats.count_flush();
         self.content = self.place.open()?;
-        let point = self.point_before(header);
-        self.publish(header, DecisionKind::RolledBack, point, None)?;
-        self.remove_leftovers()
+        self.publish_rolled_back(header)
     }
 
     // ---- publishing ----
 
     /// Makes a decision of this session durable; it binds what the decision before bound.
     pub(crate) fn decide_for(&mut self, header: &SegmentHeader, kind: DecisionKind) -> Result<()> {
-        let decision = self.next_decision(header, kind);
+        self.decide_outcome(header, kind, Evidence::unknown())
+    }
+
+    fn decide_outcome(
+        &mut self,
+        header: &SegmentHeader,
+        kind: DecisionKind,
+        evidence: Evidence,
+    ) -> Result<()> {
+        let decision = Decision {
+            evidence,
+            ..self.next_decision(header, kind)
+        };
         self.state.decide(&decision)
+    }
+
+    /// Publishes that the target is back at its old point.
+    pub(crate) fn publish_rolled_back(&mut self, header: &SegmentHeader) -> Result<()> {
+        let (point, retained) = self.rolled_back_point(header);
+        self.publish(header, DecisionKind::RolledBack, point, retained)?;
+        // The outcome is durable; what is left to remove is removed by the next open at the latest.
+        self.remove_leftovers().ok();
+        Ok(())
+    }
+
+    /// The point a rolled back session leaves the target at, and what is still kept: if it was never published,
+    /// the old point with the way back it had.
+    fn rolled_back_point(&self, header: &SegmentHeader) -> (Option<Point>, Option<Retained>) {
+        let slot = self.state.slot();
+        let never_left = header.base.is_some() && slot.point.as_ref().map(|p| p.id) == header.base;
+        if never_left {
+            return (slot.point.clone(), slot.retained.clone());
+        }
+        (self.point_before(header), None)
     }
 
     /// Makes an outcome and the slot that follows from it durable with one flush.
@@ -654,10 +822,14 @@ impl Replica {
         point: Option<Point>,
         retained: Option<Retained>,
     ) -> Result<()> {
-        let decision = self.next_decision(header, kind);
+        let evidence = self.content.evidence()?;
+        let decision = Decision {
+            evidence: evidence.clone(),
+            ..self.next_decision(header, kind)
+        };
         let slot = Slot {
             epoch: header.epoch,
-            evidence: self.content.evidence()?,
+            evidence,
             point,
             retained,
             ..self.state.slot().clone()
@@ -682,6 +854,7 @@ impl Replica {
             chain: last.map_or(zero, |d| d.chain),
             root: last.map_or(zero, |d| d.root),
             group: last.map_or([0; 16], |d| d.group),
+            evidence: Evidence::unknown(),
         }
     }
 
@@ -717,12 +890,10 @@ impl Replica {
         )
     }
 
-    fn can_resume_header(&self, header: &SegmentHeader) -> Result<bool> {
-        Ok(header.target_evidence.is_known()
-            && self
-                .content
-                .evidence()?
-                .proves_same(&header.target_evidence))
+    /// Whether the target is provably what it was when the session last looked at it.
+    fn is_as_recorded(&self, header: &SegmentHeader) -> Result<bool> {
+        let now = self.place.open()?.evidence()?;
+        Ok(now.proves_same(&header.target_evidence))
     }
 
     fn give_back(&self, found: &Scan) -> Result<()> {
@@ -730,11 +901,19 @@ impl Replica {
             return Ok(());
         };
         let loaded = LoadedSession::of(found);
-        for extent in loaded.staged(found).reserved()? {
+        let extents: Vec<Extent> = loaded.ledger.reserved.iter().collect();
+        if extents.is_empty() {
+            return Ok(());
+        }
+        for extent in extents {
             target
                 .punch(extent)
                 .map_err(|e| Error::target("give reserved space back", e))?;
         }
+        target
+            .flush()
+            .map_err(|e| Error::target("flush the target", e))?;
+        self.stats.count_flush();
         Ok(())
     }
 
@@ -843,7 +1022,7 @@ impl Replica {
         Ok(())
     }
 
-    fn sync_target_dir(&self) -> Result<()> {
+    pub(crate) fn sync_target_dir(&self) -> Result<()> {
         if let Some((dir, _)) = self.place.file() {
             dir.sync()
                 .map_err(|e| Error::target("sync the target's directory", e))?;
@@ -921,27 +1100,38 @@ fn zeroed_extents(found: &Scan) -> Vec<Extent> {
     loaded.staged(found).zeroed().collect()
 }
 
+/// A decision says how many records count; fewer, or others, mean that the log lost some after they were read
+/// back.
+fn keep_decided(found: &mut Scan, decision: &Decision) -> Result<()> {
+    if found.header.strategy == Strategy::Redo {
+        found.keep_decided(decision)
+    } else {
+        // The new content is in the sibling, whatever the records say.
+        Ok(())
+    }
+}
+
+fn verdict(groups: Option<&dyn GroupVerdicts>, decision: &Decision) -> Result<Verdict> {
+    groups.map_or(Ok(Verdict::Unknown), |g| g.verdict(GroupId(decision.group)))
+}
+
+fn lost_log(session: SessionId, target: &str) -> Error {
+    Error::corrupt(format!(
+        "session {session} of {target} is decided but its log is gone or cannot be read: the target may be \
+         neither the old point nor the new one"
+    ))
+}
+
 /// A scanned session as apply and restore want it.
 struct LoadedSession {
-    records: Vec<crate::log::RecordPlace>,
-    index: Index,
+    ledger: Ledger,
     pool: Pool,
 }
 
 impl LoadedSession {
     fn of(found: &Scan) -> Self {
-        let mut index = Index::default();
-        for ((_, header), number) in found.records.iter().zip(0u32..) {
-            index.insert_record(number, header);
-        }
-        let records = found
-            .records
-            .iter()
-            .map(|(place, _)| place.clone())
-            .collect();
         Self {
-            records,
-            index,
+            ledger: Ledger::of(&found.records),
             pool: Pool::new(),
         }
     }
@@ -950,10 +1140,31 @@ impl LoadedSession {
         Staged {
             geometry: found.header.geometry,
             files: &found.files,
-            records: &self.records,
-            index: &self.index,
+            records: &self.ledger.places,
+            index: &self.ledger.index,
             pool: &self.pool,
+            reserved: &self.ledger.reserved,
         }
+    }
+}
+
+/// Where a manifest is; it can be opened more than once.
+#[derive(Clone, Debug)]
+pub struct ManifestSource {
+    dir: Arc<dyn StorageDir>,
+    name: String,
+}
+
+impl ManifestSource {
+    /// A reader over its bytes; `None` if it is not there.
+    #[must_use]
+    pub fn open(&self) -> Option<Box<dyn std::io::Read + Send>> {
+        let file = self.dir.open(&self.name).ok().flatten()?;
+        let reader = SequentialReader { file, offset: 0 };
+        Some(Box::new(std::io::BufReader::with_capacity(
+            64 * 1024,
+            reader,
+        )))
     }
 }
 

@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, ExtentSet, Geometry, Root};
-use blockferry_device::{BlockTarget, Status, StorageDir, StorageFile, WriteRequest};
+use blockferry_device::{Evidence, StorageDir, StorageFile, WriteRequest};
 
 use crate::apply::{Pool, Progress, Staged};
 use crate::batch::{Batch, New, Old};
@@ -23,13 +23,15 @@ use crate::format::{
     BatchExtent, Decision, DecisionKind, MAX_PAYLOAD_BYTES, NewContent, OldContent, PAGE, Point,
     Retained, SegmentHeader, SegmentKind, SessionId, StoredPages, Unit, usize_of,
 };
-use crate::index::{Index, RunContent};
+use crate::index::RunContent;
+use crate::ledger::Ledger;
 use crate::log::{Appender, LogFiles, RecordPlace, Scan, segment_name};
 use crate::place::Content;
 use crate::plan::{Plan, Strategy, Undo};
-use crate::readback::{Expected, ReadBack};
+use crate::readback::ReadBack;
 use crate::replica::{Replica, manifest_name};
-use crate::staged::{StagedView, Stager};
+use crate::staged::{Basis, StagedView, Stager};
+use crate::working::{Working, holes_of};
 
 /// Most bytes of one group; the caller also closes a group when its time is up.
 pub const GROUP_BYTES: u64 = 64 * 1024 * 1024;
@@ -77,14 +79,6 @@ pub struct SessionTotals {
     pub live_bytes: u64,
 }
 
-/// The sibling or target that a session writes before COMMIT.
-#[derive(Clone, Debug)]
-pub(crate) struct Working {
-    pub(crate) target: Arc<dyn BlockTarget>,
-    /// The sibling's file; `None` when the target itself is written.
-    pub(crate) sibling: Option<Arc<dyn StorageFile>>,
-}
-
 /// One run of a mode, begun or resumed.
 #[derive(Debug)]
 pub struct Session<'r> {
@@ -93,11 +87,10 @@ pub struct Session<'r> {
     log_limit_bytes: u64,
     files: LogFiles,
     appender: Appender,
-    records: Vec<RecordPlace>,
-    index: Index,
-    /// What has its pre-image in the log (redo with undo).
-    touched: ExtentSet,
+    ledger: Ledger,
     working: Option<Working>,
+    /// What a staged view lies on.
+    basis: Basis,
     pool: Pool,
     /// Written to the working file, not yet recorded: recorded after its flush.
     written: Vec<Batch>,
@@ -109,6 +102,10 @@ pub struct Session<'r> {
     unverified: usize,
     /// Staged, but not whole on the medium.
     lost: ExtentSet,
+    /// Set by a `prepare` that found everything complete, until something is staged.
+    prepared: bool,
+    /// Bytes of the working file that were read back from the medium.
+    proven_bytes: u64,
     /// A name was created that the directory has not been synced for.
     names_dirty: bool,
     held_before: u64,
@@ -118,7 +115,8 @@ pub struct Session<'r> {
 impl<'r> Session<'r> {
     /// Begins a session: creates its log, its manifest and, where the strategy has one, its working file.
     pub(crate) fn begin(replica: &'r mut Replica, plan: &Plan) -> Result<Self> {
-        let working = create_working(replica, plan)?;
+        check_size(replica, plan)?;
+        let working = Working::create(replica, plan)?;
         let working_file_id = match working.as_ref().and_then(|w| w.sibling.as_ref()) {
             Some(file) => Some(
                 file.file_id()
@@ -128,7 +126,7 @@ impl<'r> Session<'r> {
         };
         let header = SegmentHeader {
             session: plan.session,
-            epoch: replica.state.slot().epoch + 1,
+            epoch: replica.next_epoch(),
             strategy: plan.strategy,
             undo: plan.undo,
             mode: plan.mode,
@@ -152,16 +150,17 @@ impl<'r> Session<'r> {
             log_limit_bytes: plan.log_limit_bytes,
             files,
             appender,
-            records: Vec::new(),
-            index: Index::default(),
-            touched: ExtentSet::new(),
+            ledger: Ledger::default(),
             working,
+            basis: Basis::Target,
             pool: Pool::new(),
             written: Vec::new(),
             group_bytes: 0,
             group_extents: Vec::new(),
             unverified: 0,
             lost: ExtentSet::new(),
+            prepared: false,
+            proven_bytes: 0,
             names_dirty: true,
             held_before: 0,
             totals: SessionTotals::default(),
@@ -177,8 +176,14 @@ impl<'r> Session<'r> {
         scan: Scan,
         log_limit_bytes: u64,
     ) -> Result<Self> {
-        let working = reopen_working(replica, &scan.header)?;
+        let working = Working::reopen(replica, &scan.header)?;
+        let basis = match scan.header.strategy {
+            Strategy::Clone => Basis::Working,
+            Strategy::Shadow | Strategy::Redo | Strategy::Direct => Basis::Target,
+        };
         let header = SegmentHeader {
+            // Proven unchanged just now, by evidence or by its pre-images.
+            target_evidence: replica.content.evidence()?,
             segment: scan.next_segment,
             kind: SegmentKind::Continues,
             first_sequence: scan.next_sequence,
@@ -186,15 +191,10 @@ impl<'r> Session<'r> {
             ..scan.header
         };
         let mut files = scan.files;
-        let mut records = Vec::with_capacity(scan.records.len());
-        let mut index = Index::default();
-        let mut touched = ExtentSet::new();
-        for (place, record) in scan.records {
-            take_in(&mut records, &mut index, &mut touched, place, &record);
-        }
+        let ledger = Ledger::of(&scan.records);
         let appender = Appender::create(&*replica.dir, &mut files, &header, &replica.stats)?;
         let totals = SessionTotals {
-            resumed_bytes: index.data_bytes(),
+            resumed_bytes: ledger.index.data_bytes(),
             ..SessionTotals::default()
         };
         let mut session = Self {
@@ -202,16 +202,17 @@ impl<'r> Session<'r> {
             log_limit_bytes,
             files,
             appender,
-            records,
-            index,
-            touched,
+            ledger,
             working,
+            basis,
             pool: Pool::new(),
             written: Vec::new(),
             group_bytes: 0,
             group_extents: Vec::new(),
             unverified: 0,
             lost: ExtentSet::new(),
+            prepared: false,
+            proven_bytes: 0,
             names_dirty: true,
             held_before: scan.held_bytes,
             totals,
@@ -223,23 +224,17 @@ impl<'r> Session<'r> {
 
     /// In place: that the old content is given up must be durable before the first of it is overwritten.
     fn give_up_if_in_place(&mut self) -> Result<()> {
-        let in_place = self.working.as_ref().is_some_and(|w| w.sibling.is_none());
-        if !in_place || self.last_decision().is_some() {
+        let Some(working) = self.working.clone().filter(|w| w.sibling.is_none()) else {
             return Ok(());
+        };
+        if self.last_decision().is_none() {
+            self.flush_log()?;
+            self.decide(DecisionKind::GiveUp, Digest::from_bytes([0; 32]), [0; 16])?;
         }
-        self.flush_log()?;
-        self.decide(DecisionKind::GiveUp, Digest::from_bytes([0; 32]), [0; 16])?;
         let image_bytes = self.header.geometry.image_bytes();
-        let file = matches!(self.replica.content, Content::File(_));
-        if let Some(working) = self
-            .working
-            .as_ref()
-            .filter(|w| file && w.target.size_bytes() != image_bytes)
-        {
-            working
-                .target
-                .resize(image_bytes)
-                .map_err(|e| Error::target("resize the target", e))?;
+        let is_file = matches!(self.replica.content, Content::File(_));
+        if is_file && working.target.size_bytes() != image_bytes {
+            working.resize(image_bytes)?;
         }
         Ok(())
     }
@@ -262,11 +257,35 @@ impl<'r> Session<'r> {
         self.header.geometry
     }
 
+    /// The source as it was when the session began.
+    #[must_use]
+    pub fn source(&self) -> &crate::format::SourceStamp {
+        &self.header.source
+    }
+
+    /// Whether what is replaced is kept.
+    #[must_use]
+    pub fn keeps_old(&self) -> bool {
+        self.header.undo == Undo::Keep
+    }
+
+    /// Whether the target is a file.
+    #[must_use]
+    pub fn is_file(&self) -> bool {
+        self.replica.is_file()
+    }
+
+    /// Whether all of `extent` has its pre-image in the log.
+    #[must_use]
+    pub fn has_pre_image(&self, extent: Extent) -> bool {
+        self.ledger.touched.covers(extent)
+    }
+
     /// What this session has done so far.
     #[must_use]
     pub fn totals(&self) -> SessionTotals {
         SessionTotals {
-            live_bytes: self.index.data_bytes(),
+            live_bytes: self.ledger.index.data_bytes(),
             ..self.totals
         }
     }
@@ -274,11 +293,7 @@ impl<'r> Session<'r> {
     /// What workers use to hand over pages.
     #[must_use]
     pub fn stager(&self) -> Stager {
-        Stager::new(
-            self.header.geometry,
-            self.header.strategy,
-            self.working.clone(),
-        )
+        Stager::new(self.header.geometry, self.working.clone())
     }
 
     /// What is staged now, for workers to compare with: a resumed session does not stage it again.
@@ -287,9 +302,9 @@ impl<'r> Session<'r> {
         Arc::new(StagedView::new(
             self.header.geometry,
             self.files.clone(),
-            self.records.clone(),
-            self.index.clone(),
-            self.working.as_ref().map(|w| Arc::clone(&w.target)),
+            self.ledger.clone(),
+            self.working.clone(),
+            self.basis,
         ))
     }
 
@@ -310,6 +325,13 @@ impl<'r> Session<'r> {
         if batch.is_empty() {
             return Ok(());
         }
+        if self.last_decision() == Some(DecisionKind::Prepared) {
+            return Err(Error::refused(
+                "the session is prepared for its group: nothing can be staged any more",
+            ));
+        }
+        self.check_log_limit(&batch)?;
+        self.prepared = false;
         self.count(&batch)?;
         self.group_bytes += batch.data_bytes();
         if self.header.strategy != Strategy::Redo {
@@ -317,11 +339,16 @@ impl<'r> Session<'r> {
             self.written.push(batch);
             return Ok(());
         }
-        let batch = if self.header.undo == Undo::Keep {
-            batch.keep_first_touch(&self.touched)
-        } else {
-            batch
-        };
+        if self.header.undo == Undo::None {
+            return self.append(&batch, true);
+        }
+        let (pre_images, batch) = batch.keep_first_touch(&self.ledger.touched);
+        for pre_image in &pre_images {
+            self.append(pre_image, false)?;
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
         self.append(&batch, true)
     }
 
@@ -350,11 +377,7 @@ impl<'r> Session<'r> {
         if !self.group_is_empty() {
             // The records say the working file holds these bytes: it must hold them durably first.
             if let Some(working) = self.working.clone().filter(|_| !self.written.is_empty()) {
-                working
-                    .target
-                    .flush()
-                    .map_err(|e| Error::target("flush the working file", e))?;
-                self.replica.stats.count_flush();
+                working.flush(&self.replica.stats)?;
             }
             self.record_written()?;
             self.record_reservations()?;
@@ -388,16 +411,55 @@ impl<'r> Session<'r> {
     /// # Errors
     /// The target was changed behind our back, or has no room; it is at its old point.
     pub fn prepare(&mut self) -> Result<Prepared> {
+        self.prepared = false;
         self.close_group()?;
+        // A resumed session trusts nothing it did not read back itself (I3).
+        self.verify_new_records()?;
+        let dropped = self.ledger.places.iter().any(|p| p.dropped);
+        if self.lost.is_empty() && dropped && self.header.strategy == Strategy::Redo {
+            // Recovery reads all records, so a bad one must not be among them.
+            self.compact()?;
+        }
         let missing = std::mem::take(&mut self.lost);
         if !missing.is_empty() {
             return Ok(Prepared::Missing(missing));
         }
+        if self.ledger.is_fuzzy() {
+            return Err(Error::refused(
+                "pages copied while the source was being written make no consistent point: another pass must \
+                 stage them again",
+            ));
+        }
+        self.check_pre_images()?;
         self.check_unwritten()?;
         if self.header.strategy == Strategy::Redo {
             self.reserve()?;
         }
+        self.sync_names()?;
+        self.prepared = true;
         Ok(Prepared::Complete)
+    }
+
+    /// Where a way back is promised, everything that apply replaces has a pre-image.
+    fn check_pre_images(&self) -> Result<()> {
+        if self.header.strategy != Strategy::Redo || self.header.undo == Undo::None {
+            return Ok(());
+        }
+        let old_image = Extent::from_range(0..self.header.old_bytes);
+        let replaced = self.ledger.index.runs();
+        let replaced = replaced.filter_map(|r| r.extent.intersection(old_image));
+        let cut_off = self.header.geometry.image_bytes()..self.header.old_bytes;
+        let cut_off = self.replica.is_file() && !cut_off.is_empty();
+        let cut_off = cut_off
+            .then(|| Extent::from_range(self.header.geometry.image_bytes()..self.header.old_bytes));
+        for extent in replaced.chain(cut_off) {
+            if !self.ledger.touched.covers(extent) {
+                return Err(Error::refused(format!(
+                    "{extent} would be replaced without a pre-image, but the old point is to be kept"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Makes the new point count: after this, recovery produces it without the source's help.
@@ -405,16 +467,18 @@ impl<'r> Session<'r> {
     /// # Errors
     /// The decision could not be made durable. Whether it counts is known when the target is opened again.
     pub fn commit(mut self, root: Root, progress: Progress<'_>) -> Result<Applied> {
+        self.check_prepared()?;
         self.seal_working()?;
-        self.decide(DecisionKind::Commit, root.digest(), [0; 16])?;
+        self.decide_to_commit(root, [0; 16])?;
         self.apply(root, progress)
     }
 
     /// Declares this session complete as a member of a group; only [`Self::commit_in_group`] may follow.
     ///
     /// # Errors
-    /// The decision could not be made durable.
+    /// It is not prepared, or the decision could not be made durable.
     pub fn prepare_for_group(&mut self, root: Root, group: GroupId) -> Result<()> {
+        self.check_prepared()?;
         self.seal_working()?;
         self.decide(DecisionKind::Prepared, root.digest(), group.0)
     }
@@ -429,8 +493,34 @@ impl<'r> Session<'r> {
         committed: &GroupCommitted,
         progress: Progress<'_>,
     ) -> Result<Applied> {
-        self.decide(DecisionKind::Commit, root.digest(), committed.group.0)?;
+        let last = self.replica.state.last_decision(self.header.session);
+        if last.map(|d| (d.kind, d.group)) != Some((DecisionKind::Prepared, committed.group.0)) {
+            return Err(Error::refused("the session is not prepared for this group"));
+        }
+        self.decide_to_commit(root, committed.group.0)?;
         self.apply(root, progress)
+    }
+
+    fn check_prepared(&self) -> Result<()> {
+        if self.prepared {
+            return Ok(());
+        }
+        // Invariant I3: COMMIT implies that every record was read back and found whole.
+        Err(Error::refused(
+            "the session is not prepared since it last staged something",
+        ))
+    }
+
+    /// Once the decision is on its way nobody knows whether it counts, until it is read again.
+    fn decide_to_commit(&mut self, root: Root, group: [u8; 16]) -> Result<()> {
+        self.decide(DecisionKind::Commit, root.digest(), group)
+            .map_err(|e| match e.kind() {
+                ErrorKind::Log => Error::pending(
+                    "the decision to commit may or may not be durable; opening the target again tells",
+                    e,
+                ),
+                _ => e,
+            })
     }
 
     fn apply(self, root: Root, progress: Progress<'_>) -> Result<Applied> {
@@ -438,47 +528,41 @@ impl<'r> Session<'r> {
             replica,
             header,
             files,
-            records,
-            index,
+            ledger,
             pool,
+            proven_bytes,
             ..
         } = self;
         let staged = Staged {
             geometry: header.geometry,
             files: &files,
-            records: &records,
-            index: &index,
+            records: &ledger.places,
+            index: &ledger.index,
             pool: &pool,
+            reserved: &ledger.reserved,
         };
-        let proven_bytes = finish_commit(replica, &header, root, staged, progress)?;
+        let applied_bytes = finish_commit(replica, &header, root, staged, progress)?;
         Ok(Applied {
             point: header.session,
             root,
-            proven_bytes,
+            proven_bytes: proven_bytes + applied_bytes,
         })
     }
 
     /// Owner, mode and times of the old file, and everything in the sibling, must be durable before COMMIT
     /// lets recovery exchange the two.
     fn seal_working(&mut self) -> Result<()> {
-        let Some(sibling) = self.working.as_ref().and_then(|w| w.sibling.clone()) else {
+        // The manifest may have been created since the last group.
+        self.sync_names()?;
+        let Some(working) = self.working.clone() else {
             return Ok(());
         };
-        if let Content::File(old) = &self.replica.content {
+        if let (Some(sibling), Content::File(old)) = (&working.sibling, &self.replica.content) {
             sibling
                 .copy_metadata(&**old)
                 .map_err(|e| Error::target("copy owner, mode and attributes to the new file", e))?;
         }
-        sibling
-            .flush()
-            .map_err(|e| Error::target("flush the new file", e))?;
-        self.replica.stats.count_flush();
-        if let Some((dir, _)) = self.replica.place.file() {
-            dir.sync()
-                .map_err(|e| Error::target("sync the target's directory", e))?;
-            self.replica.stats.count_flush();
-        }
-        Ok(())
+        working.flush(&self.replica.stats)
     }
 
     fn decide(&mut self, kind: DecisionKind, root: Digest, group: [u8; 16]) -> Result<()> {
@@ -490,6 +574,7 @@ impl<'r> Session<'r> {
             chain: self.appender.chain(),
             root,
             group,
+            evidence: Evidence::unknown(),
         };
         self.replica.state.decide(&decision)
     }
@@ -517,6 +602,10 @@ impl<'r> Session<'r> {
                 NewContent::None | NewContent::Reserve => {}
             }
         }
+        Ok(())
+    }
+
+    fn check_log_limit(&self, batch: &Batch) -> Result<()> {
         let limit = self.log_limit_bytes;
         let next = self.checkpoint().log_bytes
             + (batch.new_payload().len() + batch.old_payload().len()) as u64;
@@ -534,7 +623,7 @@ impl<'r> Session<'r> {
 
     /// Bytes of `extent` that are staged with exactly these digests already.
     fn already_durable(&self, extent: Extent, step: u64, new: &[Digest]) -> Result<u64> {
-        if self.totals.resumed_bytes == 0 || self.index.within(extent).next().is_none() {
+        if self.totals.resumed_bytes == 0 || self.ledger.index.within(extent).next().is_none() {
             return Ok(0);
         }
         let view = self.staged_view();
@@ -559,27 +648,24 @@ impl<'r> Session<'r> {
         let Some(working) = &self.working else {
             return Err(Error::refused("this strategy has no working file"));
         };
-        if batch.pages == StoredPages::Plain {
+        if batch.pages != StoredPages::Elsewhere {
+            let pages = batch.plain_pages()?;
             let mut offset = 0usize;
             let mut requests = Vec::new();
             for entry in batch.extents.iter().filter(|e| e.new == NewContent::Data) {
                 let length = usize_of(entry.extent.length());
-                let bytes = &batch.new_payload()[offset..offset + length];
                 requests.push(WriteRequest {
                     offset: entry.extent.start(),
-                    bytes,
+                    bytes: &pages[offset..offset + length],
                 });
                 offset += length.next_multiple_of(PAGE);
             }
-            let attempt = || format!("write to {}", working.target.label());
-            working
-                .target
-                .write_batch(&requests)
-                .map_err(|e| Error::target(attempt(), e))?;
+            working.write(&requests)?;
             for entry in batch.extents.iter().filter(|e| e.new == NewContent::Zero) {
-                write_zeros(working, entry.extent)?;
+                working.write_zeros(entry.extent)?;
             }
         }
+        batch.extents.retain(|e| e.new != NewContent::None);
         let mut written = Batch::written(batch.geometry, batch.unit);
         written.fuzzy = batch.fuzzy;
         written.extents = std::mem::take(&mut batch.extents)
@@ -619,13 +705,7 @@ impl<'r> Session<'r> {
 
     fn append(&mut self, batch: &Batch, keep_pages: bool) -> Result<()> {
         let (place, header) = self.appender.append(self.header.session, batch, false)?;
-        let number = take_in(
-            &mut self.records,
-            &mut self.index,
-            &mut self.touched,
-            place,
-            &header,
-        );
+        let number = self.ledger.take_in(place, &header);
         if keep_pages && batch.pages == StoredPages::Plain {
             self.pool.keep(number, batch.new_payload());
         }
@@ -657,35 +737,41 @@ impl<'r> Session<'r> {
     /// The log's records, and the first time its name, must be durable before they are acknowledged.
     fn flush_log(&mut self) -> Result<()> {
         self.appender.flush()?;
-        if self.names_dirty {
-            self.replica.sync_dir()?;
-            if let Some((dir, _)) = self.replica.place.file().filter(|_| self.working.is_some()) {
-                dir.sync()
-                    .map_err(|e| Error::target("sync the target's directory", e))?;
-                self.replica.stats.count_flush();
-            }
-            self.names_dirty = false;
+        self.sync_names()
+    }
+
+    fn sync_names(&mut self) -> Result<()> {
+        if !self.names_dirty {
+            return Ok(());
         }
+        if self.appender.is_unflushed() {
+            // A name must not become durable before the header it leads to.
+            self.appender.flush()?;
+        }
+        self.replica.sync_dir()?;
+        if self.working.is_some() {
+            self.replica.sync_target_dir()?;
+        }
+        self.names_dirty = false;
         Ok(())
     }
 
     /// Reads back what was flushed since the last time; what did not survive is forgotten, and is missing.
     fn verify_new_records(&mut self) -> Result<()> {
-        let from = std::mem::replace(&mut self.unverified, self.records.len());
-        for number in from..self.records.len() {
-            if !self.verify_record(number)? {
-                self.drop_record(number);
+        while self.unverified < self.ledger.places.len() {
+            if !self.verify_record(self.unverified)? {
+                self.drop_record(self.unverified);
             }
+            self.unverified += 1;
         }
         Ok(())
     }
 
-    fn verify_record(&self, number: usize) -> Result<bool> {
-        let place = &self.records[number];
+    fn verify_record(&mut self, number: usize) -> Result<bool> {
+        let place = &self.ledger.places[number];
         let header = match self.files.verify(place) {
             Ok(header) => header,
-            Err(error) if error.kind() == ErrorKind::Corrupt => return Ok(false),
-            Err(error) => return Err(error),
+            Err(error) => return not_whole(error),
         };
         let Some(working) = self
             .working
@@ -694,36 +780,51 @@ impl<'r> Session<'r> {
         else {
             return Ok(true);
         };
-        let mut read_back = ReadBack::new(&*working.target, self.header.geometry, header.unit);
-        let step = header.unit.bytes(&self.header.geometry);
-        let mut digests = 0usize;
-        for entry in &header.extents {
-            match entry.new {
-                NewContent::Data => {
-                    let count = usize_of(entry.extent.length().div_ceil(step));
-                    let expected = &header.new_digests[digests..digests + count];
-                    digests += count;
-                    read_back.add(entry.extent, Expected::Digests(expected))?;
-                }
-                NewContent::Zero => read_back.add(entry.extent, Expected::Zero)?,
-                NewContent::None | NewContent::Reserve => {}
+        let record = u32::try_from(number).unwrap_or(u32::MAX);
+        let mut read_back = ReadBack::new(&*working.target, self.header.geometry);
+        let checked = self
+            .staged()
+            .add_live(record, &header, &mut read_back)
+            .and_then(|bytes| read_back.finish().map(|()| bytes));
+        match checked {
+            Ok(bytes) => {
+                self.proven_bytes += bytes;
+                Ok(true)
             }
-        }
-        match read_back.finish() {
-            Ok(_) => Ok(true),
-            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(false),
-            Err(error) => Err(error),
+            Err(error) => not_whole(error),
         }
     }
 
-    /// Forgets a record whose payload is not what was written. Its pre-images are gone with it: the target is
-    /// still at its old point, so they are read again when the pages are staged again.
+    fn staged(&self) -> Staged<'_> {
+        Staged {
+            geometry: self.header.geometry,
+            files: &self.files,
+            records: &self.ledger.places,
+            index: &self.ledger.index,
+            pool: &self.pool,
+            reserved: &self.ledger.reserved,
+        }
+    }
+
+    /// Forgets a record that is not what was written. Its pre-images are gone with it: the target is still at
+    /// its old point, so they are taken again when their pages are staged again, whichever record holds these.
     fn drop_record(&mut self, number: usize) {
-        self.records[number].dropped = true;
+        self.ledger.places[number].dropped = true;
         let record = u32::try_from(number).unwrap_or(u32::MAX);
         self.pool.forget(record);
-        let lost = self.index.remove_record(record);
-        lost.iter().for_each(|e| self.touched.remove(e));
+        let mut lost = self.ledger.index.remove_record(record);
+        let mut kept = ExtentSet::new();
+        for place in self.ledger.places.iter().filter(|p| !p.dropped) {
+            // One that cannot be read keeps nothing either.
+            let Ok(header) = self.files.header(place) else {
+                continue;
+            };
+            let old = header.extents.iter().filter(|e| e.old != OldContent::None);
+            kept.extend(old.map(|e| e.extent));
+        }
+        lost.extend(self.ledger.touched.difference(&kept).iter());
+        lost.iter().for_each(|e| self.ledger.index.remove(e));
+        self.ledger.touched = kept;
         self.lost.extend(lost.iter());
     }
 
@@ -744,31 +845,40 @@ impl<'r> Session<'r> {
     }
 
     fn reserve(&mut self) -> Result<()> {
-        let Some(target) = self.replica.content.target() else {
+        let extents: Vec<Extent> = self.ledger.reserved.iter().collect();
+        let Some(target) = self
+            .replica
+            .content
+            .target()
+            .filter(|_| !extents.is_empty())
+        else {
             return Ok(());
         };
-        let mut extents = Vec::new();
-        for place in self.records.iter().filter(|p| p.payload_bytes() == 0) {
-            let header = self.files.header(place)?;
-            let reserved = header
-                .extents
-                .iter()
-                .filter(|e| e.new == NewContent::Reserve);
-            extents.extend(reserved.map(|e| e.extent));
-        }
-        if extents.is_empty() {
+        let reserved = target
+            .reserve(&extents)
+            .map_err(|e| Error::target("reserve space for the new pages in the target", e));
+        let noted = self.note_evidence();
+        reserved?;
+        noted
+    }
+
+    /// Allocating may change what counts as evidence, but neither content nor size: without a note of it a
+    /// later run could not tell our own doing from somebody else's.
+    fn note_evidence(&mut self) -> Result<()> {
+        let now = self.replica.place.open()?.evidence()?;
+        if now == self.header.target_evidence {
             return Ok(());
         }
-        target
-            .reserve(&extents)
-            .map_err(|e| Error::target("reserve space for the new pages in the target", e))?;
-        // Allocating may change what counts as evidence; content and size are unchanged.
-        self.header.target_evidence = self.replica.place.open()?.evidence()?;
-        Ok(())
+        let mut note = Batch::logged(self.header.geometry, Unit::Page);
+        note.evidence = now.clone();
+        self.append(&note, false)?;
+        self.flush_log()?;
+        self.header.target_evidence = now;
+        self.verify_new_records()
     }
 
     fn compact_if_due(&mut self) -> Result<()> {
-        let live = self.index.data_bytes() + self.touched.total_bytes();
+        let live = self.ledger.index.data_bytes() + self.ledger.touched.total_bytes();
         let held = self.checkpoint().log_bytes;
         let due = self.header.strategy == Strategy::Redo
             && held > COMPACT_FLOOR_BYTES.min(self.log_limit_bytes / 2)
@@ -791,17 +901,15 @@ impl<'r> Session<'r> {
         let mut files = LogFiles::new(&header);
         let dir = Arc::clone(&self.replica.dir);
         let mut appender = Appender::create(&*dir, &mut files, &header, &self.replica.stats)?;
-        let mut records = Vec::new();
-        let mut index = Index::default();
-        let mut touched = ExtentSet::new();
+        let mut ledger = Ledger::default();
         let session = header.session;
         for batch in self.live_batches() {
             let (place, record) = appender.append(session, &batch?, false)?;
-            take_in(&mut records, &mut index, &mut touched, place, &record);
+            ledger.take_in(place, &record);
         }
         let end = Batch::logged(header.geometry, Unit::Page);
         let (place, record) = appender.append(session, &end, true)?;
-        take_in(&mut records, &mut index, &mut touched, place, &record);
+        ledger.take_in(place, &record);
         // Every live record must be durable, under a durable name, before the old segments go.
         appender.flush()?;
         self.replica.sync_dir()?;
@@ -813,9 +921,7 @@ impl<'r> Session<'r> {
         self.header = header;
         self.files = files;
         self.appender = appender;
-        self.records = records;
-        self.index = index;
-        self.touched = touched;
+        self.ledger = ledger;
         self.pool = Pool::new();
         self.unverified = 0;
         self.held_before = 0;
@@ -824,7 +930,8 @@ impl<'r> Session<'r> {
 
     /// One batch for each record, with only what is still live in it.
     fn live_batches(&self) -> impl Iterator<Item = Result<Batch>> + '_ {
-        self.records
+        self.ledger
+            .places
             .iter()
             .zip(0u32..)
             .filter(|(p, _)| !p.dropped)
@@ -866,6 +973,7 @@ impl<'r> Session<'r> {
                 news.push(entry.extent, New::Reserve, Old::None);
             }
             for run in self
+                .ledger
                 .index
                 .within(entry.extent)
                 .filter(|r| r.record == number)
@@ -884,137 +992,24 @@ impl<'r> Session<'r> {
     }
 }
 
-/// Adds a record to the list, the index and the touched set; returns its number.
-fn take_in(
-    records: &mut Vec<RecordPlace>,
-    index: &mut Index,
-    touched: &mut ExtentSet,
-    place: RecordPlace,
-    header: &crate::format::RecordHeader,
-) -> u32 {
-    let number = u32::try_from(records.len()).unwrap_or(u32::MAX);
-    index.insert_record(number, header);
-    let old = header.extents.iter().filter(|e| e.old != OldContent::None);
-    touched.extend(old.map(|e| e.extent));
-    records.push(place);
-    number
-}
-
-fn holes_of(target: &dyn BlockTarget, extent: Extent, holes: &mut ExtentSet) -> Result<()> {
-    let end = extent.end().min(target.size_bytes());
-    let mut offset = extent.start();
-    while offset < end {
-        let (status, run_end) = target
-            .status_at(offset)
-            .map_err(|e| Error::target("ask the target for its holes", e))?;
-        if status == Status::Zero {
-            holes.insert(Extent::from_range(offset..run_end.min(end)));
-        }
-        offset = run_end;
-    }
-    Ok(())
-}
-
-pub(crate) fn write_zeros(working: &Working, extent: Extent) -> Result<()> {
-    let attempt = || format!("zero {extent} of {}", working.target.label());
-    let failed = |e| Error::target(attempt(), e);
-    // A sibling is a file we created: its zeros become holes.
-    let punched = working.sibling.is_some() && working.target.punch(extent).map_err(failed)?;
-    if punched {
-        Ok(())
-    } else {
-        working.target.write_zeroes(extent).map_err(failed)
+/// A record or working file that cannot be read, or holds something else, is staged again; a caller that
+/// cancelled is obeyed.
+fn not_whole(error: Error) -> Result<bool> {
+    match error.kind() {
+        ErrorKind::Cancelled => Err(error),
+        _ => Ok(false),
     }
 }
 
-fn create_working(replica: &Replica, plan: &Plan) -> Result<Option<Working>> {
-    match (plan.strategy, &replica.content) {
-        (Strategy::Redo, Content::Absent) => Err(Error::refused(
-            "redo needs a target that exists; use direct",
-        )),
-        (Strategy::Redo, _) => Ok(None),
-        (Strategy::Direct, content @ (Content::Device(_) | Content::File(_))) => {
-            Ok(content.target().map(|target| Working {
-                target,
-                sibling: None,
-            }))
-        }
-        (Strategy::Clone | Strategy::Shadow | Strategy::Direct, content) => {
-            let Some((dir, _)) = replica.place.file() else {
-                return Err(Error::refused(format!(
-                    "{} needs a file target",
-                    plan.strategy
-                )));
-            };
-            let name = replica.place.sibling(plan.session);
-            let file = create_sibling(&**dir, &name, plan, content)?;
-            Ok(Some(Working {
-                target: Arc::clone(&file).into_target(),
-                sibling: Some(file),
-            }))
-        }
+fn check_size(replica: &Replica, plan: &Plan) -> Result<()> {
+    let (image_bytes, room) = (plan.geometry.image_bytes(), replica.content.size_bytes());
+    if replica.is_file() || image_bytes <= room {
+        return Ok(());
     }
-}
-
-fn create_sibling(
-    dir: &dyn StorageDir,
-    name: &str,
-    plan: &Plan,
-    content: &Content,
-) -> Result<Arc<dyn StorageFile>> {
-    let failed = |e| Error::target(format!("create {name} beside the target"), e);
-    let file = dir.create(name).map_err(failed)?;
-    let made = match (plan.strategy, content) {
-        (Strategy::Clone, Content::File(old)) => file.clone_from_file(&**old),
-        _ => Ok(()),
-    };
-    let sized = made.and_then(|()| file.resize(plan.geometry.image_bytes()));
-    if let Err(error) = sized {
-        // Nothing refers to it yet.
-        dir.remove(name).map_err(failed)?;
-        return Err(failed(error));
-    }
-    Ok(file)
-}
-
-fn reopen_working(replica: &Replica, header: &SegmentHeader) -> Result<Option<Working>> {
-    if header.strategy == Strategy::Redo {
-        return Ok(None);
-    }
-    let Some(expected) = header.working_file_id else {
-        let target = replica
-            .content
-            .target()
-            .ok_or_else(|| Error::refused("the target is gone"))?;
-        target.drop_cache();
-        return Ok(Some(Working {
-            target,
-            sibling: None,
-        }));
-    };
-    let name = replica.place.sibling(header.session);
-    let failed = |e| Error::target(format!("open {name} beside the target"), e);
-    let opened = match replica.place.file() {
-        Some((dir, _)) => dir.open(&name).map_err(failed)?,
-        None => None,
-    };
-    let Some(file) = opened else {
-        return Err(Error::corrupt(format!(
-            "{name}, which the session was writing, is gone"
-        )));
-    };
-    if file.file_id().map_err(failed)? != expected {
-        return Err(Error::corrupt(format!(
-            "{name} is not the file the session was writing"
-        )));
-    }
-    file.flush().map_err(failed)?;
-    replica.stats.count_flush();
-    file.drop_cache();
-    Ok(Some(Working {
-        target: Arc::clone(&file).into_target(),
-        sibling: Some(file),
-    }))
+    Err(Error::refused(format!(
+        "an image of {image_bytes} bytes does not fit {}, which has {room}",
+        replica.place.label()
+    )))
 }
 
 /// Carries a durable COMMIT out: brings the target to the new point, proves it, publishes it. Used by the
@@ -1041,11 +1036,17 @@ pub(crate) fn finish_commit(
         Ok(bytes) => bytes,
         Err(error) => return Err(back_out(replica, header, staged, error, progress)),
     };
+    publish_applied(replica, header, root)
+        .map_err(|e| Error::pending("the new point is in place but not yet recorded as such", e))?;
+    // The outcome is durable; what is left to remove is removed by the next open at the latest.
+    replica.remove_leftovers().ok();
+    Ok(proven_bytes)
+}
+
+fn publish_applied(replica: &mut Replica, header: &SegmentHeader, root: Root) -> Result<()> {
     replica.content = replica.place.open()?;
     let (point, retained) = applied_point(replica, header, root);
-    replica.publish(header, DecisionKind::Applied, Some(point), retained)?;
-    replica.remove_leftovers()?;
-    Ok(proven_bytes)
+    replica.publish(header, DecisionKind::Applied, Some(point), retained)
 }
 
 /// The point a session made, and what is kept of the one before.
@@ -1204,12 +1205,12 @@ pub(crate) fn restore_redo(
     if is_file && target.size_bytes() < header.old_bytes {
         resize(header.old_bytes)?;
     }
-    staged.restore_to(&*target, progress)?;
+    staged.restore_to(&*target, header.old_bytes, progress)?;
     if is_file && target.size_bytes() != header.old_bytes {
         resize(header.old_bytes)?;
     }
-    for extent in staged.reserved()? {
-        if extent.end() <= header.old_bytes {
+    for extent in staged.reserved.iter() {
+        if let Some(extent) = extent.intersection(Extent::from_range(0..header.old_bytes)) {
             target
                 .punch(extent)
                 .map_err(|e| Error::target("give reserved space back", e))?;
@@ -1220,10 +1221,8 @@ pub(crate) fn restore_redo(
         .map_err(|e| Error::target("flush the target", e))?;
     replica.stats.count_flush();
     staged.prove_restored(&*target, header.old_bytes)?;
-    let point = replica.point_before(header);
     replica.content = replica.place.open()?;
-    replica.publish(header, DecisionKind::RolledBack, point, None)?;
-    replica.remove_leftovers()
+    replica.publish_rolled_back(header)
 }
 
 /// A session that was applied.

@@ -4,32 +4,27 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use blockferry_core::{Digest, Extent, Geometry};
-use blockferry_device::BlockTarget;
+use blockferry_device::WriteRequest;
 
 use crate::batch::{Batch, New, Old};
 use crate::error::{Error, Result};
-use crate::format::{NewContent, RecordHeader, StoredPages, Unit, usize_of};
+use crate::format::{NewContent, PAGE, RecordHeader, StoredPages, Unit, usize_of};
 use crate::index::{Index, RunContent};
+use crate::ledger::Ledger;
 use crate::log::{LogFiles, RecordPlace};
-use crate::plan::Strategy;
-use crate::session::{Working, write_zeros};
+use crate::working::Working;
 
 /// Fills batches; shared by all workers. In `shadow` and `direct` runs of whole blocks it writes the bytes to
 /// the working file at once, on the worker's thread, while they are in its cache.
 #[derive(Clone, Debug)]
 pub struct Stager {
     geometry: Geometry,
-    strategy: Strategy,
     working: Option<Working>,
 }
 
 impl Stager {
-    pub(crate) fn new(geometry: Geometry, strategy: Strategy, working: Option<Working>) -> Self {
-        Self {
-            geometry,
-            strategy,
-            working,
-        }
+    pub(crate) fn new(geometry: Geometry, working: Option<Working>) -> Self {
+        Self { geometry, working }
     }
 
     /// A stager for batches whose bytes the session writes: what delta sync uses before its session begins.
@@ -37,7 +32,6 @@ impl Stager {
     pub fn detached(geometry: Geometry) -> Self {
         Self {
             geometry,
-            strategy: Strategy::Redo,
             working: None,
         }
     }
@@ -89,17 +83,16 @@ impl Stager {
             batch.push(extent, New::Data(bytes), old);
             return Ok(());
         };
-        working
-            .target
-            .write_at(extent.start(), &bytes[..usize_of(extent.length())])
-            .map_err(|e| {
-                Error::target(format!("write {extent} to {}", working.target.label()), e)
-            })?;
+        working.write(&[WriteRequest {
+            offset: extent.start(),
+            bytes: &bytes[..usize_of(extent.length())],
+        }])?;
         batch.push(extent, New::Written(digests), Old::None);
         Ok(())
     }
 
-    /// Makes an extent read as zeros. Nothing to do in a file we created, unless something was `staged` there.
+    /// Makes an extent read as zeros. Nothing to do where the working file has a hole, unless something was
+    /// `staged` there.
     ///
     /// # Errors
     /// The working file failed.
@@ -110,16 +103,16 @@ impl Stager {
         staged: bool,
         old: Old<'_>,
     ) -> Result<()> {
-        match &self.working {
-            None => batch.push(extent, New::Zero, old),
-            Some(working) if working.sibling.is_some() && !staged => {
-                debug_assert!(self.strategy != Strategy::Clone, "a clone is not fresh");
-            }
-            Some(working) => {
-                write_zeros(working, extent)?;
-                batch.push(extent, New::Zero, Old::None);
-            }
+        let Some(working) = &self.working else {
+            batch.push(extent, New::Zero, old);
+            return Ok(());
+        };
+        // What a crash left in a file we created is anybody's guess: only a hole is known to read zero.
+        if !staged && working.is_hole(extent)? {
+            return Ok(());
         }
+        working.write_zeros(extent)?;
+        batch.push(extent, New::Zero, Old::None);
         Ok(())
     }
 
@@ -137,9 +130,20 @@ pub struct StagedView {
     files: LogFiles,
     records: Vec<RecordPlace>,
     index: Index,
-    working: Option<Arc<dyn BlockTarget>>,
+    working: Option<Working>,
+    basis: Basis,
     /// Records read lately; bounded.
     recent: Mutex<HashMap<u32, Arc<Loaded>>>,
+}
+
+/// What lies under the staged extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Basis {
+    /// The target as it is.
+    Target,
+    /// The working file of a resumed clone: what a crash left in it without a record is anybody's guess, so
+    /// all of it has to be compared.
+    Working,
 }
 
 #[derive(Debug)]
@@ -155,30 +159,31 @@ impl StagedView {
     pub(crate) fn new(
         geometry: Geometry,
         files: LogFiles,
-        records: Vec<RecordPlace>,
-        index: Index,
-        working: Option<Arc<dyn BlockTarget>>,
+        ledger: Ledger,
+        working: Option<Working>,
+        basis: Basis,
     ) -> Self {
         Self {
             geometry,
             files,
-            records,
-            index,
+            records: ledger.places,
+            index: ledger.index,
             working,
+            basis,
             recent: Mutex::default(),
         }
     }
 
-    /// Nothing is staged.
+    /// The target as it is shows everything.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.index.len() == 0
+        self.basis == Basis::Target && self.index.len() == 0
     }
 
-    /// Whether anything in `extent` is staged.
+    /// Whether the content of `extent` may differ from the target's.
     #[must_use]
     pub fn overlaps(&self, extent: Extent) -> bool {
-        self.index.within(extent).next().is_some()
+        self.basis == Basis::Working || self.index.within(extent).next().is_some()
     }
 
     /// Replaces what is staged in `bytes`, which hold the target's content of `extent`.
@@ -186,6 +191,9 @@ impl StagedView {
     /// # Errors
     /// The log or the working file failed.
     pub fn patch(&self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
+        if let (Basis::Working, Some(working)) = (self.basis, &self.working) {
+            return read_or_mend(working, extent, bytes);
+        }
         for run in self.index.within(extent) {
             let start = usize_of(run.extent.start() - extent.start());
             let part = &mut bytes[start..start + usize_of(run.extent.length())];
@@ -196,8 +204,9 @@ impl StagedView {
             let loaded = self.load(run.record)?;
             match (&self.working, loaded.header.pages) {
                 (Some(working), StoredPages::Elsewhere) => working
+                    .target
                     .read_at(run.extent.start(), part)
-                    .map_err(|e| Error::target(format!("read {}", working.label()), e))?,
+                    .map_err(|e| Error::target(format!("read {}", working.target.label()), e))?,
                 _ => {
                     let from = payload as usize;
                     part.copy_from_slice(&loaded.pages[from..from + part.len()]);
@@ -256,4 +265,32 @@ impl StagedView {
         recent.insert(record, Arc::clone(&loaded));
         Ok(loaded)
     }
+}
+
+/// Reads the working file of a clone over `bytes`, which hold the target's content. Pages that a crash left
+/// unreadable get back what they were cloned from.
+fn read_or_mend(working: &Working, extent: Extent, bytes: &mut [u8]) -> Result<()> {
+    let end = extent.end().min(working.target.size_bytes());
+    let (inside, beyond) = bytes.split_at_mut(usize_of(end.saturating_sub(extent.start())));
+    beyond.fill(0);
+    let mut read = vec![0; inside.len()];
+    if working.target.read_at(extent.start(), &mut read).is_ok() {
+        inside.copy_from_slice(&read);
+        return Ok(());
+    }
+    let pages = inside
+        .chunks_mut(PAGE)
+        .zip((extent.start()..).step_by(PAGE));
+    for (page, offset) in pages {
+        let read = &mut read[..page.len()];
+        if working.target.read_at(offset, read).is_ok() {
+            page.copy_from_slice(read);
+        } else {
+            working.write(&[WriteRequest {
+                offset,
+                bytes: page,
+            }])?;
+        }
+    }
+    Ok(())
 }

@@ -12,14 +12,17 @@
 
 use std::sync::Arc;
 
+use blockferry_core::Encoder;
 use blockferry_device::{Identity, ReadRequest, StorageDir, StorageFile, WriteRequest};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Decision, DecisionKind, FORMAT_VERSION, PAGE, SessionId, Slot};
+use crate::format::{Decision, DecisionKind, FORMAT_VERSION, PAGE, SessionId, Slot, seal};
 use crate::stats::Stats;
 
 /// Name of the state file in the state directory.
 pub(crate) const STATE_NAME: &str = "state";
+/// Its name while it is created.
+const NEW_STATE_NAME: &str = "state.new";
 const MAGIC: &[u8; 8] = b"BFRYSTA\0";
 const SLOT_PAGES: [usize; 2] = [1, 2];
 const LANES: usize = 2;
@@ -54,34 +57,25 @@ impl StateFile {
     ) -> Result<Self> {
         let attempt = || format!("open {STATE_NAME} in {}", dir.label());
         match dir.open(STATE_NAME).map_err(|e| Error::log(attempt(), e))? {
-            Some(file) if file.size_bytes() >= (PAGES * PAGE) as u64 => {
-                Self::load(file, stats, dir)
-            }
-            // Shorter than it was ever made durable: its creation never finished.
-            Some(_) => {
-                dir.remove(STATE_NAME)
-                    .map_err(|e| Error::log(attempt(), e))?;
-                Self::create(dir, identity, stats)
-            }
+            Some(file) => Self::load(file, stats, dir),
             None => Self::create(dir, identity, stats),
         }
     }
 
+    /// Creates it under another name first: a state file that has its name is whole.
     fn create(dir: &dyn StorageDir, identity: &Identity, stats: &Arc<Stats>) -> Result<Self> {
-        let attempt = || format!("create {STATE_NAME} in {}", dir.label());
-        let file = dir
-            .create(STATE_NAME)
-            .map_err(|e| Error::log(attempt(), e))?;
+        let failed = |e| Error::log(format!("create {STATE_NAME} in {}", dir.label()), e);
+        dir.remove(NEW_STATE_NAME).map_err(failed)?;
+        let file = dir.create(NEW_STATE_NAME).map_err(failed)?;
         let slot = Slot::unknown(identity.clone());
-        let mut bytes = vec![0; PAGES * PAGE];
-        bytes[..8].copy_from_slice(MAGIC);
-        bytes[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-        bytes[PAGE..2 * PAGE].copy_from_slice(&slot.encode());
-        file.write_at(0, &bytes)
-            .map_err(|e| Error::log(attempt(), e))?;
-        file.flush().map_err(|e| Error::log(attempt(), e))?;
+        let mut bytes = file_header();
+        bytes.extend(slot.encode());
+        bytes.resize(PAGES * PAGE, 0);
+        file.write_at(0, &bytes).map_err(failed)?;
+        file.flush().map_err(failed)?;
         stats.count_flush();
-        dir.sync().map_err(|e| Error::log(attempt(), e))?;
+        dir.rename_new(NEW_STATE_NAME, STATE_NAME).map_err(failed)?;
+        dir.sync().map_err(failed)?;
         stats.count_flush();
         let stats = Arc::clone(stats);
         Ok(Self {
@@ -120,6 +114,13 @@ impl StateFile {
     /// The last decision of a session.
     pub(crate) fn last_decision(&self, session: SessionId) -> Option<&Decision> {
         last_of(&self.decisions, session)
+    }
+
+    /// The sessions that have a decision.
+    pub(crate) fn sessions(&self) -> Vec<SessionId> {
+        let mut sessions: Vec<SessionId> = self.decisions.iter().map(|(_, d)| d.session).collect();
+        sessions.dedup();
+        sessions
     }
 
     /// Makes a decision durable.
@@ -216,6 +217,14 @@ impl StateFile {
     }
 }
 
+fn file_header() -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(PAGE);
+    let mut e = Encoder::new(&mut bytes);
+    e.bytes(MAGIC);
+    e.u32(FORMAT_VERSION);
+    seal(bytes)
+}
+
 /// Reads slots and decisions without changing anything: for `open` after its flush, and for looking only.
 fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<(usize, Slot, Decisions)> {
     let mut bytes = vec![0; PAGES * PAGE];
@@ -240,8 +249,9 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<(usize, Slot, Dec
             .for_each(|page| bytes[page * PAGE..(page + 1) * PAGE].fill(0));
     }
     let page = |n: usize| &bytes[n * PAGE..(n + 1) * PAGE];
+    let header_is_whole = crate::format::unseal(page(0)).is_some();
     let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
-    if bytes[..8] == *MAGIC && version != FORMAT_VERSION {
+    if header_is_whole && bytes[..8] == *MAGIC && version != FORMAT_VERSION {
         return Err(Error::new(
             ErrorKind::UnknownVersion,
             format!("{attempt}: format version {version}, this build reads {FORMAT_VERSION}"),

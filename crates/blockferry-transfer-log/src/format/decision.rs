@@ -1,7 +1,9 @@
 //! Decisions: the few records that change what a session means.
 
 use blockferry_core::{Decoder, Digest, Encoder};
+use blockferry_device::Evidence;
 
+use super::header::decode_evidence;
 use super::{FORMAT_VERSION, PAGE, SessionId, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"BFRYDEC\0";
@@ -37,6 +39,11 @@ impl DecisionKind {
         Self::Retired,
     ];
 
+    /// Whether recovery reads the session's records to carry it out.
+    pub(crate) fn is_carried_out_from_log(self) -> bool {
+        matches!(self, Self::Commit | Self::Rollback)
+    }
+
     fn code(self) -> u8 {
         match self {
             Self::GiveUp => 1,
@@ -68,6 +75,8 @@ pub(crate) struct Decision {
     pub root: Digest,
     /// The group that decides, zero bytes if none.
     pub group: [u8; 16],
+    /// For an outcome: the target's evidence when it was reached, from which a lost slot is derived again.
+    pub evidence: Evidence,
 }
 
 impl Decision {
@@ -83,6 +92,7 @@ impl Decision {
         e.bytes(self.chain.as_bytes());
         e.bytes(self.root.as_bytes());
         e.bytes(&self.group);
+        e.bytes_u16(self.evidence.as_bytes());
         seal(bytes)
     }
 
@@ -104,6 +114,7 @@ impl Decision {
             chain: Digest::from_bytes(d.array().ok()?),
             root: Digest::from_bytes(d.array().ok()?),
             group: d.array().ok()?,
+            evidence: decode_evidence(&mut d).ok()?,
         })
     }
 }

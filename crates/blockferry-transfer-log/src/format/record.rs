@@ -9,7 +9,9 @@
 //! The header's checksum is the chain value: it covers the digests, and they cover the pages.
 
 use blockferry_core::{Decoder, Digest, Encoder, Extent, Geometry, block_digest, page_digest};
+use blockferry_device::Evidence;
 
+use super::header::decode_evidence;
 use super::{CHECKSUM_BYTES, FORMAT_VERSION, PAGE, SessionId, seal, unseal};
 use crate::error::{Error, Result};
 
@@ -18,8 +20,13 @@ const MAGIC: &[u8; 8] = b"BFRYREC\0";
 pub(crate) const MAX_HEADER_BYTES: usize = 64 * 1024;
 /// Most new bytes, and most old bytes, of one record.
 pub(crate) const MAX_PAYLOAD_BYTES: u64 = 1024 * 1024;
-const MAX_EXTENTS: usize = 512;
-const MAX_DIGESTS: usize = 1024;
+/// Most extents of one record.
+pub(crate) const MAX_EXTENTS: usize = 512;
+/// Most digests of one side of a record.
+pub(crate) const MAX_DIGESTS: usize = 1024;
+
+/// Bytes of a header before its evidence, extents and digests, their counts included.
+const FIXED_BYTES: usize = 8 + 4 + 4 + 16 + 8 + 32 + 8 + 1 + 1 + 1 + 4 + 32 + 2 + 4;
 
 /// What an extent holds in the new point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +152,9 @@ pub(crate) struct RecordHeader {
     pub compaction_end: bool,
     /// How the new pages are stored.
     pub pages: StoredPages,
+    /// The target's evidence after space was reserved in it, which may count as a change; empty if this
+    /// record says nothing of it.
+    pub evidence: Evidence,
     /// What changes, ascending where the writer could.
     pub extents: Vec<BatchExtent>,
     /// One digest for each unit of the extents with new data, in their order.
@@ -155,20 +165,17 @@ pub(crate) struct RecordHeader {
 
 impl RecordHeader {
     /// Bytes of the new pages, unpacked and padded.
-    #[must_use]
-    pub fn new_bytes(&self) -> u64 {
+    pub(crate) fn new_bytes(&self) -> u64 {
         padded(self.extents.iter().filter(|e| e.new == NewContent::Data))
     }
 
     /// Bytes of the old pages, padded.
-    #[must_use]
-    pub fn old_bytes(&self) -> u64 {
+    pub(crate) fn old_bytes(&self) -> u64 {
         padded(self.extents.iter().filter(|e| e.old == OldContent::Data))
     }
 
     /// Bytes of the new pages as stored, padded.
-    #[must_use]
-    pub fn stored_new_bytes(&self) -> u64 {
+    pub(crate) fn stored_new_bytes(&self) -> u64 {
         match self.pages {
             StoredPages::Elsewhere => 0,
             StoredPages::Plain => self.new_bytes(),
@@ -176,6 +183,13 @@ impl RecordHeader {
                 u64::from(stored_bytes).next_multiple_of(PAGE as u64)
             }
         }
+    }
+
+    /// Bytes of the stored header.
+    pub(crate) fn encoded_bytes(&self) -> usize {
+        let digests = self.new_digests.len() + self.old_digests.len();
+        let variable = self.evidence.as_bytes().len() + self.extents.len() * 18 + digests * 32;
+        (FIXED_BYTES + variable + CHECKSUM_BYTES).next_multiple_of(PAGE)
     }
 
     /// The stored header and its chain value.
@@ -202,6 +216,7 @@ impl RecordHeader {
         e.u8(code);
         e.u32(stored_bytes);
         e.bytes(checksum.as_bytes());
+        e.bytes_u16(self.evidence.as_bytes());
         e.u32(count_u32(self.extents.len()));
         for entry in &self.extents {
             e.u64(entry.extent.start());
@@ -212,7 +227,7 @@ impl RecordHeader {
         for digest in self.new_digests.iter().chain(&self.old_digests) {
             e.bytes(digest.as_bytes());
         }
-        let total = count_u32((bytes.len() + CHECKSUM_BYTES).next_multiple_of(PAGE));
+        let total = count_u32(self.encoded_bytes());
         bytes[12..16].copy_from_slice(&total.to_le_bytes());
         let bytes = seal(bytes);
         let chain = unseal(&bytes).map_or_else(|| unreachable!("sealed above"), |(_, c)| c);
@@ -238,19 +253,16 @@ impl RecordHeader {
     ) -> Result<(Self, Digest)> {
         let (body, chain) =
             unseal(bytes).ok_or_else(|| Error::corrupt("record header: checksum mismatch"))?;
-        let header = Self::decode_fields(&mut Decoder::new(body), geometry)
+        let header = Self::decode_fields(&mut Decoder::new(body), geometry, limit_bytes)
             .map_err(|cause| Error::corrupt(format!("record header: {cause}")))?;
-        let within = |e: &BatchExtent| e.extent.end() <= limit_bytes && !e.extent.is_empty();
-        if !header.extents.iter().all(within) {
-            return Err(Error::corrupt(format!(
-                "record {}: an extent lies outside of the {limit_bytes} bytes of the image",
-                header.sequence
-            )));
-        }
         Ok((header, chain))
     }
 
-    fn decode_fields(d: &mut Decoder<'_>, geometry: &Geometry) -> blockferry_core::Result<Self> {
+    fn decode_fields(
+        d: &mut Decoder<'_>,
+        geometry: &Geometry,
+        limit_bytes: u64,
+    ) -> blockferry_core::Result<Self> {
         let invalid =
             |what: &str| blockferry_core::Error::new(blockferry_core::ErrorKind::Invalid, what);
         d.array::<8>()?;
@@ -269,6 +281,7 @@ impl RecordHeader {
         let code = d.u8()?;
         let stored_bytes = d.u32()?;
         let checksum = Digest::from_bytes(d.array()?);
+        let evidence = decode_evidence(d)?;
         let pages = match code {
             0 => StoredPages::Elsewhere,
             1 => StoredPages::Plain,
@@ -283,7 +296,9 @@ impl RecordHeader {
         let (mut new_count, mut old_count) = (0usize, 0usize);
         for _ in 0..count {
             let (start, length) = (d.u64()?, d.u64()?);
-            let extent = Extent::new(start, length).ok_or_else(|| invalid("extent overflows"))?;
+            let extent = Extent::new(start, length)
+                .filter(|e| !e.is_empty() && e.end() <= limit_bytes)
+                .ok_or_else(|| invalid("an extent is empty or lies outside of the image"))?;
             let new = new_of(d.u8()?).ok_or_else(|| invalid("unknown new content"))?;
             let old = old_of(d.u8()?).ok_or_else(|| invalid("unknown old content"))?;
             let units = unit.count(geometry, extent);
@@ -308,6 +323,7 @@ impl RecordHeader {
             fuzzy: flags & 1 != 0,
             compaction_end: flags & 2 != 0,
             pages,
+            evidence,
             extents,
             new_digests,
             old_digests,
