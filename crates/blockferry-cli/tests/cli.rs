@@ -87,7 +87,7 @@ impl Lab {
     fn slow_sync(&self, more: &str) -> Child {
         self.disk("source", 24 * MIB, 2);
         self.disk("target", 24 * MIB, 3);
-        let line = format!("sync source target --mode delta --bwlimit 2M {more}");
+        let line = format!("sync source target --mode delta --strategy redo --bwlimit 4M {more}");
         let mut command = self.command(line.split_whitespace());
         command
             .stdout(Stdio::piped())
