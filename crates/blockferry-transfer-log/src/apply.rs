@@ -13,7 +13,7 @@ use crate::format::{
 };
 use crate::index::{Index, RunContent};
 use crate::log::{LogFiles, RecordPlace};
-use crate::readback::{Expected, ReadBack};
+use crate::readback::{Check, Expected, ReadBack};
 
 /// Most bytes and requests handed to the target at once.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
@@ -109,20 +109,20 @@ impl Staged<'_> {
         let mut read_back = ReadBack::new(target, self.geometry);
         for (place, number) in self.records.iter().zip(0u32..).filter(|(p, _)| !p.dropped) {
             let header = self.files.header(place)?;
-            checked += self.add_live(number, &header, &mut read_back)?;
+            checked += self.add_live(number, &header, &mut |check| read_back.add(check))?;
             progress(checked, total);
         }
         read_back.finish()?;
         Ok(checked)
     }
 
-    /// Adds to a read-back what a record says of the new point and no later record replaced; returns how many
-    /// bytes that is.
+    /// Hands to `add` what a record says of the new point and no later record replaced; returns how many bytes
+    /// that is.
     pub(crate) fn add_live(
         &self,
         number: u32,
         header: &RecordHeader,
-        read_back: &mut ReadBack<'_>,
+        add: &mut dyn FnMut(Check) -> Result<()>,
     ) -> Result<u64> {
         let step = header.unit.bytes(&self.geometry);
         let mut bytes = 0;
@@ -137,7 +137,7 @@ impl Staged<'_> {
             for run in runs.filter(|r| r.record == number) {
                 bytes += run.extent.length();
                 let RunContent::Data { payload } = run.content else {
-                    read_back.add(run.extent, header.unit, &Expected::Zero)?;
+                    add(Check::new(run.extent, header.unit, Expected::Zero))?;
                     continue;
                 };
                 let skip = run.extent.start() - entry.extent.start();
@@ -148,14 +148,14 @@ impl Staged<'_> {
                     let from = first + usize_of(skip / step);
                     let count = usize_of(run.extent.length().div_ceil(step));
                     let expected = header.new_digests[from..from + count].to_vec();
-                    read_back.add(run.extent, header.unit, &Expected::Digests(expected))?;
+                    add(Check::new(run.extent, header.unit, Expected::Digests(expected)))?;
                 } else if header.pages != StoredPages::Elsewhere {
                     // A later record replaced part of a unit: what is left is checked page by page.
                     let pages = self.pages_of(number)?;
                     let left = &pages[payload as usize..];
                     let expected = Unit::Page.digests(&self.geometry, run.extent, left);
                     let expected = Expected::Digests(expected.collect());
-                    read_back.add(run.extent, Unit::Page, &expected)?;
+                    add(Check::new(run.extent, Unit::Page, expected))?;
                 }
             }
             if entry.new == NewContent::Data {
@@ -251,7 +251,7 @@ impl Staged<'_> {
                 match (entry.old, expected) {
                     (OldContent::Data, Some(expected)) if inside == entry.extent => {
                         let expected = Expected::Digests(expected.to_vec());
-                        read_back.add(inside, header.unit, &expected)?;
+                        read_back.add(Check::new(inside, header.unit, expected))?;
                     }
                     (OldContent::Data, _) => {
                         // Its digests cover the padding too: take new ones of what is inside.
@@ -259,9 +259,9 @@ impl Staged<'_> {
                         let pages = &pages[payload.start..];
                         let expected = Unit::Page.digests(&self.geometry, inside, pages);
                         let expected = Expected::Digests(expected.collect());
-                        read_back.add(inside, Unit::Page, &expected)?;
+                        read_back.add(Check::new(inside, Unit::Page, expected))?;
                     }
-                    _ => read_back.add(inside, header.unit, &Expected::Zero)?,
+                    _ => read_back.add(Check::new(inside, header.unit, Expected::Zero))?,
                 }
             }
         }

@@ -46,6 +46,11 @@ impl Ledger {
         number
     }
 
+    /// The numbers of all records.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u32> + use<> {
+        0..u32::try_from(self.places.len()).unwrap_or(u32::MAX)
+    }
+
     /// Whether anything that counts was copied from a source that was being written.
     pub(crate) fn is_fuzzy(&self) -> bool {
         let fuzzy = |record: u32| self.places[record as usize].fuzzy;

@@ -40,6 +40,7 @@ pub use group::{GroupDirectory, GroupVerdicts, Verdict};
 pub use inspect::{Inspection, UnfinishedSession, inspect};
 pub use place::Place;
 pub use plan::{Plan, Strategy, Undo};
+pub use readback::{ReadBackOutcome, ReadBackTask};
 pub use replica::{ManifestSource, Recovered, Replica, Unwritten};
 pub use session::{
     Applied, Checkpoint, GROUP_BYTES, GroupCommitted, GroupId, ManifestFile, Prepared, Session,

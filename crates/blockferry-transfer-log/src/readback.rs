@@ -1,10 +1,13 @@
 //! Read-back: what was written is read from the medium and compared with its digests (D9, I4).
 
+use std::sync::Arc;
+
 use blockferry_core::{Digest, Extent, Geometry, is_zero};
 use blockferry_device::{AlignedBuffer, BlockTarget, ReadRequest};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{PAGE, Unit, usize_of};
+use crate::log::{LogFiles, RecordPlace};
 
 /// Most bytes read at once.
 const SPAN_BYTES: usize = 4 * 1024 * 1024;
@@ -22,12 +25,13 @@ pub(crate) enum Expected {
 pub(crate) struct ReadBack<'t> {
     target: &'t dyn BlockTarget,
     geometry: Geometry,
-    pieces: Vec<Piece>,
+    pieces: Vec<Check>,
     used: usize,
 }
 
-#[derive(Debug)]
-struct Piece {
+/// An extent and what it must hold.
+#[derive(Clone, Debug)]
+pub(crate) struct Check {
     extent: Extent,
     unit: Unit,
     expected: Expected,
@@ -43,8 +47,9 @@ impl<'t> ReadBack<'t> {
         }
     }
 
-    /// Adds an extent; its digests are those of its units, counted from its start.
-    pub(crate) fn add(&mut self, extent: Extent, unit: Unit, expected: &Expected) -> Result<()> {
+    /// Adds a check; its digests are those of its units, counted from its start.
+    pub(crate) fn add(&mut self, check: Check) -> Result<()> {
+        let Check { extent, unit, expected } = check;
         let step = unit.bytes(&self.geometry);
         let mut start = extent.start();
         while start < extent.end() {
@@ -54,7 +59,7 @@ impl<'t> ReadBack<'t> {
                 continue;
             }
             let piece = Extent::from_range(start..extent.end().min(start + room));
-            let expected = match expected {
+            let expected = match &expected {
                 Expected::Zero => Expected::Zero,
                 Expected::Digests(all) => {
                     let first = usize_of((start - extent.start()) / step);
@@ -62,7 +67,7 @@ impl<'t> ReadBack<'t> {
                     Expected::Digests(all[first..first + count].to_vec())
                 }
             };
-            self.pieces.push(Piece {
+            self.pieces.push(Check {
                 extent: piece,
                 unit,
                 expected,
@@ -113,7 +118,11 @@ impl<'t> ReadBack<'t> {
     }
 }
 
-impl Piece {
+impl Check {
+    pub(crate) fn new(extent: Extent, unit: Unit, expected: Expected) -> Self {
+        Self { extent, unit, expected }
+    }
+
     fn holds(&self, geometry: &Geometry, bytes: &[u8]) -> bool {
         match &self.expected {
             Expected::Zero => is_zero(bytes),
@@ -127,4 +136,53 @@ impl Piece {
 
 fn padded(extent: Extent) -> usize {
     usize_of(extent.length()).next_multiple_of(PAGE)
+}
+
+/// What is to be read back on another thread, as it was when it was handed out.
+#[derive(Debug)]
+pub struct ReadBackTask {
+    pub(crate) generation: u32,
+    pub(crate) geometry: Geometry,
+    pub(crate) files: LogFiles,
+    pub(crate) working: Option<Arc<dyn BlockTarget>>,
+    pub(crate) records: Vec<(u32, RecordPlace, Vec<Check>)>,
+}
+
+/// What a [`ReadBackTask`] found.
+#[derive(Debug)]
+pub struct ReadBackOutcome {
+    pub(crate) generation: u32,
+    /// Bytes of the working file that were read back; `None` if the record is not whole.
+    pub(crate) records: Vec<(u32, Result<Option<u64>>)>,
+}
+
+impl ReadBackTask {
+    /// Reads everything back from the medium.
+    #[must_use]
+    pub fn run(self) -> ReadBackOutcome {
+        let Self { generation, geometry, files, working, records } = self;
+        let check = |(number, place, checks): (u32, RecordPlace, Vec<Check>)| {
+            let bytes = checks.iter().map(|c| c.extent.length()).sum();
+            let checked = files.verify(&place).and_then(|_header| match &working {
+                Some(target) => {
+                    let mut read_back = ReadBack::new(&**target, geometry);
+                    checks.into_iter().try_for_each(|c| read_back.add(c))?;
+                    read_back.finish()
+                }
+                None => Ok(()),
+            });
+            (number, checked.map_or_else(not_whole, |()| Ok(Some(bytes))))
+        };
+        let records = records.into_iter().map(check).collect();
+        ReadBackOutcome { generation, records }
+    }
+}
+
+/// A record or working file that cannot be read, or holds something else, is staged again; a caller that
+/// cancelled is obeyed.
+pub(crate) fn not_whole(error: Error) -> Result<Option<u64>> {
+    match error.kind() {
+        ErrorKind::Cancelled => Err(error),
+        _ => Ok(None),
+    }
 }

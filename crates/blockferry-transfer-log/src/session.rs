@@ -10,6 +10,7 @@
 //!          APPLIED and the slot durable                                    -> reported as done
 //! ```
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ use crate::ledger::Ledger;
 use crate::log::{Appender, LogFiles, RecordPlace, Scan, segment_name};
 use crate::place::Content;
 use crate::plan::{Plan, Strategy, Undo};
-use crate::readback::ReadBack;
+use crate::readback::{ReadBack, ReadBackOutcome, ReadBackTask, not_whole};
 use crate::replica::{Replica, manifest_name};
 use crate::staged::{Basis, StagedView, Stager};
 use crate::working::{Working, holes_of};
@@ -98,8 +99,12 @@ pub struct Session<'r> {
     group_bytes: u64,
     /// Extents with new data since the last group was closed.
     group_extents: Vec<Extent>,
-    /// First record that was not read back in this run.
-    unverified: usize,
+    /// Records that were not read back in this run.
+    pending: BTreeSet<u32>,
+    /// Records below this one were handed out to be read back elsewhere.
+    handed_out: u32,
+    /// Counts compactions: record numbers mean something else after one.
+    generation: u32,
     /// Staged, but not whole on the medium.
     lost: ExtentSet,
     /// Set by a `prepare` that found everything complete, until something is staged.
@@ -157,7 +162,9 @@ impl<'r> Session<'r> {
             written: Vec::new(),
             group_bytes: 0,
             group_extents: Vec::new(),
-            unverified: 0,
+            pending: BTreeSet::new(),
+            handed_out: 0,
+            generation: 0,
             lost: ExtentSet::new(),
             prepared: false,
             proven_bytes: 0,
@@ -192,6 +199,7 @@ impl<'r> Session<'r> {
         };
         let mut files = scan.files;
         let ledger = Ledger::of(&scan.records);
+        let pending = ledger.numbers().collect();
         let appender = Appender::create(&*replica.dir, &mut files, &header, &replica.stats)?;
         let totals = SessionTotals {
             resumed_bytes: ledger.index.data_bytes(),
@@ -209,7 +217,9 @@ impl<'r> Session<'r> {
             written: Vec::new(),
             group_bytes: 0,
             group_extents: Vec::new(),
-            unverified: 0,
+            pending,
+            handed_out: 0,
+            generation: 0,
             lost: ExtentSet::new(),
             prepared: false,
             proven_bytes: 0,
@@ -383,7 +393,6 @@ impl<'r> Session<'r> {
             self.record_reservations()?;
             self.flush_log()?;
             self.group_bytes = 0;
-            self.verify_new_records()?;
             self.compact_if_due()?;
         }
         // Invariant I2: nothing above what was flushed is acknowledged.
@@ -413,12 +422,13 @@ impl<'r> Session<'r> {
     pub fn prepare(&mut self) -> Result<Prepared> {
         self.prepared = false;
         self.close_group()?;
-        // A resumed session trusts nothing it did not read back itself (I3).
-        self.verify_new_records()?;
+        // Nothing is trusted that this run did not read back itself (I3).
+        self.verify_pending()?;
         let dropped = self.ledger.places.iter().any(|p| p.dropped);
         if self.lost.is_empty() && dropped && self.header.strategy == Strategy::Redo {
             // Recovery reads all records, so a bad one must not be among them.
             self.compact()?;
+            self.verify_pending()?;
         }
         let missing = std::mem::take(&mut self.lost);
         if !missing.is_empty() {
@@ -706,6 +716,7 @@ impl<'r> Session<'r> {
     fn append(&mut self, batch: &Batch, keep_pages: bool) -> Result<()> {
         let (place, header) = self.appender.append(self.header.session, batch, false)?;
         let number = self.ledger.take_in(place, &header);
+        self.pending.insert(number);
         if keep_pages && batch.pages == StoredPages::Plain {
             self.pool.keep(number, batch.new_payload());
         }
@@ -756,43 +767,91 @@ impl<'r> Session<'r> {
         Ok(())
     }
 
-    /// Reads back what was flushed since the last time; what did not survive is forgotten, and is missing.
-    fn verify_new_records(&mut self) -> Result<()> {
-        while self.unverified < self.ledger.places.len() {
-            if !self.verify_record(self.unverified)? {
-                self.drop_record(self.unverified);
+    /// Hands out what is durable and was not read back yet, to be read back on another thread while staging
+    /// goes on. What is never given back to [`Self::take_read_back`] is read back by [`Self::prepare`].
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn read_back_task(&mut self) -> Result<Option<ReadBackTask>> {
+        let mut records = Vec::new();
+        for number in self.pending.range(self.handed_out..).copied() {
+            let place = &self.ledger.places[number as usize];
+            if place.sequence > self.appender.durable() {
+                break;
             }
-            self.unverified += 1;
+            let mut checks = Vec::new();
+            if self.working.is_some() {
+                let header = self.files.header(place)?;
+                self.staged().add_live(number, &header, &mut |check| {
+                    checks.push(check);
+                    Ok(())
+                })?;
+            }
+            records.push((number, place.clone(), checks));
+        }
+        let Some((last, _, _)) = records.last() else {
+            return Ok(None);
+        };
+        self.handed_out = last + 1;
+        Ok(Some(ReadBackTask {
+            generation: self.generation,
+            geometry: self.header.geometry,
+            files: self.files.clone(),
+            working: self.working.as_ref().map(|w| Arc::clone(&w.target)),
+            records,
+        }))
+    }
+
+    /// Takes back what was read back elsewhere.
+    ///
+    /// # Errors
+    /// Reading it back failed.
+    pub fn take_read_back(&mut self, outcome: ReadBackOutcome) -> Result<()> {
+        if outcome.generation != self.generation {
+            return Ok(());
+        }
+        for (number, whole) in outcome.records {
+            let whole = whole?;
+            if self.pending.remove(&number) {
+                self.settle(number, whole);
+            }
         }
         Ok(())
     }
 
-    fn verify_record(&mut self, number: usize) -> Result<bool> {
-        let place = &self.ledger.places[number];
+    /// Reads back what was not yet; what did not survive is forgotten, and is missing.
+    fn verify_pending(&mut self) -> Result<()> {
+        while let Some(number) = self.pending.first().copied() {
+            let whole = self.verify_record(number)?;
+            self.pending.remove(&number);
+            self.settle(number, whole);
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, number: u32, whole: Option<u64>) {
+        match whole {
+            Some(bytes) => self.proven_bytes += bytes,
+            None => self.drop_record(number as usize),
+        }
+    }
+
+    /// Bytes of the working file that were read back for a record; `None` if it is not whole.
+    fn verify_record(&self, number: u32) -> Result<Option<u64>> {
+        let place = &self.ledger.places[number as usize];
         let header = match self.files.verify(place) {
             Ok(header) => header,
             Err(error) => return not_whole(error),
         };
-        let Some(working) = self
-            .working
-            .as_ref()
-            .filter(|_| header.pages == StoredPages::Elsewhere)
-        else {
-            return Ok(true);
+        let Some(working) = &self.working else {
+            return Ok(Some(0));
         };
-        let record = u32::try_from(number).unwrap_or(u32::MAX);
         let mut read_back = ReadBack::new(&*working.target, self.header.geometry);
         let checked = self
             .staged()
-            .add_live(record, &header, &mut read_back)
+            .add_live(number, &header, &mut |check| read_back.add(check))
             .and_then(|bytes| read_back.finish().map(|()| bytes));
-        match checked {
-            Ok(bytes) => {
-                self.proven_bytes += bytes;
-                Ok(true)
-            }
-            Err(error) => not_whole(error),
-        }
+        checked.map_or_else(not_whole, |bytes| Ok(Some(bytes)))
     }
 
     fn staged(&self) -> Staged<'_> {
@@ -874,7 +933,7 @@ impl<'r> Session<'r> {
         self.append(&note, false)?;
         self.flush_log()?;
         self.header.target_evidence = now;
-        self.verify_new_records()
+        self.verify_pending()
     }
 
     fn compact_if_due(&mut self) -> Result<()> {
@@ -923,9 +982,11 @@ impl<'r> Session<'r> {
         self.appender = appender;
         self.ledger = ledger;
         self.pool = Pool::new();
-        self.unverified = 0;
+        self.pending = self.ledger.numbers().collect();
+        self.handed_out = 0;
+        self.generation += 1;
         self.held_before = 0;
-        self.verify_new_records()
+        Ok(())
     }
 
     /// One batch for each record, with only what is still live in it.
@@ -989,15 +1050,6 @@ impl<'r> Session<'r> {
             }
         }
         Ok([olds, news].into_iter().filter(|b| !b.is_empty()).collect())
-    }
-}
-
-/// A record or working file that cannot be read, or holds something else, is staged again; a caller that
-/// cancelled is obeyed.
-fn not_whole(error: Error) -> Result<bool> {
-    match error.kind() {
-        ErrorKind::Cancelled => Err(error),
-        _ => Ok(false),
     }
 }
 
