@@ -30,7 +30,10 @@ pub fn digest(
     let start = context.clock.now();
     let geometry = Geometry::new(source.size_bytes(), block_size);
     let failed = |e| Error::because(ErrorKind::Target, "write the manifest", e);
-    let mut writer = manifest.map(|m| ManifestWriter::new(geometry, m)).transpose().map_err(failed)?;
+    let mut writer = manifest
+        .map(|m| ManifestWriter::new(geometry, m))
+        .transpose()
+        .map_err(failed)?;
     let mut data_blocks = 0u64;
     let root = scan_leaves(source, geometry, context, &mut |leaves| {
         data_blocks += leaves.data_blocks() as u64;
@@ -69,7 +72,9 @@ pub(crate) fn scan_leaves(
         regions(geometry, context),
         blockferry_full_download::Scratch::default,
         |scratch, region, _emitter| {
-            copying.region(region, scratch, &mut |_batch| Ok(())).map_err(Error::from)
+            copying
+                .region(region, scratch, &mut |_batch| Ok(()))
+                .map_err(Error::from)
         },
         |step: Step<(), blockferry_full_download::RegionCopy>| {
             if let Step::Done(done) = step {
@@ -102,7 +107,11 @@ pub fn compare(
     let mut comparison = RegionComparison::new(Arc::clone(a), Arc::clone(b), geometry, stager);
     comparison.keep_old = false;
     comparison.digests = false;
-    let mut merger = Merger { open: None, different_bytes: 0, found: on_difference };
+    let mut merger = Merger {
+        open: None,
+        different_bytes: 0,
+        found: on_difference,
+    };
     let mut done_bytes = 0;
     walk(
         WalkOptions::new(SyncOptions::default().threads()),

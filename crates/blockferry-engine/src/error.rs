@@ -45,7 +45,12 @@ pub struct Error {
 impl Error {
     /// An error with a complete message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), resumable: false, cause: None }
+        Self {
+            kind,
+            message: message.into(),
+            resumable: false,
+            cause: None,
+        }
     }
 
     /// What kind of failure it was.
@@ -65,7 +70,12 @@ impl Error {
         message: impl Into<String>,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Self { kind, message: message.into(), resumable: false, cause: Some(cause.into()) }
+        Self {
+            kind,
+            message: message.into(),
+            resumable: false,
+            cause: Some(cause.into()),
+        }
     }
 
     pub(crate) fn source(message: impl Into<String>, cause: blockferry_device::Error) -> Self {
@@ -112,7 +122,9 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         let side = failure.side();
         let message = failure.to_string();
-        let Some(cause) = failure.into_cause() else { return Self::cancelled() };
+        let Some(cause) = failure.into_cause() else {
+            return Self::cancelled();
+        };
         let device = cause.downcast_ref::<blockferry_device::Error>();
         let log = cause.downcast_ref::<blockferry_transfer_log::Error>();
         let kind = match (side, device, log) {
@@ -122,7 +134,12 @@ impl From<Failure> for Error {
             (_, None, Some(e)) => log_kind(e),
             _ => ErrorKind::Target,
         };
-        Self { kind, message, resumable: false, cause: Some(cause) }
+        Self {
+            kind,
+            message,
+            resumable: false,
+            cause: Some(cause),
+        }
     }
 }
 

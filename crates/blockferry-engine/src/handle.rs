@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use blockferry_core::ManifestReader;
 use blockferry_transfer_log::{
-    ManifestFile, ManifestSource, Plan, Replica, Session, SessionId, SourceStamp, StagedView, Stager,
+    ManifestFile, ManifestSource, Plan, Replica, Session, SessionId, SourceStamp, StagedView,
+    Stager,
 };
 
 use crate::error::{Error, ErrorKind, Result};
@@ -25,24 +26,28 @@ impl<'r> LogHandle<'r> {
     pub(crate) fn session(&mut self) -> Result<&mut Session<'r>> {
         if let Self::Idle(..) = self {
             if let Self::Idle(replica, plan) = std::mem::replace(self, Self::Failed) {
-                let session = replica.begin(&plan).map_err(|e| Error::log("begin a session", e))?;
+                let session = replica
+                    .begin(&plan)
+                    .map_err(|e| Error::log("begin a session", e))?;
                 *self = Self::Open(session);
             }
         }
         match self {
             Self::Open(session) => Ok(session),
-            Self::Idle(..) | Self::Failed => {
-                Err(Error::new(ErrorKind::Internal, "the session could not be begun"))
-            }
+            Self::Idle(..) | Self::Failed => Err(Error::new(
+                ErrorKind::Internal,
+                "the session could not be begun",
+            )),
         }
     }
 
     pub(crate) fn into_session(self) -> Result<Session<'r>> {
         match self {
             Self::Open(session) => Ok(session),
-            Self::Idle(..) | Self::Failed => {
-                Err(Error::new(ErrorKind::Internal, "nothing was staged to commit"))
-            }
+            Self::Idle(..) | Self::Failed => Err(Error::new(
+                ErrorKind::Internal,
+                "nothing was staged to commit",
+            )),
         }
     }
 

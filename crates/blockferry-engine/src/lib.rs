@@ -10,6 +10,7 @@ mod handle;
 mod job;
 mod options;
 mod plan;
+mod read_back;
 mod receipt;
 mod recorder;
 mod status;

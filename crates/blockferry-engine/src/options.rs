@@ -59,9 +59,15 @@ impl FromStr for Mode {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Auto, Self::Delta, Self::Full].into_iter().find(|m| m.to_string() == text).ok_or_else(
-            || Error::new(ErrorKind::Usage, format!("mode {text:?}: expected auto, delta or full")),
-        )
+        [Self::Auto, Self::Delta, Self::Full]
+            .into_iter()
+            .find(|m| m.to_string() == text)
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Usage,
+                    format!("mode {text:?}: expected auto, delta or full"),
+                )
+            })
     }
 }
 
@@ -158,16 +164,23 @@ impl Context {
     }
 
     pub(crate) fn progress(&self, phase: Phase, done: u64, total: u64, changed: u64) {
-        self.observer.event(&Event::Progress(Progress::new(phase, done, total, changed)));
+        self.observer
+            .event(&Event::Progress(Progress::new(phase, done, total, changed)));
     }
 
     pub(crate) fn check_cancelled(&self) -> Result<(), Error> {
-        if self.cancel.is_cancelled() { Err(Error::cancelled()) } else { Ok(()) }
+        if self.cancel.is_cancelled() {
+            Err(Error::cancelled())
+        } else {
+            Ok(())
+        }
     }
 }
 
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context").field("cancel", &self.cancel).finish_non_exhaustive()
+        f.debug_struct("Context")
+            .field("cancel", &self.cancel)
+            .finish_non_exhaustive()
     }
 }

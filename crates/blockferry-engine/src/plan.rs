@@ -60,7 +60,14 @@ impl Sample {
             let (from, to) = (n * count / blocks, (n + 1) * count / blocks);
             let block = from + scramble(seed ^ n) % (to - from).max(1);
             let block = BlockIndex::new(block);
-            sample.look(source, target, geometry, block, &mut buffers, &*context.clock)?;
+            sample.look(
+                source,
+                target,
+                geometry,
+                block,
+                &mut buffers,
+                &*context.clock,
+            )?;
         }
         Ok(sample)
     }
@@ -89,7 +96,9 @@ impl Sample {
             read_padded(target, extent, old)
                 .map_err(|e| Error::target(format!("sample {}", target.label()), e))?;
             let pages = |bytes: u64| bytes.div_ceil(PAGE_BYTES);
-            differing_runs(extent, new, old, |run| self.changed_pages += pages(run.extent.length()));
+            differing_runs(extent, new, old, |run| {
+                self.changed_pages += pages(run.extent.length())
+            });
             self.target_seconds += seconds(clock.now().saturating_sub(digested));
         }
         self.source_seconds += seconds(read.saturating_sub(start));
@@ -121,8 +130,17 @@ impl Sample {
     }
 
     /// Seconds of a delta sync that reads both sides; with a manifest the target is read only where it differs.
-    pub(crate) fn delta_seconds(&self, threads: usize, strategy: Strategy, target_known: bool) -> f64 {
-        let target = if target_known { 0.0 } else { self.target_seconds };
+    pub(crate) fn delta_seconds(
+        &self,
+        threads: usize,
+        strategy: Strategy,
+        target_known: bool,
+    ) -> f64 {
+        let target = if target_known {
+            0.0
+        } else {
+            self.target_seconds
+        };
         let scan = self.scale(self.source_seconds + self.digest_seconds + target, threads);
         let copies = if strategy == Strategy::Redo { 5.0 } else { 2.0 };
         scan + copies * self.changed_bytes() / ASSUMED_WRITE_RATE
@@ -185,9 +203,19 @@ pub(crate) fn choose(options: &SyncOptions, found: Situation, sample: &Sample) -
         Mode::Auto => Mode::Delta,
         asked => asked,
     };
-    let (strategy, why) =
-        if mode == Mode::Full { full_strategy(options, found) } else { (strategy, why) };
-    with_space(mode, strategy, format!("{facts}; {why}"), options, found, sample)
+    let (strategy, why) = if mode == Mode::Full {
+        full_strategy(options, found)
+    } else {
+        (strategy, why)
+    };
+    with_space(
+        mode,
+        strategy,
+        format!("{facts}; {why}"),
+        options,
+        found,
+        sample,
+    )
 }
 
 fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (Strategy, String) {
@@ -195,17 +223,26 @@ fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (
         return (asked, format!("{asked} as asked for"));
     }
     if options.in_place {
-        return (Strategy::Direct, "in place as asked for: the old content is given up".to_owned());
+        return (
+            Strategy::Direct,
+            "in place as asked for: the old content is given up".to_owned(),
+        );
     }
     if found.can_clone {
-        return (Strategy::Clone, "clone: the file system shares unchanged blocks".to_owned());
+        return (
+            Strategy::Clone,
+            "clone: the file system shares unchanged blocks".to_owned(),
+        );
     }
     let much = sample.changed_share() > SHADOW_SHARE;
     if found.is_file && much && round(sample.data_bytes()) <= found.target_free_bytes {
         let why = "shadow: more than a third differs, so a new file costs less than log and apply";
         return (Strategy::Shadow, why.to_owned());
     }
-    (Strategy::Redo, "redo: little differs, or there is no room for a second file".to_owned())
+    (
+        Strategy::Redo,
+        "redo: little differs, or there is no room for a second file".to_owned(),
+    )
 }
 
 fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {
@@ -213,12 +250,21 @@ fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) 
         return (asked, format!("{asked} as asked for"));
     }
     if options.in_place {
-        return (Strategy::Direct, "in place as asked for: the old content is given up".to_owned());
+        return (
+            Strategy::Direct,
+            "in place as asked for: the old content is given up".to_owned(),
+        );
     }
     if found.is_file {
-        return (Strategy::Shadow, "shadow: a complete new file beside the old one".to_owned());
+        return (
+            Strategy::Shadow,
+            "shadow: a complete new file beside the old one".to_owned(),
+        );
     }
-    (Strategy::Redo, "redo: a device cannot be exchanged".to_owned())
+    (
+        Strategy::Redo,
+        "redo: a device cannot be exchanged".to_owned(),
+    )
 }
 
 fn with_space(
@@ -229,7 +275,11 @@ fn with_space(
     found: Situation,
     sample: &Sample,
 ) -> Choice {
-    let staged = if mode == Mode::Full { sample.data_bytes() } else { sample.changed_bytes() };
+    let staged = if mode == Mode::Full {
+        sample.data_bytes()
+    } else {
+        sample.changed_bytes()
+    };
     let copies = if options.undo == Undo::Keep { 2.0 } else { 1.0 };
     let (required, available_bytes) = match strategy {
         Strategy::Redo => (staged * copies * LOG_MARGIN, found.state_free_bytes),
@@ -238,7 +288,13 @@ fn with_space(
         Strategy::Clone => (sample.changed_bytes(), found.target_free_bytes),
         Strategy::Direct => (0.0, found.state_free_bytes),
     };
-    Choice { mode, strategy, reason, required_bytes: round(required), available_bytes }
+    Choice {
+        mode,
+        strategy,
+        reason,
+        required_bytes: round(required),
+        available_bytes,
+    }
 }
 
 /// Refuses before the first byte what cannot fit.
@@ -247,8 +303,10 @@ pub(crate) fn check_space(choice: &Choice) -> Result<()> {
         return Ok(());
     }
     let advice = match choice.strategy {
-        Strategy::Redo => "give the log more room (--state), keep no old point (--undo none), or give the old \
-                           content up (--in-place)",
+        Strategy::Redo => {
+            "give the log more room (--state), keep no old point (--undo none), or give the old \
+                           content up (--in-place)"
+        }
         _ => "free space, or give the old content up (--in-place)",
     };
     Err(Error::new(

@@ -5,7 +5,9 @@
 
 use std::io::Read;
 
-use blockferry_core::{Geometry, ManifestReader, ManifestWriter, RegionIndex, RegionLeaves, Root, TreeHasher};
+use blockferry_core::{
+    Geometry, ManifestReader, ManifestWriter, RegionIndex, RegionLeaves, Root, TreeHasher,
+};
 use blockferry_transfer_log::ManifestFile;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -20,14 +22,21 @@ pub(crate) struct Cursor<R: Read> {
 
 impl<R: Read> Cursor<R> {
     pub(crate) fn new(reader: ManifestReader<R>) -> Self {
-        Self { reader, ahead: None, ended: false }
+        Self {
+            reader,
+            ahead: None,
+            ended: false,
+        }
     }
 
     /// The leaves of `region`; regions are asked for in ascending order.
     ///
     /// # Errors
     /// The manifest is damaged.
-    pub(crate) fn leaves(&mut self, region: RegionIndex) -> std::result::Result<RegionLeaves, blockferry_core::Error> {
+    pub(crate) fn leaves(
+        &mut self,
+        region: RegionIndex,
+    ) -> std::result::Result<RegionLeaves, blockferry_core::Error> {
         let geometry = self.reader.geometry();
         while !self.ended && self.ahead.as_ref().is_none_or(|a| a.region() < region) {
             self.ahead = self.reader.next_region()?;
@@ -59,7 +68,13 @@ impl Recorder {
             .and_then(|b| ManifestReader::open(b).ok())
             .filter(|r| r.geometry() == geometry)
             .map(Cursor::new);
-        Self { geometry, tree: TreeHasher::new(geometry), writer: None, base, equal_regions: 0 }
+        Self {
+            geometry,
+            tree: TreeHasher::new(geometry),
+            writer: None,
+            base,
+            equal_regions: 0,
+        }
     }
 
     /// Takes the next region. `reopen` opens the base again, `create` the new manifest.
@@ -96,12 +111,19 @@ impl Recorder {
         let output = std::io::BufWriter::with_capacity(64 * 1024, create()?);
         let mut writer = ManifestWriter::new(self.geometry, output).map_err(manifest_failed)?;
         if self.base.take().is_some() && self.equal_regions > 0 {
-            let again = reopen().and_then(|r| ManifestReader::open(r).ok()).ok_or_else(|| {
-                Error::new(ErrorKind::Target, "the saved manifest disappeared while it was in use")
-            })?;
+            let again = reopen()
+                .and_then(|r| ManifestReader::open(r).ok())
+                .ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::Target,
+                        "the saved manifest disappeared while it was in use",
+                    )
+                })?;
             let mut again = Cursor::new(again);
             for region in 0..self.equal_regions {
-                let leaves = again.leaves(RegionIndex::new(region)).map_err(manifest_failed)?;
+                let leaves = again
+                    .leaves(RegionIndex::new(region))
+                    .map_err(manifest_failed)?;
                 writer.push(&leaves).map_err(manifest_failed)?;
             }
         }
@@ -117,16 +139,22 @@ impl Recorder {
     /// The root, once every region was taken, with the manifest durable if one was written.
     pub(crate) fn finish(self) -> Result<Root> {
         let root = self.tree.finish();
-        let Some(writer) = self.writer else { return Ok(root) };
+        let Some(writer) = self.writer else {
+            return Ok(root);
+        };
         let (written, output) = writer.finish().map_err(manifest_failed)?;
-        let file = output.into_inner().map_err(|e| {
-            Error::because(ErrorKind::Target, "write the manifest", e.into_error())
-        })?;
-        file.finish().map_err(|e| Error::log("make the manifest durable", e))?;
+        let file = output
+            .into_inner()
+            .map_err(|e| Error::because(ErrorKind::Target, "write the manifest", e.into_error()))?;
+        file.finish()
+            .map_err(|e| Error::log("make the manifest durable", e))?;
         if written == root {
             Ok(root)
         } else {
-            Err(Error::new(ErrorKind::Internal, "the manifest's root is not the tree's"))
+            Err(Error::new(
+                ErrorKind::Internal,
+                "the manifest's root is not the tree's",
+            ))
         }
     }
 }

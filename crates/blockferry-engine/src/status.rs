@@ -164,9 +164,13 @@ pub fn status(path: &Path, options: &TargetOptions) -> Result<Status> {
         Err(error) => return Err(Error::target("open the state directory", error)),
     };
     let failed = |e| Error::log(format!("look at the state of {}", path.display()), e);
-    let Some(found) = inspect(&place, &dir).map_err(failed)? else { return Ok(unknown(path)) };
+    let Some(found) = inspect(&place, &dir).map_err(failed)? else {
+        return Ok(unknown(path));
+    };
     // The lock is free exactly if no process works on the target.
-    let running = dir.names().is_ok_and(|names| names.iter().any(|n| n == "lock"))
+    let running = dir
+        .names()
+        .is_ok_and(|names| names.iter().any(|n| n == "lock"))
         && dir.lock("lock").is_err();
     Ok(describe(path, &found, running))
 }
@@ -178,9 +182,14 @@ pub fn status(path: &Path, options: &TargetOptions) -> Result<Status> {
 pub fn resume_source(path: &Path, options: &TargetOptions) -> Result<String> {
     let place = place_at(path)?;
     let none = || {
-        Error::new(ErrorKind::Usage, format!("{}: no session is unfinished", path.display()))
+        Error::new(
+            ErrorKind::Usage,
+            format!("{}: no session is unfinished", path.display()),
+        )
     };
-    let Ok(dir) = OsDirectory::open(&options.state_path(path)) else { return Err(none()) };
+    let Ok(dir) = OsDirectory::open(&options.state_path(path)) else {
+        return Err(none());
+    };
     let found = inspect(&place, &dir).map_err(|e| Error::log("look at the state", e))?;
     let session = found.and_then(|f| f.unfinished).ok_or_else(none)?;
     Ok(session.header.source.address)
@@ -194,11 +203,21 @@ fn place_at(path: &Path) -> Result<Place> {
             .map_err(|e| Error::target(format!("look at {}", path.display()), e))?;
         return Ok(Place::Device(std::sync::Arc::new(device)));
     }
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let dir = OsDirectory::open(parent)
         .map_err(|e| Error::target(format!("open {}", parent.display()), e))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Place::File { dir: std::sync::Arc::new(dir), name })
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    Ok(Place::File {
+        dir: std::sync::Arc::new(dir),
+        name,
+    })
 }
 
 fn unknown(path: &Path) -> Status {
@@ -212,7 +231,10 @@ fn unknown(path: &Path) -> Status {
         rollback_available: false,
         held_bytes: 0,
         target_unwritten: None,
-        next: vec![step(format!("sync SOURCE {}", path.display()), "bring it up to date")],
+        next: vec![step(
+            format!("sync SOURCE {}", path.display()),
+            "bring it up to date",
+        )],
     }
 }
 
@@ -244,7 +266,11 @@ fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
             durable_bytes: s.log_bytes,
             started_unix: s.header.started_unix,
         }),
-        rollback_point: found.retained.as_ref().and_then(|r| r.point.as_ref()).map(point_status),
+        rollback_point: found
+            .retained
+            .as_ref()
+            .and_then(|r| r.point.as_ref())
+            .map(point_status),
         rollback_available: found.retained.is_some(),
         held_bytes: found.held_bytes,
         target_unwritten: unwritten.filter(|_| found.point.is_some()),
@@ -254,7 +280,9 @@ fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
 }
 
 fn point_status(point: &Point) -> PointStatus {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs());
     PointStatus {
         id: point.id.to_string(),
         root: point.root.to_string(),
@@ -273,23 +301,40 @@ fn next_steps(state: &str, target: &str, running: bool, unwritten: Option<bool>)
     match state {
         "staging" => vec![
             resume("go on; nothing durable is staged again"),
-            step(format!("cancel {target}"), "drop what is staged; the target is at its old point"),
+            step(
+                format!("cancel {target}"),
+                "drop what is staged; the target is at its old point",
+            ),
         ],
         "incomplete" => vec![resume("go on; the old content was given up")],
         "prepared" => vec![resume("carry out what the group decided")],
-        "committed" => vec![resume("finish: the new point is committed, not yet applied")],
-        "rolling_back" => vec![step(format!("rollback {target}"), "finish returning to the old point")],
+        "committed" => vec![resume(
+            "finish: the new point is committed, not yet applied",
+        )],
+        "rolling_back" => vec![step(
+            format!("rollback {target}"),
+            "finish returning to the old point",
+        )],
         "applied" if unwritten == Some(false) => {
-            vec![step(format!("accept {target}"), "let go of the old point; the target was written since")]
+            vec![step(
+                format!("accept {target}"),
+                "let go of the old point; the target was written since",
+            )]
         }
         "applied" => vec![
             step(format!("rollback {target}"), "return to the old point"),
-            step(format!("accept {target}"), "let go of the old point and free its space"),
+            step(
+                format!("accept {target}"),
+                "let go of the old point and free its space",
+            ),
         ],
         _ => vec![step(format!("sync SOURCE {target}"), "bring it up to date")],
     }
 }
 
 fn step(command: String, effect: &str) -> NextStep {
-    NextStep { command, effect: effect.to_owned() }
+    NextStep {
+        command,
+        effect: effect.to_owned(),
+    }
 }

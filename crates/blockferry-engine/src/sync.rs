@@ -14,8 +14,8 @@ use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_full_download::Copying;
 use blockferry_pipeline::{Event, PIECE_BYTES, Phase, Step, WalkOptions, read_padded, walk};
 use blockferry_transfer_log::{
-    Batch, Old, Plan, Prepared, SessionId, SessionTotals, SourceStamp, StagedView,
-    Stager, Strategy, Undo, Unwritten,
+    Batch, Old, Plan, Prepared, SessionId, SessionTotals, SourceStamp, StagedView, Stager,
+    Strategy, Undo, Unwritten,
 };
 
 use crate::error::{Error, ErrorKind, Result};
@@ -23,6 +23,7 @@ use crate::handle::{LogHandle, PointFiles};
 use crate::job::{Job, JobScratch, RegionDone};
 use crate::options::{Context, Mode, SyncOptions};
 use crate::plan::{Choice, Sample, Situation, check_space, choose};
+use crate::read_back::{Collect, ReadBackThread};
 use crate::receipt::{RECEIPT_VERSION, Receipt};
 use crate::recorder::{Cursor, Recorder};
 use crate::target::Target;
@@ -53,7 +54,10 @@ pub fn sync(
         Some(choice) => choice,
         None => run.choose(target)?,
     };
-    run.say(Event::Decision(format!("{}, {}: {}", choice.mode, choice.strategy, choice.reason)));
+    run.say(Event::Decision(format!(
+        "{}, {}: {}",
+        choice.mode, choice.strategy, choice.reason
+    )));
     let receipt = run.execute(target, &choice)?;
     target.leave_receipt(&receipt);
     Ok(receipt)
@@ -93,8 +97,11 @@ impl<'a> Run<'a> {
         let failed = |e| Error::source(format!("examine source {}", source.label()), e);
         let identity = source.identity().map_err(failed)?;
         let evidence = source.evidence().map_err(failed)?;
-        let address =
-            if options.source_address.is_empty() { source.label() } else { &options.source_address };
+        let address = if options.source_address.is_empty() {
+            source.label()
+        } else {
+            &options.source_address
+        };
         let stamp = SourceStamp::new(address, identity, evidence);
         let geometry = Geometry::new(source.size_bytes(), options.block_size);
         Ok(Self {
@@ -113,12 +120,17 @@ impl<'a> Run<'a> {
     }
 
     fn check_sizes(&self, target: &Target) -> Result<()> {
-        let Some(device) = target.replica.target() else { return Ok(()) };
+        let Some(device) = target.replica.target() else {
+            return Ok(());
+        };
         let (old, new) = (device.size_bytes(), self.geometry.image_bytes());
         if !target.replica.is_file() && old < new {
             return Err(Error::new(
                 ErrorKind::Target,
-                format!("target {} has {old} bytes, the source has {new}: it is too small", self.target),
+                format!(
+                    "target {} has {old} bytes, the source has {new}: it is too small",
+                    self.target
+                ),
             ));
         }
         if target.replica.is_file() && old > new && !self.options.allow_shrink {
@@ -135,13 +147,18 @@ impl<'a> Run<'a> {
 
     /// What to do with an unfinished session: go on with it if it fits, else drop it, said aloud.
     fn settle_unfinished(&mut self, target: &mut Target) -> Result<Option<Choice>> {
-        let Some(header) = target.replica.unfinished().cloned() else { return Ok(None) };
+        let Some(header) = target.replica.unfinished().cloned() else {
+            return Ok(None);
+        };
         let mode = Mode::from_code(header.mode);
         let same_mode = matches!(self.options.mode, Mode::Auto) || self.options.mode == mode;
         let same_strategy = self.options.strategy.is_none_or(|s| s == header.strategy);
         let same_undo = header.undo == self.options.undo || header.strategy == Strategy::Direct;
         let fits = header.geometry == self.geometry && same_mode && same_strategy && same_undo;
-        let can = target.replica.can_resume().map_err(|e| Error::log("look at the session", e))?;
+        let can = target
+            .replica
+            .can_resume()
+            .map_err(|e| Error::log("look at the session", e))?;
         if fits && can {
             self.id = header.session;
             return Ok(Some(Choice {
@@ -152,12 +169,19 @@ impl<'a> Run<'a> {
                 available_bytes: u64::MAX,
             }));
         }
-        let why = if fits { "the target was written since" } else { "it was begun for another sync" };
+        let why = if fits {
+            "the target was written since"
+        } else {
+            "it was begun for another sync"
+        };
         self.warn(
             "session_dropped",
             format!("unfinished session {} is dropped: {why}", header.session),
         )?;
-        target.replica.cancel().map_err(|e| Error::log("drop the unfinished session", e))?;
+        target
+            .replica
+            .cancel()
+            .map_err(|e| Error::log("drop the unfinished session", e))?;
         Ok(None)
     }
 
@@ -178,16 +202,23 @@ impl<'a> Run<'a> {
     }
 
     fn target_is_proven(&self, target: &Target) -> Result<bool> {
-        let unwritten = target.replica.unwritten().map_err(|e| Error::log("examine the target", e))?;
+        let unwritten = target
+            .replica
+            .unwritten()
+            .map_err(|e| Error::log("examine the target", e))?;
         Ok(unwritten == Unwritten::Proven)
     }
 
     fn proven_receipt(mut self, target: &Target) -> Result<Receipt> {
-        let point = target.replica.point().ok_or_else(|| internal("no point after it was proven"))?;
+        let point = target
+            .replica
+            .point()
+            .ok_or_else(|| internal("no point after it was proven"))?;
         let choice = Choice {
             mode: Mode::Delta,
             strategy: Strategy::Redo,
-            reason: "neither side was written since their last sync point: nothing to read".to_owned(),
+            reason: "neither side was written since their last sync point: nothing to read"
+                .to_owned(),
             required_bytes: 0,
             available_bytes: 0,
         };
@@ -201,7 +232,8 @@ impl<'a> Run<'a> {
         let present = target.replica.target();
         let target_source = present.clone().map(|t| t as Arc<dyn BlockSource>);
         let seed = u64::from_le_bytes(self.id.as_bytes()[..8].try_into().unwrap_or_default());
-        self.context.progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
+        self.context
+            .progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
         let sample = Sample::take(
             &*self.source,
             target_source.as_deref(),
@@ -218,7 +250,8 @@ impl<'a> Run<'a> {
     fn situation(&self, target: &mut Target) -> Result<Situation> {
         let replica = &target.replica;
         let free = |dir: &dyn blockferry_device::StorageDir| {
-            dir.available_bytes().map_err(|e| Error::target("ask for free space", e))
+            dir.available_bytes()
+                .map_err(|e| Error::target("ask for free space", e))
         };
         let may_clone = replica.target_dir().is_some_and(|d| d.may_clone());
         let wants_clone = self.options.strategy.is_none() && !self.options.in_place;
@@ -247,7 +280,10 @@ impl<'a> Run<'a> {
         let point_before = target.replica.point().map(|p| p.id);
         let mut handle = if resuming {
             LogHandle::Open(
-                target.replica.resume(limit).map_err(|e| Error::log("resume the session", e))?,
+                target
+                    .replica
+                    .resume(limit)
+                    .map_err(|e| Error::log("resume the session", e))?,
             )
         } else {
             LogHandle::Idle(&mut target.replica, plan)
@@ -273,10 +309,15 @@ impl<'a> Run<'a> {
         let context = self.context;
         context.progress(Phase::Applying, 0, totals.live_bytes, totals.live_bytes);
         let applied = session
-            .commit(root, &|done, total| context.progress(Phase::Applying, done, total, total))
+            .commit(root, &|done, total| {
+                context.progress(Phase::Applying, done, total, total)
+            })
             .map_err(|e| Error::log("commit and apply", e))?;
         self.time("applying", start);
-        let choice = Choice { strategy, ..choice.clone() };
+        let choice = Choice {
+            strategy,
+            ..choice.clone()
+        };
         let mut receipt = self.receipt(
             target,
             &choice,
@@ -292,9 +333,13 @@ impl<'a> Run<'a> {
 
     /// Closes the group under way, so that what was staged is durable, and says whether it resumes.
     fn stop(&self, handle: LogHandle<'_>, error: Error) -> Error {
-        let LogHandle::Open(mut session) = handle else { return error };
+        let LogHandle::Open(mut session) = handle else {
+            return error;
+        };
         // The group is closed whatever ended the run; if the log itself failed, its last acknowledgement counts.
-        let durable = session.close_group().map_or_else(|_dead| session.checkpoint(), |c| c);
+        let durable = session
+            .close_group()
+            .map_or_else(|_dead| session.checkpoint(), |c| c);
         error.resumable(durable.sequence > 0)
     }
 
@@ -323,15 +368,21 @@ impl<'a> Run<'a> {
                 recorder.start(&files.reopener(), &mut || handle.create_manifest(self.id))?;
             }
             let root = recorder.finish()?;
-            let LogHandle::Open(session) = handle else { return Ok((root, false)) };
-            self.context.progress(Phase::Preparing, 0, session.totals().live_bytes, 0);
+            let LogHandle::Open(session) = handle else {
+                return Ok((root, false));
+            };
+            self.context
+                .progress(Phase::Preparing, 0, session.totals().live_bytes, 0);
             let prepared = session.prepare().map_err(|e| Error::log("prepare", e))?;
             self.time("preparing", start);
             match prepared {
                 Prepared::Complete => return Ok((root, true)),
                 Prepared::Missing(extents) => self.warn(
                     "staged_pages_lost",
-                    format!("{} staged bytes did not survive and are staged again", extents.total_bytes()),
+                    format!(
+                        "{} staged bytes did not survive and are staged again",
+                        extents.total_bytes()
+                    ),
                 )?,
             }
         }
@@ -350,18 +401,22 @@ impl<'a> Run<'a> {
     ) -> Result<Job> {
         let staged: Option<Arc<StagedView>> = handle.staged_view();
         if writes_blocks(choice) {
-            let stager = handle.stager().ok_or_else(|| internal("no session to write blocks to"))?;
+            let stager = handle
+                .stager()
+                .ok_or_else(|| internal("no session to write blocks to"))?;
             let mut copying = Copying::new(Arc::clone(&self.source), self.geometry, stager);
-            copying.source_unchanged = handle
-                .source_stamp()
-                .is_some_and(|s| s.evidence.proves_same(&self.stamp.evidence) && s.identity.proves_same(&self.stamp.identity));
+            copying.source_unchanged = handle.source_stamp().is_some_and(|s| {
+                s.evidence.proves_same(&self.stamp.evidence)
+                    && s.identity.proves_same(&self.stamp.identity)
+            });
             copying.staged = staged;
             copying.target = device;
             return Ok(Job::Full(copying));
         }
         let device = device.ok_or_else(|| internal("a delta needs a target"))?;
         let stager = Stager::detached(self.geometry);
-        let mut comparison = Comparison::new(Arc::clone(&self.source), device, self.geometry, stager);
+        let mut comparison =
+            Comparison::new(Arc::clone(&self.source), device, self.geometry, stager);
         comparison.staged = staged;
         comparison.keep_old = self.options.undo == Undo::Keep && choice.strategy == Strategy::Redo;
         let _ = files;
@@ -389,38 +444,48 @@ impl<'a> Run<'a> {
             let index = RegionIndex::new(region);
             region += 1;
             (index.get() < regions).then(|| {
-                let known = Known::new(leaves(&mut source_known, index), leaves(&mut target_known, index));
+                let known = Known::new(
+                    leaves(&mut source_known, index),
+                    leaves(&mut target_known, index),
+                );
                 Ok((index, known))
             })
         };
         let cancel = self.context.cancel.clone();
         let walking = WalkOptions::new(self.options.threads());
-        let mut consumer = Consumer::new(self, handle, files, recorder);
-        walk(
-            walking,
-            next,
-            JobScratch::default,
-            |scratch, (region, known), emitter| {
-                job.region(region, &known, scratch, &mut |batch| {
-                    if cancel.is_cancelled() {
-                        return Err(blockferry_pipeline::Stopped.into());
-                    }
-                    emitter.emit(batch).map_err(Into::into)
-                })
-                .map_err(Error::from)
-            },
-            |step| consumer.take(step),
-        )
+        std::thread::scope(|scope| {
+            let read_back = ReadBackThread::start(scope);
+            let mut consumer = Consumer::new(self, handle, files, recorder, read_back);
+            walk(
+                walking,
+                next,
+                JobScratch::default,
+                |scratch, (region, known), emitter| {
+                    job.region(region, &known, scratch, &mut |batch| {
+                        if cancel.is_cancelled() {
+                            return Err(blockferry_pipeline::Stopped.into());
+                        }
+                        emitter.emit(batch).map_err(Into::into)
+                    })
+                    .map_err(Error::from)
+                },
+                |step| consumer.take(step),
+            )?;
+            consumer.finish()
+        })
     }
 
     /// The tail that a smaller image cuts off: its pre-image, before anything else touches its pages.
     fn stage_cut_off(&self, handle: &mut LogHandle<'_>, device: &dyn BlockSource) -> Result<()> {
-        let LogHandle::Open(session) = handle else { return Ok(()) };
+        let LogHandle::Open(session) = handle else {
+            return Ok(());
+        };
         let new_end = self.geometry.image_bytes();
         let cuts = session.strategy() == Strategy::Redo && session.keeps_old() && session.is_file();
         let first = new_end - new_end % blockferry_core::PAGE_BYTES;
         let old_end = device.size_bytes();
-        if !cuts || old_end <= new_end || session.has_pre_image(Extent::from_range(first..old_end)) {
+        if !cuts || old_end <= new_end || session.has_pre_image(Extent::from_range(first..old_end))
+        {
             return Ok(());
         }
         let stager = session.stager();
@@ -431,7 +496,9 @@ impl<'a> Run<'a> {
                 .map_err(|e| Error::target("read what the new size cuts off", e))?;
             let mut batch = stager.pages();
             stager.add_cut_off(&mut batch, piece, Old::Data(bytes));
-            session.stage(batch).map_err(|e| Error::log("stage what the new size cuts off", e))?;
+            session
+                .stage(batch)
+                .map_err(|e| Error::log("stage what the new size cuts off", e))?;
         }
         Ok(())
     }
@@ -464,12 +531,21 @@ impl<'a> Run<'a> {
         root: Root,
         _files: &PointFiles,
     ) -> Result<Receipt> {
-        let known = target.replica.point().filter(|p| p.root == root && p.geometry == self.geometry);
+        let known = target
+            .replica
+            .point()
+            .filter(|p| p.root == root && p.geometry == self.geometry);
         let recorded = match known.map(|p| p.id) {
             Some(id) => target.replica.refresh(self.stamp.clone()).map(|()| id),
             None => target
                 .replica
-                .adopt(self.id, root, self.geometry, self.stamp.clone(), unix_seconds())
+                .adopt(
+                    self.id,
+                    root,
+                    self.geometry,
+                    self.stamp.clone(),
+                    unix_seconds(),
+                )
                 .map(|()| self.id),
         };
         let id = recorded.map_err(|e| Error::log("record the sync point", e))?;
@@ -487,9 +563,16 @@ impl<'a> Run<'a> {
             if !proven && target.replica.target().is_some() {
                 self.warn("target_written", "the target is not provably unwritten since its last sync point: it is compared in full".to_owned())?;
             } else if proven && !exists && point_differs(target, &self.geometry) {
-                self.warn("manifest_unusable", "the saved manifest has another geometry: the target is compared in full".to_owned())?;
+                self.warn(
+                    "manifest_unusable",
+                    "the saved manifest has another geometry: the target is compared in full"
+                        .to_owned(),
+                )?;
             } else if proven && !exists {
-                self.warn("manifest_missing", "the saved manifest is gone: the target is compared in full".to_owned())?;
+                self.warn(
+                    "manifest_missing",
+                    "the saved manifest is gone: the target is compared in full".to_owned(),
+                )?;
             }
         }
         let trusted = !self.options.rescan;
@@ -504,13 +587,20 @@ impl<'a> Run<'a> {
     fn plan(&self, choice: &Choice) -> Plan {
         let mut plan = Plan::new(self.id, choice.strategy, self.geometry, self.stamp.clone());
         plan.mode = choice.mode.code();
-        plan.undo = if self.options.in_place { Undo::None } else { self.options.undo };
+        plan.undo = if self.options.in_place {
+            Undo::None
+        } else {
+            self.options.undo
+        };
         plan.started_unix = unix_seconds();
         plan.log_limit_bytes = self.options.log_limit_bytes.unwrap_or(u64::MAX);
         plan
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a receipt has many parts and one maker")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a receipt has many parts and one maker"
+    )]
     fn receipt(
         &self,
         target: &Target,
@@ -525,7 +615,11 @@ impl<'a> Run<'a> {
         let compared = !writes_blocks(choice);
         Receipt {
             version: RECEIPT_VERSION,
-            outcome: if strategy.is_some() { "applied" } else { "identical" },
+            outcome: if strategy.is_some() {
+                "applied"
+            } else {
+                "identical"
+            },
             mode: choice.mode,
             requested_mode: self.options.mode,
             strategy,
@@ -559,7 +653,10 @@ impl<'a> Run<'a> {
 
     fn warn(&mut self, code: &'static str, message: String) -> Result<()> {
         if self.options.strict {
-            return Err(Error::new(ErrorKind::Target, format!("{message} (an error with --strict)")));
+            return Err(Error::new(
+                ErrorKind::Target,
+                format!("{message} (an error with --strict)"),
+            ));
         }
         self.fallbacks.push(message.clone());
         self.say(Event::Warning { code, message });
@@ -585,7 +682,10 @@ fn writes_blocks(choice: &Choice) -> bool {
 }
 
 fn point_differs(target: &Target, geometry: &Geometry) -> bool {
-    target.replica.point().is_some_and(|p| p.geometry != *geometry)
+    target
+        .replica
+        .point()
+        .is_some_and(|p| p.geometry != *geometry)
 }
 
 /// What an earlier run staged is part of what changed.
@@ -615,6 +715,7 @@ struct Consumer<'c, 'r, 'a> {
     recorder: &'c mut Recorder,
     limiter: Option<RateLimiter>,
     group_since: Option<Duration>,
+    read_back: ReadBackThread,
 }
 
 impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
@@ -623,12 +724,23 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
         handle: &'c mut LogHandle<'r>,
         files: &'c PointFiles,
         recorder: &'c mut Recorder,
+        read_back: ReadBackThread,
     ) -> Self {
         let context = run.context;
-        let limiter = run.options.bwlimit_bytes_per_second.filter(|r| *r > 0).map(|rate| {
-            RateLimiter::new(rate, Arc::clone(&context.clock), context.cancel.clone())
-        });
-        Self { run, handle, files, recorder, limiter, group_since: None }
+        let limiter = run
+            .options
+            .bwlimit_bytes_per_second
+            .filter(|r| *r > 0)
+            .map(|rate| RateLimiter::new(rate, Arc::clone(&context.clock), context.cancel.clone()));
+        Self {
+            run,
+            handle,
+            files,
+            recorder,
+            limiter,
+            group_since: None,
+            read_back,
+        }
     }
 
     fn take(&mut self, step: Step<Batch, RegionDone>) -> Result<()> {
@@ -661,21 +773,47 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
         counts.done += region.length();
         let (done_bytes, changed) = (counts.done, counts.changed);
         let total = self.run.geometry.image_bytes();
-        self.run.context.progress(Phase::Scanning, done_bytes, total, changed);
+        self.run
+            .context
+            .progress(Phase::Scanning, done_bytes, total, changed);
         let id = self.run.id;
         let handle = &mut *self.handle;
-        self.recorder.push(&done.leaves, &self.files.reopener(), &mut || handle.create_manifest(id))
+        self.recorder
+            .push(&done.leaves, &self.files.reopener(), &mut || {
+                handle.create_manifest(id)
+            })
+    }
+
+    /// Takes the verdict on every group that was handed out.
+    fn finish(self) -> Result<()> {
+        match &mut *self.handle {
+            LogHandle::Open(session) => self.read_back.collect(session, Collect::All),
+            LogHandle::Idle(..) | LogHandle::Failed => Ok(()),
+        }
     }
 
     fn close_group_if_due(&mut self) -> Result<()> {
-        let LogHandle::Open(session) = &mut *self.handle else { return Ok(()) };
-        let Some(since) = self.group_since else { return Ok(()) };
+        let LogHandle::Open(session) = &mut *self.handle else {
+            return Ok(());
+        };
+        let Some(since) = self.group_since else {
+            return Ok(());
+        };
         let waited = self.run.context.clock.now().saturating_sub(since);
         if !session.group_is_full() && waited < GROUP_TIME {
             return Ok(());
         }
         self.group_since = None;
-        let checkpoint = session.close_group().map_err(|e| Error::log("close a group", e))?;
+        let checkpoint = session
+            .close_group()
+            .map_err(|e| Error::log("close a group", e))?;
+        if let Some(task) = session
+            .read_back_task()
+            .map_err(|e| Error::log("read back", e))?
+        {
+            self.read_back.run(task);
+        }
+        self.read_back.collect(session, Collect::Finished)?;
         self.run.say(Event::Checkpoint {
             sequence: checkpoint.sequence,
             durable_bytes: checkpoint.log_bytes,
@@ -693,10 +831,11 @@ pub(crate) fn random_id() -> Result<SessionId> {
 }
 
 fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
 }
 
 fn internal(message: &str) -> Error {
     Error::new(ErrorKind::Internal, message)
 }
-

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use blockferry_device::{BlockTarget, OsDirectory, StorageDir, TargetPlace, WriteMode, open_target};
+use blockferry_device::{
+    BlockTarget, OsDirectory, StorageDir, TargetPlace, WriteMode, open_target,
+};
 use blockferry_transfer_log::{GroupVerdicts, Place, Recovered, Replica};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -23,7 +25,10 @@ impl TargetOptions {
     /// `device_state_root` is usually `/var/lib/blockferry`.
     #[must_use]
     pub fn new(device_state_root: impl Into<PathBuf>) -> Self {
-        Self { state_dir: None, device_state_root: device_state_root.into() }
+        Self {
+            state_dir: None,
+            device_state_root: device_state_root.into(),
+        }
     }
 
     /// With the state in a directory of its own.
@@ -38,11 +43,12 @@ impl TargetOptions {
         if let Some(dir) = &self.state_dir {
             return dir.clone();
         }
-        let is_device = fs::metadata(path).is_ok_and(|found| {
-            std::os::unix::fs::FileTypeExt::is_block_device(&found.file_type())
-        });
+        let is_device = fs::metadata(path)
+            .is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_block_device(&found.file_type()));
         if is_device {
-            let resolved = path.canonicalize().unwrap_or_else(|_unresolved| path.to_owned());
+            let resolved = path
+                .canonicalize()
+                .unwrap_or_else(|_unresolved| path.to_owned());
             return self.device_state_root.join(flat_name(&resolved));
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -52,7 +58,10 @@ impl TargetOptions {
 
 /// `/dev/vg0/root` as one path component.
 fn flat_name(path: &Path) -> String {
-    path.to_string_lossy().trim_start_matches('/').replace('%', "%25").replace('/', "%2F")
+    path.to_string_lossy()
+        .trim_start_matches('/')
+        .replace('%', "%25")
+        .replace('/', "%2F")
 }
 
 /// A target with its state directory, both locked. Opening it finishes what an earlier run left decided.
@@ -102,7 +111,11 @@ impl Target {
         let label = place.label();
         let replica = Replica::open(place, state, groups, &|_, _| {})
             .map_err(|e| Error::log(format!("open the state of {label}"), e))?;
-        Ok(Self { replica, state_path: None, _place: None })
+        Ok(Self {
+            replica,
+            state_path: None,
+            _place: None,
+        })
     }
 
     /// What opening it found and did.
@@ -132,10 +145,15 @@ pub(crate) fn open_place(path: &Path) -> Result<TargetPlace> {
 /// The place as the transfer log wants it.
 pub(crate) fn place_of(opened: &TargetPlace) -> Result<Place> {
     match opened {
-        TargetPlace::File { directory, name, .. } => {
+        TargetPlace::File {
+            directory, name, ..
+        } => {
             let dir = OsDirectory::open(directory.path())
                 .map_err(|e| Error::target("open the target's directory", e))?;
-            Ok(Place::File { dir: Arc::new(dir), name: name.clone() })
+            Ok(Place::File {
+                dir: Arc::new(dir),
+                name: name.clone(),
+            })
         }
         TargetPlace::Device(device) => {
             let device: Arc<dyn BlockTarget> = Arc::clone(device) as _;
@@ -161,7 +179,10 @@ fn open_state(path: &Path) -> Result<OsDirectory> {
 fn refuse_volatile(path: &Path) -> Result<()> {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    let existing = path
+        .ancestors()
+        .find(|p| p.exists())
+        .unwrap_or(Path::new("."));
     let found = rustix::fs::statfs(existing).map(|s| u64::from_ne_bytes(s.f_type.to_ne_bytes()));
     match found {
         Ok(TMPFS | RAMFS) => Err(Error::new(
@@ -179,7 +200,12 @@ fn refuse_volatile(path: &Path) -> Result<()> {
 /// Leaves the target's path in the index of this host, so that a status without a target finds it. Best effort.
 fn remember(path: &Path, options: &TargetOptions) {
     let index = options.device_state_root.join("targets");
-    let Ok(resolved) = path.canonicalize().or_else(|_absent| std::path::absolute(path)) else { return };
+    let Ok(resolved) = path
+        .canonicalize()
+        .or_else(|_absent| std::path::absolute(path))
+    else {
+        return;
+    };
     let entry = index.join(flat_name(&resolved));
     if !entry.exists() && fs::create_dir_all(&index).is_ok() {
         let _best_effort = fs::write(entry, resolved.to_string_lossy().as_bytes());
@@ -189,8 +215,12 @@ fn remember(path: &Path, options: &TargetOptions) {
 /// Every target that was ever synced from this host and still has a state.
 #[must_use]
 pub fn list_targets(device_state_root: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(device_state_root.join("targets")) else { return Vec::new() };
-    let paths = entries.flatten().filter_map(|e| fs::read_to_string(e.path()).ok());
+    let Ok(entries) = fs::read_dir(device_state_root.join("targets")) else {
+        return Vec::new();
+    };
+    let paths = entries
+        .flatten()
+        .filter_map(|e| fs::read_to_string(e.path()).ok());
     let mut targets: Vec<PathBuf> = paths.map(PathBuf::from).collect();
     targets.sort();
     targets

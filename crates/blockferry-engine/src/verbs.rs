@@ -26,9 +26,15 @@ use crate::target::{Target, TargetOptions, open_place, place_of};
 pub fn cancel(target: &mut Target, context: &Context) -> Result<Outcome> {
     let start = context.clock.now();
     let unfinished = target.replica.unfinished().map(|h| h.session);
-    let freed = target.replica.cancel().map_err(|e| Error::log("drop what is staged", e))?;
+    let freed = target
+        .replica
+        .cancel()
+        .map_err(|e| Error::log("drop what is staged", e))?;
     let (outcome, message) = match unfinished {
-        Some(session) => ("cancelled", format!("session {session} is dropped; the target is at its old point")),
+        Some(session) => (
+            "cancelled",
+            format!("session {session} is dropped; the target is at its old point"),
+        ),
         None => ("nothing_to_do", "no session is unfinished".to_owned()),
     };
     Ok(outcome_of(target, context, start, outcome, freed, message))
@@ -46,7 +52,14 @@ pub fn rollback(target: &mut Target, context: &Context) -> Result<Outcome> {
         .rollback(&|done, total| context.progress(Phase::RollingBack, done, total, 0))
         .map_err(|e| Error::log(format!("roll back {}", target.label()), e))?;
     let message = "the target is at its old point again, read back from its medium".to_owned();
-    Ok(outcome_of(target, context, start, "rolled_back", 0, message))
+    Ok(outcome_of(
+        target,
+        context,
+        start,
+        "rolled_back",
+        0,
+        message,
+    ))
 }
 
 /// Lets the old point go and frees what held it.
@@ -62,7 +75,10 @@ pub fn accept(target: &mut Target, context: &Context) -> Result<Outcome> {
         .accept()
         .map_err(|e| Error::log(format!("accept the point of {}", target.label()), e))?;
     let (outcome, message) = if held {
-        ("accepted", "the old point is gone; the target keeps its present one".to_owned())
+        (
+            "accepted",
+            "the old point is gone; the target keeps its present one".to_owned(),
+        )
     } else {
         ("nothing_to_do", "no old point is kept".to_owned())
     };
@@ -76,8 +92,14 @@ pub fn accept(target: &mut Target, context: &Context) -> Result<Outcome> {
 pub fn recover(target: &mut Target, context: &Context) -> Result<Outcome> {
     let start = context.clock.now();
     let (outcome, message) = match target.recovered() {
-        Recovered::Applied(session) => ("applied", format!("session {session} was committed and is applied now")),
-        Recovered::RolledBack(session) => ("rolled_back", format!("the roll back of session {session} is finished")),
+        Recovered::Applied(session) => (
+            "applied",
+            format!("session {session} was committed and is applied now"),
+        ),
+        Recovered::RolledBack(session) => (
+            "rolled_back",
+            format!("the roll back of session {session} is finished"),
+        ),
         _ => ("nothing_to_do", "no decision was waiting".to_owned()),
     };
     Ok(outcome_of(target, context, start, outcome, 0, message))
@@ -124,7 +146,8 @@ pub fn predict(
     let device = device_of(&place)?;
     let sample = Sample::take(&**source, device.as_deref(), &geometry, 0, context)?;
     let free = |dir: &dyn StorageDir| {
-        dir.available_bytes().map_err(|e| Error::target("ask for free space", e))
+        dir.available_bytes()
+            .map_err(|e| Error::target("ask for free space", e))
     };
     let target_dir = match &place {
         Place::File { dir, .. } => Some(dir),
@@ -145,7 +168,8 @@ pub fn predict(
         },
     };
     let choice = choose(options, found, &sample);
-    let delta_seconds = sample.delta_seconds(options.threads(), choice.strategy, found.target_known);
+    let delta_seconds =
+        sample.delta_seconds(options.threads(), choice.strategy, found.target_known);
     let full_seconds = sample.full_seconds(options.threads());
     Ok(Prediction {
         mode: choice.mode,
@@ -156,7 +180,11 @@ pub fn predict(
         predicted_changed_bytes: round(sample.changed_bytes()),
         delta_seconds,
         full_seconds,
-        predicted_seconds: if choice.mode == Mode::Full { full_seconds } else { delta_seconds },
+        predicted_seconds: if choice.mode == Mode::Full {
+            full_seconds
+        } else {
+            delta_seconds
+        },
         required_bytes: choice.required_bytes,
         available_bytes: choice.available_bytes,
         fits: choice.fits(),
@@ -165,7 +193,10 @@ pub fn predict(
 }
 
 fn existing_parent(path: &Path) -> Result<OsDirectory> {
-    let existing = path.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("."));
+    let existing = path
+        .ancestors()
+        .find(|p| p.is_dir())
+        .unwrap_or(Path::new("."));
     OsDirectory::open(existing)
         .map_err(|e| Error::target(format!("open {}", existing.display()), e))
 }
@@ -174,7 +205,9 @@ fn device_of(place: &Place) -> Result<Option<Arc<dyn BlockSource>>> {
     match place {
         Place::Device(device) => Ok(Some(Arc::clone(device) as _)),
         Place::File { dir, name } => {
-            let file = dir.open(name).map_err(|e| Error::target("open the target", e))?;
+            let file = dir
+                .open(name)
+                .map_err(|e| Error::target("open the target", e))?;
             Ok(file.map(|f| f.into_target() as _))
         }
         _ => Ok(None),
@@ -194,20 +227,27 @@ pub fn verify_target(target: &mut Target, context: &Context) -> Result<VerifyRep
             format!("{} has no recorded point to verify against", target.label()),
         ));
     };
-    let written = replica.unwritten().map_err(|e| Error::log("examine the target", e))? == Unwritten::Written;
+    let written = replica
+        .unwritten()
+        .map_err(|e| Error::log("examine the target", e))?
+        == Unwritten::Written;
     let manifest = replica.manifest_source(point).open();
-    let mut expected =
-        manifest.and_then(|m| blockferry_core::ManifestReader::open(m).ok()).map(Cursor::new);
+    let mut expected = manifest
+        .and_then(|m| blockferry_core::ManifestReader::open(m).ok())
+        .map(Cursor::new);
     let mut different = Vec::new();
     let geometry = point.geometry;
     let source: Arc<dyn BlockSource> = device;
     let root = scan_leaves(&source, geometry, context, &mut |leaves| {
-        let Some(known) = expected.as_mut() else { return Ok(()) };
+        let Some(known) = expected.as_mut() else {
+            return Ok(());
+        };
         let known = known
             .leaves(leaves.region())
             .map_err(|e| Error::because(ErrorKind::Corruption, "read the saved manifest", e))?;
         let blocks = leaves.differing(&known);
-        different.extend(blocks.map(|b| blockferry_pipeline::block_in(&geometry, leaves.region(), b)));
+        different
+            .extend(blocks.map(|b| blockferry_pipeline::block_in(&geometry, leaves.region(), b)));
         Ok(())
     })?;
     let larger = source.size_bytes() != geometry.image_bytes() && replica.is_file();
@@ -226,7 +266,13 @@ pub fn verify_target(target: &mut Target, context: &Context) -> Result<VerifyRep
 impl Target {
     /// Leaves the receipt of the last sync beside the state. Best effort: the state is what counts.
     pub(crate) fn leave_receipt(&self, receipt: &Receipt) {
-        let Some(dir) = self.state_path.as_ref().filter(|_| receipt.outcome == "applied") else { return };
+        let Some(dir) = self
+            .state_path
+            .as_ref()
+            .filter(|_| receipt.outcome == "applied")
+        else {
+            return;
+        };
         if let Ok(text) = serde_json::to_string_pretty(receipt) {
             let _best_effort = std::fs::write(dir.join("receipt.json"), text + "\n");
         }

@@ -148,7 +148,11 @@ impl Staged<'_> {
                     let from = first + usize_of(skip / step);
                     let count = usize_of(run.extent.length().div_ceil(step));
                     let expected = header.new_digests[from..from + count].to_vec();
-                    add(Check::new(run.extent, header.unit, Expected::Digests(expected)))?;
+                    add(Check::new(
+                        run.extent,
+                        header.unit,
+                        Expected::Digests(expected),
+                    ))?;
                 } else if header.pages != StoredPages::Elsewhere {
                     // A later record replaced part of a unit: what is left is checked page by page.
                     let pages = self.pages_of(number)?;

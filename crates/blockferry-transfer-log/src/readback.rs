@@ -49,7 +49,11 @@ impl<'t> ReadBack<'t> {
 
     /// Adds a check; its digests are those of its units, counted from its start.
     pub(crate) fn add(&mut self, check: Check) -> Result<()> {
-        let Check { extent, unit, expected } = check;
+        let Check {
+            extent,
+            unit,
+            expected,
+        } = check;
         let step = unit.bytes(&self.geometry);
         let mut start = extent.start();
         while start < extent.end() {
@@ -120,7 +124,11 @@ impl<'t> ReadBack<'t> {
 
 impl Check {
     pub(crate) fn new(extent: Extent, unit: Unit, expected: Expected) -> Self {
-        Self { extent, unit, expected }
+        Self {
+            extent,
+            unit,
+            expected,
+        }
     }
 
     fn holds(&self, geometry: &Geometry, bytes: &[u8]) -> bool {
@@ -160,7 +168,13 @@ impl ReadBackTask {
     /// Reads everything back from the medium.
     #[must_use]
     pub fn run(self) -> ReadBackOutcome {
-        let Self { generation, geometry, files, working, records } = self;
+        let Self {
+            generation,
+            geometry,
+            files,
+            working,
+            records,
+        } = self;
         let check = |(number, place, checks): (u32, RecordPlace, Vec<Check>)| {
             let bytes = checks.iter().map(|c| c.extent.length()).sum();
             let checked = files.verify(&place).and_then(|_header| match &working {
@@ -174,7 +188,10 @@ impl ReadBackTask {
             (number, checked.map_or_else(not_whole, |()| Ok(Some(bytes))))
         };
         let records = records.into_iter().map(check).collect();
-        ReadBackOutcome { generation, records }
+        ReadBackOutcome {
+            generation,
+            records,
+        }
     }
 }
 

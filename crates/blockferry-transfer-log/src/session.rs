@@ -802,6 +802,12 @@ impl<'r> Session<'r> {
         }))
     }
 
+    /// Whether something that was handed out has not been given back.
+    #[must_use]
+    pub fn is_read_back_under_way(&self) -> bool {
+        self.pending.first().is_some_and(|n| *n < self.handed_out)
+    }
+
     /// Takes back what was read back elsewhere.
     ///
     /// # Errors

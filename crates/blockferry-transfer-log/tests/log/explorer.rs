@@ -6,9 +6,7 @@
 
 use std::time::Duration;
 
-use blockferry_testkit::{
-    Events, ExploreOptions, ImageLimits, Report, Scenario, SimDisk, explore,
-};
+use blockferry_testkit::{Events, ExploreOptions, ImageLimits, Report, Scenario, SimDisk, explore};
 use blockferry_transfer_log::{
     DecisionKind, ErrorKind, Recovered, Replica, Strategy, Unwritten, inspect,
 };
@@ -133,7 +131,14 @@ impl Story {
         match step {
             Step::Sync(image, session) => {
                 events.push(Promise::Heading(image, session));
-                self.stage_and_commit(disk, &mut replica, image, Some(session), usize::MAX, events)?;
+                self.stage_and_commit(
+                    disk,
+                    &mut replica,
+                    image,
+                    Some(session),
+                    usize::MAX,
+                    events,
+                )?;
                 events.push(Promise::At(image));
             }
             Step::Stage(image, session, groups) => {
@@ -248,7 +253,12 @@ impl Story {
         Ok(())
     }
 
-    fn check_place(&self, disk: &SimDisk, replica: &Replica, model: &Model) -> Result<usize, String> {
+    fn check_place(
+        &self,
+        disk: &SimDisk,
+        replica: &Replica,
+        model: &Model,
+    ) -> Result<usize, String> {
         let shown = self.shows(disk);
         if replica.unfinished().is_some() && self.is_in_place() {
             return Ok(shown.unwrap_or(model.at));
@@ -265,7 +275,9 @@ impl Story {
             )
         })?;
         check!(
-            replica.unfinished().is_none() || at == model.at || self.images[at] == self.images[model.at],
+            replica.unfinished().is_none()
+                || at == model.at
+                || self.images[at] == self.images[model.at],
             "the target moved, but its session is still staging"
         );
         if let (Some(point), Ok(Unwritten::Proven)) = (replica.point(), replica.unwritten()) {
@@ -327,14 +339,19 @@ impl Story {
     ) -> Result<(), String> {
         if let (Some((image, _)), true) = (model.heading, replica.unfinished().is_some()) {
             if !matches!(replica.can_resume(), Ok(true)) {
-                check!(model.acknowledged.is_none() || model.cancelling, "cannot resume");
+                check!(
+                    model.acknowledged.is_none() || model.cancelling,
+                    "cannot resume"
+                );
                 replica.cancel().map_err(|e| format!("cancel: {e:?}"))?;
                 return self.check_twice_after(disk, replica);
             }
             let acknowledged = model.acknowledged.filter(|_| !model.cancelling);
             let new = self.image(image);
             let target = replica.target();
-            let mut session = replica.resume(u64::MAX).map_err(|e| format!("resume: {e:?}"))?;
+            let mut session = replica
+                .resume(u64::MAX)
+                .map_err(|e| format!("resume: {e:?}"))?;
             let resumed = session.totals().resumed_bytes;
             let watermark = session.checkpoint().sequence;
             if let Some((sequence, bytes)) = acknowledged {
@@ -351,7 +368,11 @@ impl Story {
                 .finish(&mut session, target.as_ref(), new)
                 .map_err(|e| format!("resumed: {e:?}"))?;
             let totals = session.totals();
-            check!(totals.restaged_bytes == 0, "{} bytes staged again", totals.restaged_bytes);
+            check!(
+                totals.restaged_bytes == 0,
+                "{} bytes staged again",
+                totals.restaged_bytes
+            );
             events.push(Promise::Deciding);
             session
                 .commit(root(new), &quiet)
@@ -374,7 +395,10 @@ impl Story {
                 .rollback(&quiet)
                 .map_err(|e| format!("rollback: {e:?}"))?;
             events.push(Promise::At(back));
-            check!(self.shows(disk) == Some(back), "rolled back to something else");
+            check!(
+                self.shows(disk) == Some(back),
+                "rolled back to something else"
+            );
             return self.check_twice_after(disk, replica);
         }
         Ok(())
@@ -393,7 +417,8 @@ impl Scenario for Story {
         self.setup.install(disk, self.images[0].as_deref());
         let events = Events::new(disk);
         for step in &self.before {
-            self.do_step(disk, *step, &events).expect("the story begins well");
+            self.do_step(disk, *step, &events)
+                .expect("the story begins well");
         }
         for dir in ["state", "images"] {
             disk.dir(dir).sync().expect("no faults yet");
@@ -428,7 +453,10 @@ impl Scenario for Story {
             self.check_acknowledged(&replica, &model)?;
         }
         if model.heading.is_none() {
-            check!(replica.unfinished().is_none(), "a session came back that was done with");
+            check!(
+                replica.unfinished().is_none(),
+                "a session came back that was done with"
+            );
         }
         drop(replica);
         self.check_twice(disk)?;
@@ -556,7 +584,10 @@ fn explore_all(setup: Setup) {
         images += report.distinct_images;
         recoveries += report.recoveries;
     }
-    println!("{:?}: {images} distinct images, {recoveries} recoveries", setup.strategy);
+    println!(
+        "{:?}: {images} distinct images, {recoveries} recoveries",
+        setup.strategy
+    );
     assert!(recoveries > 1000);
 }
 

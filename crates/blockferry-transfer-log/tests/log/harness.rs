@@ -6,8 +6,8 @@ use blockferry_core::{BlockSize, Extent, Geometry, Root, block_digest, is_zero};
 use blockferry_device::{BlockTarget, Evidence, Identity};
 use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{
-    Applied, Batch, Checkpoint, GroupVerdicts, Old, Place, Plan, Prepared, Replica, Result, Session,
-    SessionId, SourceStamp, Strategy, Undo,
+    Applied, Batch, Checkpoint, GroupVerdicts, Old, Place, Plan, Prepared, Replica, Result,
+    Session, SessionId, SourceStamp, Strategy, Undo,
 };
 
 pub(crate) const PAGE: usize = 4096;
@@ -180,7 +180,11 @@ impl Setup {
             let first = new.len() / PAGE * PAGE;
             let extent = Extent::from_range(first as u64..old.len() as u64);
             if !session.has_pre_image(extent) {
-                stager.add_cut_off(batches.last_mut().unwrap(), extent, Old::Data(&old[first..]));
+                stager.add_cut_off(
+                    batches.last_mut().unwrap(),
+                    extent,
+                    Old::Data(&old[first..]),
+                );
             }
         }
         for start in (0..new.len()).step_by(PAGE) {

@@ -46,14 +46,22 @@ fn every_strategy_reaches_the_new_point_and_rolls_back_bit_for_bit() {
 
             let applied = setup.sync(&mut replica, 1, new);
             let applied = applied.unwrap_or_else(|e| panic!("{setup:?}, pair {n}: {e:?}"));
-            assert_eq!(setup.content(&disk).as_deref(), Some(&new[..]), "{setup:?}, pair {n}");
+            assert_eq!(
+                setup.content(&disk).as_deref(),
+                Some(&new[..]),
+                "{setup:?}, pair {n}"
+            );
             assert_eq!(applied.point, id(1));
             assert_eq!(replica.point().map(|p| p.root), Some(root(new)));
             assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
 
             let held = replica.held_bytes().unwrap();
             replica.rollback(&quiet).unwrap();
-            assert_eq!(setup.content(&disk).as_deref(), Some(&old[..]), "{setup:?}, pair {n}");
+            assert_eq!(
+                setup.content(&disk).as_deref(),
+                Some(&old[..]),
+                "{setup:?}, pair {n}"
+            );
             assert!(replica.held_bytes().unwrap() < held);
             assert!(replica.retained().is_none());
             drop(replica);
@@ -99,7 +107,10 @@ fn an_absent_target_is_made_by_direct_and_shadow() {
             setup.sync(&mut replica, 1, &new).unwrap();
 
             assert_eq!(setup.content(&disk), Some(new));
-            assert_eq!(disk.dir("images").names().unwrap(), [crate::harness::TARGET]);
+            assert_eq!(
+                disk.dir("images").names().unwrap(),
+                [crate::harness::TARGET]
+            );
         }
     }
 }
@@ -119,7 +130,11 @@ fn accept_frees_what_held_the_old_point() {
         assert!(replica.retained().is_none());
         assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven, "{setup:?}");
         assert!(replica.rollback(&quiet).is_err());
-        assert_eq!(disk.dir("state").names().unwrap(), ["lock", "state"], "{setup:?}");
+        assert_eq!(
+            disk.dir("state").names().unwrap(),
+            ["lock", "state"],
+            "{setup:?}"
+        );
         assert_eq!(replica.accept().unwrap(), 0);
     }
 }
@@ -127,7 +142,9 @@ fn accept_frees_what_held_the_old_point() {
 #[test]
 fn a_chain_of_syncs_keeps_the_way_back_of_the_last_one() {
     for setup in setups() {
-        let images: Vec<Vec<u8>> = (0u8..6).map(|n| image(&[n + 1, 2, n % 2, 4, n * 3], 5 * PAGE)).collect();
+        let images: Vec<Vec<u8>> = (0u8..6)
+            .map(|n| image(&[n + 1, 2, n % 2, 4, n * 3], 5 * PAGE))
+            .collect();
         let disk = setup.machine(Some(&images[0]));
         for (session, new) in (1u8..).zip(&images[1..]) {
             let mut replica = setup.open(&disk).unwrap();
@@ -165,7 +182,10 @@ fn cancel_drops_everything_and_leaves_the_target_as_it_was() {
         drop(replica);
         assert_eq!(*setup.open(&disk).unwrap().recovered(), Recovered::Clean);
         let names = disk.dir("state").names().unwrap();
-        assert!(!names.iter().any(|n| n.starts_with(&id(2).to_string())), "{names:?}");
+        assert!(
+            !names.iter().any(|n| n.starts_with(&id(2).to_string())),
+            "{names:?}"
+        );
     }
 }
 
@@ -257,7 +277,12 @@ fn blocks_and_pages_mix_in_one_session() {
     let page = |p: u64| Extent::from_range(p * 4096..(p + 1) * 4096);
     let of = |image: &[u8], e: Extent| image[e.start() as usize..e.end() as usize].to_vec();
     let mut first = stager.pages();
-    stager.add(&mut first, page(1), &[7; PAGE], Old::Data(&of(&old, page(1))));
+    stager.add(
+        &mut first,
+        page(1),
+        &[7; PAGE],
+        Old::Data(&of(&old, page(1))),
+    );
     session.stage(first).unwrap();
     let blocks = Extent::from_range(0..4 * 4096);
     let mut second = stager.blocks();
@@ -304,7 +329,10 @@ fn frames_are_stored_as_they_came_and_apply_right() {
         session.commit(root(&new), &quiet).unwrap();
 
         assert_eq!(setup.content(&disk), Some(new), "{setup:?}");
-        assert!(frame.len() < PAGE && log_bytes < 14 * PAGE as u64, "{log_bytes}");
+        assert!(
+            frame.len() < PAGE && log_bytes < 14 * PAGE as u64,
+            "{log_bytes}"
+        );
         drop(replica);
         let mut replica = setup.open(&disk).unwrap();
         replica.rollback(&quiet).unwrap();
@@ -324,7 +352,9 @@ fn a_small_run_costs_at_most_six_flushes() {
 
     let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
     let manifest = session.create_manifest().unwrap();
-    setup.stage(&mut session, target.as_ref(), &new, 9, &mut |_| {}).unwrap();
+    setup
+        .stage(&mut session, target.as_ref(), &new, 9, &mut |_| {})
+        .unwrap();
     manifest.finish().unwrap();
     setup.finish(&mut session, target.as_ref(), &new).unwrap();
     session.commit(root(&new), &quiet).unwrap();
@@ -347,15 +377,24 @@ fn the_manifest_of_the_new_point_is_durable_with_it() {
     session.commit(root(&new), &quiet).unwrap();
     drop(replica);
 
-    for image in disk.snapshot().crash_images(1, blockferry_testkit::ImageLimits::default()) {
+    for image in disk
+        .snapshot()
+        .crash_images(1, blockferry_testkit::ImageLimits::default())
+    {
         let name = format!("state/{}.manifest", id(1));
-        assert_eq!(image.disk().content(&name).as_deref(), Some(&b"what the manifest says"[..]));
+        assert_eq!(
+            image.disk().content(&name).as_deref(),
+            Some(&b"what the manifest says"[..])
+        );
     }
 }
 
 #[test]
 fn compaction_keeps_what_counts_and_drops_the_rest() {
-    let setup = Setup { undo: Undo::Keep, ..Setup::file(Strategy::Redo) };
+    let setup = Setup {
+        undo: Undo::Keep,
+        ..Setup::file(Strategy::Redo)
+    };
     let old = image(&[1, 2, 0, 4, 5, 6, 7, 8], 8 * PAGE);
     let disk = setup.machine(Some(&old));
     let mut replica = setup.open(&disk).unwrap();
@@ -367,9 +406,14 @@ fn compaction_keeps_what_counts_and_drops_the_rest() {
     let mut highest = 0;
     let mut new = old.clone();
     for round in 0u8..60 {
-        new = image(&[round + 1, 2, round, 4, round % 3, 6, round + 7, 8], 8 * PAGE);
+        new = image(
+            &[round + 1, 2, round, 4, round % 3, 6, round + 7, 8],
+            8 * PAGE,
+        );
         setup
-            .stage(&mut session, target.as_ref(), &new, 99, &mut |c| highest = highest.max(c.log_bytes))
+            .stage(&mut session, target.as_ref(), &new, 99, &mut |c| {
+                highest = highest.max(c.log_bytes)
+            })
             .unwrap();
     }
     drop(session);
