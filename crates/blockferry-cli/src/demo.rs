@@ -168,6 +168,7 @@ impl<'a> Demo<'a> {
         self.story
             .chapter("Full download to a place where nothing is yet");
         let receipt = self.sync(Mode::Full)?;
+        self.story.tell(&receipt.reason);
         self.story.tell(format_args!(
             "{} of {} sent in {}{}; holes and zeros cost nothing",
             format_size(receipt.sent_bytes),
@@ -206,7 +207,7 @@ impl<'a> Demo<'a> {
             .chapter("A delta sync, and the plug is pulled in its middle");
         let kill = self.kill(changed_bytes)?;
         self.story.tell(format_args!(
-            "killed (SIGKILL) after {}, with {} of its log durable",
+            "killed (SIGKILL) after {}, with {} of its log durable (new and old pages)",
             duration(kill.after_seconds),
             format_size(kill.durable_log_bytes)
         ));
@@ -217,7 +218,8 @@ impl<'a> Demo<'a> {
         )?;
         self.story
             .tell("the target is still its old point, bit for bit");
-        let status = engine::status(&self.target, &self.options).map_err(|e| self.failure(&e))?;
+        let status = verbs::status::look(&self.target, &self.options, self.session)
+            .map_err(|e| self.failure(&e))?;
         let durable_bytes = status
             .session
             .as_ref()
@@ -291,6 +293,7 @@ impl<'a> Demo<'a> {
     fn delta_again(&mut self) -> Result<Receipt, Failure> {
         self.story.chapter("The delta again, undisturbed");
         let receipt = self.sync(Mode::Delta)?;
+        self.story.tell(&receipt.reason);
         self.story.tell(format_args!(
             "{} of {} sent in {} ({})",
             format_size(receipt.sent_bytes),
@@ -375,7 +378,7 @@ impl<'a> Demo<'a> {
     fn different_bytes(&self) -> Result<u64, Failure> {
         let source = verbs::open(&self.source, false)?;
         let target = verbs::open(&self.target, true)?;
-        let (context, display) = self.session.context(Look::Bar);
+        let (context, display) = self.session.context(Look::Story);
         let outcome = engine::compare(&source, &target, &context, &mut |_| {});
         drop(display);
         outcome
@@ -387,7 +390,7 @@ impl<'a> Demo<'a> {
         let disk = verbs::open(&self.source, false)?;
         let mut target = Target::open(&self.target, &self.options).map_err(|e| self.failure(&e))?;
         let options = self.sync_options(mode)?;
-        let (context, display) = self.session.context(Look::Bar);
+        let (context, display) = self.session.context(Look::Story);
         let outcome = engine::sync(disk, &mut target, &options, &context);
         drop(display);
         outcome.map_err(|e| self.failure(&e))
@@ -406,7 +409,7 @@ impl<'a> Demo<'a> {
         decision: fn(&mut Target, &engine::Context) -> Result<Outcome, engine::Error>,
     ) -> Result<Outcome, Failure> {
         let mut target = Target::open(&self.target, &self.options).map_err(|e| self.failure(&e))?;
-        let (context, display) = self.session.context(Look::Bar);
+        let (context, display) = self.session.context(Look::Story);
         let outcome = decision(&mut target, &context);
         drop(display);
         outcome.map_err(|e| self.failure(&e))

@@ -24,6 +24,8 @@ pub(crate) enum Look {
     Bar,
     /// No bar: the verb writes data to the same terminal.
     NoBar,
+    /// A bar, but decisions in JSON only: the demo tells them in its own words.
+    Story,
 }
 
 /// How often the display looks for news. JSON progress is at most four lines a second.

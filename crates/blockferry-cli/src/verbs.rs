@@ -13,12 +13,37 @@ pub(crate) mod verify;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::engine::{BlockSource, SourceOptions, open_source};
+use crate::engine::device::ErrorKind;
+use crate::engine::{self, BlockSource, SourceOptions, Target, open_source};
+use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::session::Session;
 
 /// Opens a disk to be read.
 pub(crate) fn open(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
     let mut options = SourceOptions::default();
     options.crash_consistent = crash_consistent;
-    open_source(path, options).map_err(|error| Failure::source(&error))
+    open_source(path, options).map_err(|error| {
+        let failure = Failure::source(&error);
+        if error.kind() == ErrorKind::Busy {
+            failure.with_hint("--crash-consistent accepts a source that is being written")
+        } else {
+            failure
+        }
+    })
+}
+
+/// Opens a target that has a history here. Opening any other would leave an empty state beside it.
+fn open_known(path: &Path, session: &Session) -> Result<Target, Failure> {
+    let options = session.target_options();
+    let failure = |error: engine::Error| session.failure(&error);
+    let status = engine::status(path, &options).map_err(failure)?;
+    if status.state == "unknown" && status.held_bytes == 0 {
+        let message = format!(
+            "{} was never synced here: nothing is recorded about it",
+            path.display()
+        );
+        return Err(Failure::new(Exit::Target, message));
+    }
+    Target::open(path, &options).map_err(failure)
 }

@@ -603,6 +603,52 @@ fn two_runs_cannot_meet_at_one_target() {
     child.wait().expect("reaped");
 }
 
+#[test]
+fn a_resume_keeps_what_the_session_was_begun_with() {
+    let lab = Lab::new();
+    let mut child = lab.slow_sync("--json --block-size 4KiB --undo none");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    wait_for(&mut lines, "checkpoint");
+    child.kill().expect("killed");
+    child.wait().expect("reaped");
+
+    let (code, lines) = lab.json("resume target");
+
+    let summary = lines.last().expect("a line");
+    assert_eq!(
+        (code, &summary["rollback_available"]),
+        (0, &false.into()),
+        "{summary}"
+    );
+    assert!(
+        summary["resumed_bytes"].as_u64().expect("a number") > 0,
+        "{summary}"
+    );
+}
+
+#[test]
+fn one_disk_is_never_source_and_target() {
+    let lab = Lab::new();
+    lab.disk("a", MIB, 1);
+    fs::hard_link(lab.path("a"), lab.path("b")).expect("linked");
+    for line in ["sync a a", "sync a b", "sync a ./a --dry-run"] {
+        let output = lab.run(line);
+
+        assert_eq!(code(&output), 2, "{line}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn asking_about_an_unknown_target_leaves_nothing_behind() {
+    let lab = Lab::new();
+    lab.disk("a", MIB, 1);
+    for verb in ["accept", "rollback", "cancel", "verify"] {
+        assert_eq!(code(&lab.run(&format!("{verb} a"))), 4, "{verb}");
+    }
+    let entries = fs::read_dir(lab.directory.path()).expect("readable");
+    assert_eq!(entries.count(), 1);
+}
+
 // --- verbs ---------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -19,6 +19,9 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
 /// Between two JSON progress lines.
 const JSON_INTERVAL: Duration = Duration::from_millis(250);
 
+/// A phase without so much as a page to do counts steps, and its bytes mean nothing to people.
+const LEAST_TOTAL_BYTES: u64 = 4096;
+
 #[derive(Debug)]
 enum Form {
     Bar(ProgressBar),
@@ -33,6 +36,7 @@ pub(crate) struct Renderer {
     output: Arc<Output>,
     received: Received,
     form: Form,
+    tells_decisions: bool,
     started: Instant,
     last_line: Option<Instant>,
     shown: Option<Progress>,
@@ -73,6 +77,7 @@ impl Renderer {
             output,
             received,
             form,
+            tells_decisions: look != Look::Story,
             started: Instant::now(),
             last_line: None,
             shown: None,
@@ -85,7 +90,9 @@ impl Renderer {
     pub(crate) fn event(&self, event: &Event) {
         match event {
             Event::Decision(message) => self.aloud(&EventLine::Decision { message }, |output| {
-                output.say(message);
+                if self.tells_decisions {
+                    output.say(message);
+                }
             }),
             &Event::Checkpoint {
                 sequence,
@@ -183,13 +190,16 @@ impl Renderer {
     }
 
     fn draw_bar(&self, bar: &ProgressBar, progress: Progress) {
-        bar.set_prefix(progress.phase.to_string());
-        bar.set_message(self.describe(progress));
         bar.set_length(progress.total_bytes.max(1));
         bar.set_position(progress.done_bytes);
+        bar.set_prefix(progress.phase.to_string());
+        bar.set_message(self.describe(progress));
     }
 
     fn describe(&self, progress: Progress) -> String {
+        if progress.total_bytes < LEAST_TOTAL_BYTES {
+            return String::new();
+        }
         let mut text = format!(
             "{} of {}",
             format_size(progress.done_bytes),

@@ -1,7 +1,7 @@
 //! `cancel`, `rollback` and `accept`: the three decisions a user takes about a target.
 
 use crate::arguments::TargetArguments;
-use crate::engine::{self, Target, format_size};
+use crate::engine::{self, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::progress::Look;
@@ -14,8 +14,7 @@ pub(crate) fn run(
     session: &Session,
 ) -> Result<Exit, Failure> {
     let failure = |error: engine::Error| session.failure(&error);
-    let mut target =
-        Target::open(arguments.target.path(), &session.target_options()).map_err(failure)?;
+    let mut target = super::open_known(&arguments.target.absolute(), session)?;
     let (context, display) = session.context(Look::Bar);
     let decide = match verb {
         "cancel" => engine::cancel,

@@ -6,7 +6,7 @@ use crate::engine;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::verbs::sync;
+use crate::verbs::sync::{self, Request, Terms};
 
 pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit, Failure> {
     let target = &arguments.target;
@@ -15,7 +15,14 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
     let source = reopen(&recorded)?;
     session.output.say(format_args!("continuing from {source}"));
     let options = sync::paced(&source, &arguments.pace);
-    let receipt = sync::bring_up_to_date(&source, target, &options, &arguments.pace, session)?;
+    let request = Request {
+        source: &source,
+        target,
+        options,
+        crash_consistent: arguments.pace.crash_consistent,
+        terms: Terms::AsBegun,
+    };
+    let receipt = sync::bring_up_to_date(request, session)?;
     sync::report("resume", &receipt, &target.absolute(), session);
     Ok(Exit::Done)
 }

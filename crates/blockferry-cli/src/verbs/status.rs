@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::arguments::StatusArguments;
-use crate::engine::{self, PointStatus, SessionStatus, Status, format_size};
+use crate::engine::{self, PointStatus, SessionStatus, Status, TargetOptions, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
@@ -23,15 +23,20 @@ pub(crate) fn run(arguments: &StatusArguments, session: &Session) -> Result<Exit
 }
 
 fn one(path: &Path, session: &Session) -> Result<Exit, Failure> {
-    let status = look(path, session).map_err(|error| session.failure(&error))?;
+    let status =
+        look(path, &session.target_options(), session).map_err(|error| session.failure(&error))?;
     session.output.summary("status", &status);
     describe(&status, &session.output);
     Ok(Exit::Done)
 }
 
 /// The status, its next steps as commands that can be pasted.
-fn look(path: &Path, session: &Session) -> engine::Result<Status> {
-    let mut status = engine::status(path, &session.target_options())?;
+pub(crate) fn look(
+    path: &Path,
+    options: &TargetOptions,
+    session: &Session,
+) -> engine::Result<Status> {
+    let mut status = engine::status(path, options)?;
     for step in &mut status.next {
         // The engine names verb and target; quoting and `--state` are the command line's.
         let words = step
@@ -153,7 +158,8 @@ struct Entry {
 
 /// Every target synced from this host, whatever state it is in; one that cannot be read is still listed.
 fn all(session: &Session) {
-    let entry = |path: PathBuf| match look(&path, session) {
+    let options = session.target_options();
+    let entry = |path: PathBuf| match look(&path, &options, session) {
         Ok(status) => Entry {
             path,
             status: Some(status),

@@ -18,33 +18,82 @@ pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, 
     if arguments.dry_run {
         return dry_run(arguments, &options, session);
     }
-    let receipt = bring_up_to_date(
-        &arguments.source,
-        &arguments.target,
-        &options,
-        &arguments.pace,
-        session,
-    )?;
+    let request = Request {
+        source: &arguments.source,
+        target: &arguments.target,
+        options,
+        crash_consistent: arguments.pace.crash_consistent,
+        terms: Terms::AsAsked,
+    };
+    let receipt = bring_up_to_date(request, session)?;
     report("sync", &receipt, &arguments.target.absolute(), session);
     Ok(Exit::Done)
 }
 
+/// What to bring where, and how.
+#[derive(Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) source: &'a Address,
+    pub(crate) target: &'a Address,
+    pub(crate) options: SyncOptions,
+    pub(crate) crash_consistent: bool,
+    pub(crate) terms: Terms,
+}
+
+/// Who decides what a session cannot change once it has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Terms {
+    /// The options; an unfinished session that does not fit them is dropped.
+    AsAsked,
+    /// The unfinished session, which was begun with options of its own.
+    AsBegun,
+}
+
 /// Runs the engine and explains its failures; `resume` uses it too.
 pub(crate) fn bring_up_to_date(
-    source: &Address,
-    target: &Address,
-    options: &SyncOptions,
-    pace: &Pace,
+    request: Request<'_>,
     session: &Session,
 ) -> Result<Receipt, Failure> {
-    let disk = super::open(source.path(), pace.crash_consistent)?;
+    let Request {
+        source,
+        target,
+        mut options,
+        crash_consistent,
+        terms,
+    } = request;
+    let disk = super::open(source.path(), crash_consistent)?;
+    refuse_same(source, target)?;
     let explain = |error: &engine::Error| explain(error, source, target, session);
-    let mut place =
-        Target::open(target.path(), &session.target_options()).map_err(|error| explain(&error))?;
+    let mut place = Target::open(&target.absolute(), &session.target_options())
+        .map_err(|error| explain(&error))?;
+    if terms == Terms::AsBegun {
+        keep_terms(&mut place, &mut options);
+    }
     let (context, display) = session.context(Look::Bar);
-    let outcome = engine::sync(disk, &mut place, options, &context);
+    let outcome = engine::sync(disk, &mut place, &options, &context);
     drop(display);
     outcome.map_err(|error| explain(&error))
+}
+
+/// Asked before the target is opened, because its lock would only say that someone holds it: we ourselves.
+fn refuse_same(source: &Address, target: &Address) -> Result<(), Failure> {
+    match engine::same_object(source.path(), target.path()) {
+        Ok(true) => Err(Failure::new(
+            Exit::Usage,
+            format!("source {source} and target {target} are the same disk"),
+        )),
+        // What cannot be looked at is refused when it is opened, with a better message.
+        Ok(false) | Err(_) => Ok(()),
+    }
+}
+
+/// Block size, undo and a cut that was agreed to belong to the session.
+fn keep_terms(place: &mut Target, options: &mut SyncOptions) {
+    if let Some(header) = place.replica().unfinished() {
+        options.block_size = header.geometry.block_size();
+        options.undo = header.undo;
+        options.allow_shrink = header.old_bytes > header.geometry.image_bytes();
+    }
 }
 
 /// Options of a run at this pace; the rest is default.
@@ -187,6 +236,7 @@ fn dry_run(
     session: &Session,
 ) -> Result<Exit, Failure> {
     let disk = super::open(arguments.source.path(), arguments.pace.crash_consistent)?;
+    refuse_same(&arguments.source, &arguments.target)?;
     let (context, display) = session.context(Look::Bar);
     let place = session.target_options();
     let outcome = engine::predict(&disk, arguments.target.path(), &place, options, &context);

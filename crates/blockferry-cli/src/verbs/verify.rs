@@ -2,7 +2,7 @@
 
 use crate::address::Address;
 use crate::arguments::VerifyArguments;
-use crate::engine::{self, Target, VerifyReport, format_size};
+use crate::engine::{self, VerifyReport, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::progress::Look;
@@ -35,7 +35,7 @@ fn pair(first: &Address, second: &Address, session: &Session) -> Result<Exit, Fa
 
 fn target(address: &Address, session: &Session) -> Result<Exit, Failure> {
     let failure = |error: engine::Error| session.failure(&error);
-    let mut target = Target::open(address.path(), &session.target_options()).map_err(failure)?;
+    let mut target = super::open_known(&address.absolute(), session)?;
     let (context, display) = session.context(Look::Bar);
     let outcome = engine::verify_target(&mut target, &context);
     drop(display);
