@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
 use blockferry_device::{AlignedBuffer, BlockSource};
-use blockferry_pipeline::{BlockRun, Failure, PIECE_BYTES, ZeroBlocks, read_padded, runs};
+use blockferry_pipeline::{BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
 use crate::pages::{PageRun, differing_runs};
@@ -71,7 +71,7 @@ pub struct Scratch {
 
 impl Default for Scratch {
     fn default() -> Self {
-        let piece = || AlignedBuffer::zeroed(to_usize(PIECE_BYTES));
+        let piece = || AlignedBuffer::zeroed(to_usize(BUFFER_BYTES));
         Self {
             new: piece(),
             old: piece(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
 use blockferry_device::{AlignedBuffer, BlockSource};
 use blockferry_pipeline::{
-    BlockRun, Failure, PIECE_BYTES, ZeroBlocks, block_in, read_padded, runs,
+    BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, block_in, read_padded, runs,
 };
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
@@ -49,7 +49,7 @@ pub struct Scratch {
 
 impl Default for Scratch {
     fn default() -> Self {
-        let piece = || AlignedBuffer::zeroed(to_usize(PIECE_BYTES));
+        let piece = || AlignedBuffer::zeroed(to_usize(BUFFER_BYTES));
         Self {
             new: piece(),
             old: piece(),
@@ -67,13 +67,18 @@ impl Copying {
             geometry,
             stager,
             staged: None,
-            source_unchanged: false, digests_only: false }
+            source_unchanged: false,
+            digests_only: false,
+        }
     }
 
     /// Takes only the digests: nothing is written or emitted.
     #[must_use]
     pub fn digesting(source: Arc<dyn BlockSource>, geometry: Geometry) -> Self {
-        Self { digests_only: true, ..Self::new(source, geometry, Stager::detached(geometry)) }
+        Self {
+            digests_only: true,
+            ..Self::new(source, geometry, Stager::detached(geometry))
+        }
     }
 
     /// Copies one region and emits what it wrote or wants logged.

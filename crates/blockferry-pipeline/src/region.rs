@@ -3,8 +3,14 @@
 use blockferry_core::{BlockIndex, Extent, Geometry, REGION_BLOCKS, RegionIndex};
 use blockferry_device::{BlockSource, Result, Status};
 
-/// Most bytes read at once; also the size of a worker's buffers.
-pub const PIECE_BYTES: u64 = 1024 * 1024;
+/// Most bytes read at once, unless one block is larger: two such buffers and what is made of them stay in a
+/// core's cache, and a disk serves requests of this size at its full rate.
+pub const PIECE_BYTES: u64 = 512 * 1024;
+
+/// Size of a worker's buffers: a piece, or the largest block there is.
+pub const BUFFER_BYTES: u64 = 1024 * 1024;
+
+const _: () = assert!(PIECE_BYTES <= BUFFER_BYTES, "a piece fits a buffer");
 
 /// The blocks of a region that a device guarantees to read as zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
+/// Parts and results that may wait: at most 2 MiB each.
+const QUEUE: usize = 16;
 /// How often the consumer is called when nothing comes.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -35,7 +37,7 @@ impl WalkOptions {
         let threads = threads.max(1);
         Self {
             threads,
-            queue: 2 * threads,
+            queue: QUEUE,
             window: 16 * threads as u64,
         }
     }
