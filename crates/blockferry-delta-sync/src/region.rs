@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
-use blockferry_device::{AlignedBuffer, BlockSource};
+use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
@@ -27,6 +27,8 @@ pub struct Comparison {
     pub keep_old: bool,
     /// Whether the source's leaves are wanted; without them only the pages that differ are found.
     pub digests: bool,
+    /// Holds back what is staged to a rate.
+    pub limiter: Option<RateLimiter>,
 }
 
 /// What is known of a region without reading it, from saved manifests of proven content.
@@ -97,6 +99,7 @@ impl Comparison {
             staged: None,
             keep_old: true,
             digests: true,
+            limiter: None,
         }
     }
 
@@ -317,6 +320,11 @@ impl Region<'_> {
     fn flush(&mut self) -> Result<(), Failure> {
         if self.batch.is_empty() {
             return Ok(());
+        }
+        if let Some(limiter) = &self.shared.limiter {
+            limiter
+                .take(self.batch.data_bytes())
+                .map_err(Failure::target)?;
         }
         let full = std::mem::replace(&mut self.batch, self.shared.stager.pages());
         (self.emit)(full)

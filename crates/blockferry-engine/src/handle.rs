@@ -16,7 +16,7 @@ use crate::recorder::Cursor;
 #[derive(Debug)]
 pub(crate) enum LogHandle<'r> {
     Idle(&'r mut Replica, Plan),
-    Open(Session<'r>),
+    Open(Box<Session<'r>>),
     /// Beginning it failed.
     Failed,
 }
@@ -24,13 +24,13 @@ pub(crate) enum LogHandle<'r> {
 impl<'r> LogHandle<'r> {
     /// The session, begun now if it was not.
     pub(crate) fn session(&mut self) -> Result<&mut Session<'r>> {
-        if let Self::Idle(..) = self {
-            if let Self::Idle(replica, plan) = std::mem::replace(self, Self::Failed) {
-                let session = replica
-                    .begin(&plan)
-                    .map_err(|e| Error::log("begin a session", e))?;
-                *self = Self::Open(session);
-            }
+        if let Self::Idle(..) = self
+            && let Self::Idle(replica, plan) = std::mem::replace(self, Self::Failed)
+        {
+            let session = replica
+                .begin(&plan)
+                .map_err(|e| Error::log("begin a session", e))?;
+            *self = Self::Open(Box::new(session));
         }
         match self {
             Self::Open(session) => Ok(session),
@@ -43,7 +43,7 @@ impl<'r> LogHandle<'r> {
 
     pub(crate) fn into_session(self) -> Result<Session<'r>> {
         match self {
-            Self::Open(session) => Ok(session),
+            Self::Open(session) => Ok(*session),
             Self::Idle(..) | Self::Failed => Err(Error::new(
                 ErrorKind::Internal,
                 "nothing was staged to commit",

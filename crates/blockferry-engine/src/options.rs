@@ -74,6 +74,10 @@ impl FromStr for Mode {
 /// How a sync is done. Build it with `default()` and set what differs.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a flag of its own, named where it is set"
+)]
 pub struct SyncOptions {
     /// How.
     pub mode: Mode,

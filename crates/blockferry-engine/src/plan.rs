@@ -97,7 +97,7 @@ impl Sample {
                 .map_err(|e| Error::target(format!("sample {}", target.label()), e))?;
             let pages = |bytes: u64| bytes.div_ceil(PAGE_BYTES);
             differing_runs(extent, new, old, |run| {
-                self.changed_pages += pages(run.extent.length())
+                self.changed_pages += pages(run.extent.length());
             });
             self.target_seconds += seconds(clock.now().saturating_sub(digested));
         }
@@ -155,6 +155,10 @@ impl Sample {
 
 /// What the planner knows of the target.
 #[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, named where they are found"
+)]
 pub(crate) struct Situation {
     pub(crate) target_present: bool,
     pub(crate) is_file: bool,

@@ -54,7 +54,7 @@ pub fn sync(
         Some(choice) => choice,
         None => run.choose(target)?,
     };
-    run.say(Event::Decision(format!(
+    run.say(&Event::Decision(format!(
         "{}, {}: {}",
         choice.mode, choice.strategy, choice.reason
     )));
@@ -279,12 +279,12 @@ impl<'a> Run<'a> {
         let limit = plan.log_limit_bytes;
         let point_before = target.replica.point().map(|p| p.id);
         let mut handle = if resuming {
-            LogHandle::Open(
+            LogHandle::Open(Box::new(
                 target
                     .replica
                     .resume(limit)
                     .map_err(|e| Error::log("resume the session", e))?,
-            )
+            ))
         } else {
             LogHandle::Idle(&mut target.replica, plan)
         };
@@ -310,7 +310,7 @@ impl<'a> Run<'a> {
         context.progress(Phase::Applying, 0, totals.live_bytes, totals.live_bytes);
         let applied = session
             .commit(root, &|done, total| {
-                context.progress(Phase::Applying, done, total, total)
+                context.progress(Phase::Applying, done, total, total);
             })
             .map_err(|e| Error::log("commit and apply", e))?;
         self.time("applying", start);
@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
         // The group is closed whatever ended the run; if the log itself failed, its last acknowledgement counts.
         let durable = session
             .close_group()
-            .map_or_else(|_dead| session.checkpoint(), |c| c);
+            .unwrap_or_else(|_dead| session.checkpoint());
         error.resumable(durable.sequence > 0)
     }
 
@@ -358,7 +358,7 @@ impl<'a> Run<'a> {
             if let Some(device) = &device {
                 self.stage_cut_off(handle, &**device)?;
             }
-            let job = self.job(handle, choice, files, device.clone())?;
+            let job = self.job(handle, choice, device.clone())?;
             let mut recorder = Recorder::new(self.geometry, files.open_target());
             self.scan(handle, &job, files, &mut recorder)?;
             self.time("scanning", start);
@@ -396,7 +396,6 @@ impl<'a> Run<'a> {
         &self,
         handle: &LogHandle<'_>,
         choice: &Choice,
-        files: &PointFiles,
         device: Option<Arc<dyn BlockSource>>,
     ) -> Result<Job> {
         let staged: Option<Arc<StagedView>> = handle.staged_view();
@@ -411,6 +410,7 @@ impl<'a> Run<'a> {
             });
             copying.staged = staged;
             copying.target = device;
+            copying.limiter = self.limiter();
             return Ok(Job::Full(copying));
         }
         let device = device.ok_or_else(|| internal("a delta needs a target"))?;
@@ -419,8 +419,15 @@ impl<'a> Run<'a> {
             Comparison::new(Arc::clone(&self.source), device, self.geometry, stager);
         comparison.staged = staged;
         comparison.keep_old = self.options.undo == Undo::Keep && choice.strategy == Strategy::Redo;
-        let _ = files;
+        comparison.limiter = self.limiter();
         Ok(Job::Delta(comparison))
+    }
+
+    /// Holds all workers together to the rate asked for.
+    fn limiter(&self) -> Option<RateLimiter> {
+        let rate = self.options.bwlimit_bytes_per_second.filter(|r| *r > 0)?;
+        let clock = Arc::clone(&self.context.clock);
+        Some(RateLimiter::new(rate, clock, self.context.cancel.clone()))
     }
 
     /// Walks all regions once.
@@ -659,12 +666,12 @@ impl<'a> Run<'a> {
             ));
         }
         self.fallbacks.push(message.clone());
-        self.say(Event::Warning { code, message });
+        self.say(&Event::Warning { code, message });
         Ok(())
     }
 
-    fn say(&self, event: Event) {
-        self.context.observer.event(&event);
+    fn say(&self, event: &Event) {
+        self.context.observer.event(event);
     }
 
     fn time(&mut self, phase: &str, start: Duration) {
@@ -713,7 +720,6 @@ struct Consumer<'c, 'r, 'a> {
     handle: &'c mut LogHandle<'r>,
     files: &'c PointFiles,
     recorder: &'c mut Recorder,
-    limiter: Option<RateLimiter>,
     group_since: Option<Duration>,
     read_back: ReadBackThread,
 }
@@ -726,18 +732,11 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
         recorder: &'c mut Recorder,
         read_back: ReadBackThread,
     ) -> Self {
-        let context = run.context;
-        let limiter = run
-            .options
-            .bwlimit_bytes_per_second
-            .filter(|r| *r > 0)
-            .map(|rate| RateLimiter::new(rate, Arc::clone(&context.clock), context.cancel.clone()));
         Self {
             run,
             handle,
             files,
             recorder,
-            limiter,
             group_since: None,
             read_back,
         }
@@ -753,11 +752,6 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
     }
 
     fn stage(&mut self, batch: Batch) -> Result<()> {
-        if let Some(limiter) = &self.limiter {
-            limiter
-                .take(batch.data_bytes())
-                .map_err(|e| Error::target("wait for the bandwidth limit", e))?;
-        }
         let session = self.handle.session()?;
         session.stage(batch).map_err(|e| Error::log("stage", e))?;
         self.group_since.get_or_insert(self.run.context.clock.now());
@@ -814,7 +808,7 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
             self.read_back.run(task);
         }
         self.read_back.collect(session, Collect::Finished)?;
-        self.run.say(Event::Checkpoint {
+        self.run.say(&Event::Checkpoint {
             sequence: checkpoint.sequence,
             durable_bytes: checkpoint.log_bytes,
         });

@@ -177,13 +177,13 @@ fn open_state(path: &Path) -> Result<OsDirectory> {
 
 /// A state on a file system that forgets would break the promise at the first power loss.
 fn refuse_volatile(path: &Path) -> Result<()> {
-    const TMPFS: u64 = 0x0102_1994;
-    const RAMFS: u64 = 0x8584_58f6;
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
     let existing = path
         .ancestors()
         .find(|p| p.exists())
         .unwrap_or(Path::new("."));
-    let found = rustix::fs::statfs(existing).map(|s| u64::from_ne_bytes(s.f_type.to_ne_bytes()));
+    let found = rustix::fs::statfs(existing).map(|s| s.f_type);
     match found {
         Ok(TMPFS | RAMFS) => Err(Error::new(
             ErrorKind::Target,

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
-use blockferry_device::{AlignedBuffer, BlockSource};
+use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{
     BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, block_in, read_padded, runs,
 };
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
+
+/// A batch is handed over when it holds this much, so that groups can be closed in time.
+const EMIT_BYTES: u64 = 4 * 1024 * 1024;
 
 /// What all workers of a copy share.
 #[derive(Clone, Debug)]
@@ -25,6 +28,8 @@ pub struct Copying {
     pub staged: Option<Arc<StagedView>>,
     /// The source is provably what it was when that was staged: durable blocks are not even read again.
     pub source_unchanged: bool,
+    /// Holds back what is written to a rate.
+    pub limiter: Option<RateLimiter>,
     digests_only: bool,
 }
 
@@ -68,6 +73,7 @@ impl Copying {
             stager,
             staged: None,
             source_unchanged: false,
+            limiter: None,
             digests_only: false,
         }
     }
@@ -205,8 +211,11 @@ impl Region<'_> {
         digests: &[Digest],
         old: &mut AlignedBuffer,
     ) -> Result<(), Failure> {
-        if !self.batch.has_room(run.extent.length()) {
+        if !self.batch.has_room(run.extent.length()) || self.batch.data_bytes() >= EMIT_BYTES {
             self.flush()?;
+        }
+        if let Some(limiter) = &self.shared.limiter {
+            limiter.take(run.extent.length()).map_err(Failure::target)?;
         }
         let was = self.old_content(run.extent, old)?;
         self.shared
