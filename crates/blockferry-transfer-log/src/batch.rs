@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 
 use blockferry_core::{Digest, Extent, ExtentSet, Geometry, checksum};
-use blockferry_device::{AlignedBuffer, Evidence};
+use blockferry_device::Evidence;
 
 use crate::error::Result;
 use crate::format::{
     BatchExtent, MAX_PAYLOAD_BYTES, NewContent, OldContent, PAGE, StoredPages, Unit, usize_of,
 };
+use crate::spare::{Spare, SpareBuffer};
 
 /// Most extents of one batch.
 const MAX_EXTENTS: usize = 256;
@@ -85,6 +86,13 @@ impl Batch {
     /// pass has staged them again.
     pub fn mark_fuzzy(&mut self) {
         self.fuzzy = true;
+    }
+
+    /// With payloads in buffers of this stock.
+    pub(crate) fn with_spare(mut self, spare: &Spare) -> Self {
+        self.new.spare = spare.clone();
+        self.old.spare = spare.clone();
+        self
     }
 
     /// Nothing in it yet.
@@ -238,7 +246,8 @@ pub(crate) enum New<'a> {
 /// Bytes of whole pages in a growing aligned buffer.
 #[derive(Debug, Default)]
 struct Payload {
-    buffer: Option<AlignedBuffer>,
+    buffer: Option<SpareBuffer>,
+    spare: Spare,
     length: usize,
 }
 
@@ -271,7 +280,7 @@ impl Payload {
         if self.buffer.as_ref().is_some_and(|b| b.len() >= need) {
             return;
         }
-        let mut grown = AlignedBuffer::zeroed(need.next_power_of_two().max(Self::FIRST));
+        let mut grown = self.spare.take(need.max(Self::FIRST));
         grown[..self.length].copy_from_slice(self.bytes());
         self.buffer = Some(grown);
     }

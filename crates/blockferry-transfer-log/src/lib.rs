@@ -24,6 +24,7 @@ mod plan;
 mod readback;
 mod replica;
 mod session;
+mod spare;
 mod staged;
 mod state;
 mod stats;

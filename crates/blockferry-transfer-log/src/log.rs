@@ -5,6 +5,7 @@
 //! of the segment and through that to the segment before.
 
 use std::borrow::Cow;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Geometry};
@@ -16,6 +17,7 @@ use crate::format::{
     Decision, MAX_DIGESTS, MAX_EXTENTS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, NewContent,
     OldContent, PAGE, RecordHeader, SegmentHeader, SegmentKind, SessionId, StoredPages, usize_of,
 };
+use crate::spare::{Spare, SpareBuffer};
 use crate::stats::Stats;
 
 /// Name of a segment.
@@ -56,6 +58,21 @@ impl RecordPlace {
     }
 }
 
+/// Bytes of the log, in a buffer that is used again.
+#[derive(Debug)]
+struct Loaded {
+    buffer: SpareBuffer,
+    length: usize,
+}
+
+impl Deref for Loaded {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[..self.length]
+    }
+}
+
 /// All segments of a session, open for reading.
 #[derive(Clone, Debug)]
 pub(crate) struct LogFiles {
@@ -64,6 +81,7 @@ pub(crate) struct LogFiles {
     /// Nothing a record names may lie beyond: the larger of the old and the new size.
     limit_bytes: u64,
     files: Vec<Arc<dyn StorageFile>>,
+    spare: Spare,
 }
 
 impl LogFiles {
@@ -73,7 +91,13 @@ impl LogFiles {
             geometry: header.geometry,
             limit_bytes: header.old_bytes.max(header.geometry.image_bytes()),
             files: Vec::new(),
+            spare: Spare::default(),
         }
+    }
+
+    /// Buffers that others may use again, too.
+    pub(crate) fn spare(&self) -> Spare {
+        self.spare.clone()
     }
 
     /// Reads and checks the header of a record.
@@ -188,18 +212,19 @@ impl LogFiles {
     }
 
     /// Reads from the medium into whole aligned pages.
-    fn read(&self, segment: usize, offset: u64, length: u64) -> Result<AlignedBuffer> {
-        let mut buffer = AlignedBuffer::zeroed(usize_of(length.max(PAGE as u64)));
+    fn read(&self, segment: usize, offset: u64, length: u64) -> Result<Loaded> {
+        let length = usize_of(length);
+        let mut buffer = self.spare.take(length);
         if length > 0 {
             let file = &self.files[segment];
             let mut request = [ReadRequest {
                 offset,
-                buffer: &mut buffer[..usize_of(length)],
+                buffer: &mut buffer[..length],
             }];
             file.read_medium(&mut request)
                 .map_err(|e| Error::log(format!("read {} at {offset}", file.label()), e))?;
         }
-        Ok(buffer)
+        Ok(Loaded { buffer, length })
     }
 
     fn name_of(&self, place: &RecordPlace) -> String {
@@ -489,7 +514,13 @@ pub(crate) fn scan(
         };
         found = join(found, segment, *number);
     }
-    Ok(found.map(|scan| Scan { held_bytes, ..scan }))
+    // A segment that does not count still has its name.
+    let next_segment = segments.iter().max().map_or(0, |last| last + 1);
+    Ok(found.map(|scan| Scan {
+        held_bytes,
+        next_segment,
+        ..scan
+    }))
 }
 
 /// Whether a scan may trust what it reads.
@@ -515,10 +546,7 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
     let starts_over = segment.header.kind == SegmentKind::Compacted;
     if starts_over && !complete {
         // A compaction that never finished: the segments before still count, this one never does.
-        return before.map(|scan| Scan {
-            next_segment: number + 1,
-            ..scan
-        });
+        return before;
     }
     let mut scan = match before {
         Some(mut scan) if !starts_over => {
@@ -526,10 +554,7 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
             let reached = keep <= scan.next_sequence
                 && chain_before(&scan, keep) == Some(segment.header.previous_chain);
             if !reached {
-                return Some(Scan {
-                    next_segment: number + 1,
-                    ..scan
-                });
+                return Some(scan);
             }
             scan.records.retain(|(p, _)| p.sequence < keep);
             scan
@@ -565,7 +590,6 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
     scan.next_sequence = segment.header.first_sequence + segment.records.len() as u64;
     scan.records.append(&mut segment.records);
     scan.chain = segment.chains.pop().unwrap_or(scan.chain);
-    scan.next_segment = number + 1;
     Some(scan)
 }
 

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, Geometry, is_zero};
-use blockferry_device::{AlignedBuffer, BlockTarget, ReadRequest};
+use blockferry_device::{BlockTarget, ReadRequest};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{PAGE, Unit, usize_of};
 use crate::log::{LogFiles, RecordPlace};
+use crate::spare::Spare;
 
 /// Most bytes read at once.
 const SPAN_BYTES: usize = 4 * 1024 * 1024;
@@ -27,6 +28,7 @@ pub(crate) struct ReadBack<'t> {
     geometry: Geometry,
     pieces: Vec<Check>,
     used: usize,
+    spare: Spare,
 }
 
 /// An extent and what it must hold.
@@ -44,6 +46,7 @@ impl<'t> ReadBack<'t> {
             geometry,
             pieces: Vec::new(),
             used: 0,
+            spare: Spare::default(),
         }
     }
 
@@ -91,7 +94,7 @@ impl<'t> ReadBack<'t> {
         if self.pieces.is_empty() {
             return Ok(());
         }
-        let mut buffer = AlignedBuffer::zeroed(self.used);
+        let mut buffer = self.spare.take(self.used);
         let mut rest: &mut [u8] = &mut buffer;
         let mut requests = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
@@ -180,6 +183,7 @@ impl ReadBackTask {
             let checked = files.verify(&place).and_then(|_header| match &working {
                 Some(target) => {
                     let mut read_back = ReadBack::new(&**target, geometry);
+                    read_back.spare = files.spare();
                     checks.into_iter().try_for_each(|c| read_back.add(c))?;
                     read_back.finish()
                 }

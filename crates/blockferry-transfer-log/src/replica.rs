@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use blockferry_core::{Extent, Geometry, Root};
+use blockferry_core::{Extent, Geometry, PAGE_BYTES, Root};
 use blockferry_device::{BlockTarget, Evidence, LockGuard, StorageDir, StorageFile};
 
 use crate::apply::{Pool, Progress, Staged};
@@ -432,6 +432,8 @@ impl Replica {
                 current.id
             ))
         })?;
+        // A session whose removal was cut short must not come back beside the old point.
+        self.sync_dir()?;
         // A decision that cannot be carried out would leave neither point: everything it needs is checked first.
         self.check_way_back(&scan)?;
         self.decide_for(&scan.header, DecisionKind::Rollback)
@@ -525,7 +527,6 @@ impl Replica {
         groups: Option<&dyn GroupVerdicts>,
         progress: Progress<'_>,
     ) -> Result<()> {
-        let mut leftovers = false;
         let sessions = self.sessions()?;
         self.refuse_lost_logs(&sessions)?;
         for (session, segments) in sessions {
@@ -536,7 +537,6 @@ impl Replica {
                 && self.names(session)
             {
                 // At rest: its log only holds the old point, until somebody asks for it.
-                leftovers |= self.retained().is_none();
                 continue;
             }
             let found = scan(
@@ -551,19 +551,13 @@ impl Replica {
                     self.epoch = self.epoch.max(found.header.epoch);
                     let counted = last.as_ref().filter(|d| d.kind.is_carried_out_from_log());
                     counted.map_or(Ok(()), |d| keep_decided(&mut found, d))?;
-                    leftovers |= self.recover_session(found, last.as_ref(), groups, progress)?;
+                    self.recover_session(found, last.as_ref(), groups, progress)?;
                 }
                 // It never became durable, or its removal was cut short.
-                None => {
-                    self.refuse_lost_log(session, last.as_ref(), groups)?;
-                    leftovers = true;
-                }
+                None => self.refuse_lost_log(session, last.as_ref(), groups)?,
             }
         }
-        if leftovers || self.staged.is_none() {
-            self.remove_leftovers()?;
-        }
-        Ok(())
+        self.remove_leftovers()
     }
 
     /// A decision that was not carried out and whose log is gone leaves a target that is neither point.
@@ -604,38 +598,35 @@ impl Replica {
         last == Some(DecisionKind::Commit) && self.names(session)
     }
 
-    /// Returns whether something is left to remove.
     fn recover_session(
         &mut self,
         found: Scan,
         last: Option<&Decision>,
         groups: Option<&dyn GroupVerdicts>,
         progress: Progress<'_>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let session = found.header.session;
         let epoch = self.state.slot().epoch;
         let Some(decision) = last else {
-            return Ok(found.header.epoch <= epoch || self.keep_newest(found));
+            self.keep_if_newest(found);
+            return Ok(());
         };
         match decision.kind {
-            DecisionKind::GiveUp => Ok(found.header.epoch <= epoch || self.keep_newest(found)),
-            DecisionKind::Prepared => self.recover_member(found, decision, groups, progress),
+            DecisionKind::GiveUp => self.keep_if_newest(found),
+            DecisionKind::Prepared => self.recover_member(found, decision, groups, progress)?,
             DecisionKind::Commit if self.is_settled(session, Some(DecisionKind::Commit)) => {
                 let evidence = self.state.slot().evidence.clone();
                 self.decide_outcome(&found.header, DecisionKind::Applied, evidence)?;
                 self.recovered = Recovered::Applied(session);
-                Ok(true)
             }
             DecisionKind::Commit => {
                 let root = Root::from_bytes(*decision.root.as_bytes());
                 self.carry_commit_out(&found, root, progress)?;
                 self.recovered = Recovered::Applied(session);
-                Ok(true)
             }
             DecisionKind::Rollback => {
                 self.carry_rollback_out(&found, progress)?;
                 self.recovered = Recovered::RolledBack(session);
-                Ok(true)
             }
             // The slot that follows from the outcome was lost: derive it again from the same decision.
             DecisionKind::Applied if found.header.epoch > epoch => {
@@ -643,13 +634,11 @@ impl Replica {
                 let (point, retained) = applied_point(self, &found.header, root);
                 self.publish_derived(&found.header, decision, Some(point), retained)?;
                 self.recovered = Recovered::Applied(session);
-                Ok(true)
             }
             DecisionKind::RolledBack if self.names(session) || found.header.epoch > epoch => {
                 let (point, retained) = self.rolled_back_point(&found.header);
                 self.publish_derived(&found.header, decision, point, retained)?;
                 self.recovered = Recovered::RolledBack(session);
-                Ok(true)
             }
             DecisionKind::Retired if self.names(session) && self.retained().is_some() => {
                 let slot = Slot {
@@ -657,10 +646,10 @@ impl Replica {
                     ..self.state.slot().clone()
                 };
                 self.state.publish(slot)?;
-                Ok(true)
             }
-            DecisionKind::Applied | DecisionKind::RolledBack | DecisionKind::Retired => Ok(true),
+            DecisionKind::Applied | DecisionKind::RolledBack | DecisionKind::Retired => {}
         }
+        Ok(())
     }
 
     fn publish_derived(
@@ -680,17 +669,15 @@ impl Replica {
         })
     }
 
-    fn keep_newest(&mut self, found: Scan) -> bool {
-        let newer = self
-            .staged
-            .as_ref()
-            .is_none_or(|s| s.header.epoch <= found.header.epoch);
-        let replaces = self.staged.is_some();
-        if newer {
+    /// Keeps the newest session that is not older than what was published last; the others are leftovers.
+    fn keep_if_newest(&mut self, found: Scan) {
+        let newest = self
+            .unfinished()
+            .map_or(self.state.slot().epoch, |h| h.epoch);
+        if found.header.epoch > newest {
             self.staged = Some(found);
             self.recovered = Recovered::Staging;
         }
-        replaces
     }
 
     fn recover_member(
@@ -699,12 +686,11 @@ impl Replica {
         decision: &Decision,
         groups: Option<&dyn GroupVerdicts>,
         progress: Progress<'_>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         match verdict(groups, decision)? {
             Verdict::Unknown => {
                 self.recovered = Recovered::GroupPending(found.header.session);
                 self.staged = Some(found);
-                Ok(false)
             }
             Verdict::Aborted => {
                 let header = found.header.clone();
@@ -713,7 +699,6 @@ impl Replica {
                     self.give_back(&found)?;
                     self.keep_point_proven(&header, unwritten)?;
                 }
-                Ok(true)
             }
             Verdict::Committed => {
                 keep_decided(&mut found, decision)?;
@@ -721,9 +706,9 @@ impl Replica {
                 let root = Root::from_bytes(*decision.root.as_bytes());
                 self.carry_commit_out(&found, root, progress)?;
                 self.recovered = Recovered::Applied(found.header.session);
-                Ok(true)
             }
         }
+        Ok(())
     }
 
     fn refuse_while_group_pending(&self) -> Result<()> {
@@ -848,6 +833,7 @@ impl Replica {
         let last = self.state.last_decision(header.session);
         Decision {
             session: header.session,
+            epoch: header.epoch,
             ordinal: self.state.next_ordinal(header.session),
             kind,
             records: last.map_or(0, |d| d.records),
@@ -922,8 +908,14 @@ impl Replica {
             return Ok(());
         };
         for extent in extents {
+            // Whole pages only: the rest of a page would be written, not given back.
+            let (start, end) = (extent.start(), extent.end());
+            let pages = start.next_multiple_of(PAGE_BYTES)..end / PAGE_BYTES * PAGE_BYTES;
+            if pages.is_empty() {
+                continue;
+            }
             target
-                .punch(*extent)
+                .punch(Extent::from_range(pages))
                 .map_err(|e| Error::target(format!("punch {extent}"), e))?;
         }
         target

@@ -578,6 +578,7 @@ impl<'r> Session<'r> {
     fn decide(&mut self, kind: DecisionKind, root: Digest, group: [u8; 16]) -> Result<()> {
         let decision = Decision {
             session: self.header.session,
+            epoch: self.header.epoch,
             ordinal: self.replica.state.next_ordinal(self.header.session),
             kind,
             records: self.appender.durable(),

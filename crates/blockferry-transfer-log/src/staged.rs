@@ -12,6 +12,7 @@ use crate::format::{NewContent, PAGE, RecordHeader, StoredPages, Unit, usize_of}
 use crate::index::{Index, RunContent};
 use crate::ledger::Ledger;
 use crate::log::{LogFiles, RecordPlace};
+use crate::spare::Spare;
 use crate::working::Working;
 
 /// Fills batches; shared by all workers. In `shadow` and `direct` runs of whole blocks it writes the bytes to
@@ -20,26 +21,29 @@ use crate::working::Working;
 pub struct Stager {
     geometry: Geometry,
     working: Option<Working>,
+    /// What batches are made of.
+    spare: Spare,
 }
 
 impl Stager {
     pub(crate) fn new(geometry: Geometry, working: Option<Working>) -> Self {
-        Self { geometry, working }
+        Self {
+            geometry,
+            working,
+            spare: Spare::default(),
+        }
     }
 
     /// A stager for batches whose bytes the session writes: what delta sync uses before its session begins.
     #[must_use]
     pub fn detached(geometry: Geometry) -> Self {
-        Self {
-            geometry,
-            working: None,
-        }
+        Self::new(geometry, None)
     }
 
     /// An empty batch for 4 KiB pages.
     #[must_use]
     pub fn pages(&self) -> Batch {
-        Batch::logged(self.geometry, Unit::Page)
+        Batch::logged(self.geometry, Unit::Page).with_spare(&self.spare)
     }
 
     /// An empty batch for whole blocks.
@@ -47,7 +51,7 @@ impl Stager {
     pub fn blocks(&self) -> Batch {
         match self.working {
             Some(_) => Batch::written(self.geometry, Unit::Block),
-            None => Batch::logged(self.geometry, Unit::Block),
+            None => Batch::logged(self.geometry, Unit::Block).with_spare(&self.spare),
         }
     }
 

@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use blockferry_core::Encoder;
+use blockferry_core::{Encoder, is_zero};
 use blockferry_device::{Identity, ReadRequest, StorageDir, StorageFile, WriteRequest};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -29,6 +29,7 @@ const LANES: usize = 2;
 const ORDINALS: usize = 8;
 const COPIES: usize = 2;
 const FIRST_DECISION: usize = 3;
+const STRUCK_OUT: u8 = 0xFF;
 const PAGES: usize = FIRST_DECISION + LANES * ORDINALS * COPIES;
 
 /// Valid decisions, each with its lane.
@@ -94,14 +95,15 @@ impl StateFile {
         // trusting anything, and stop if that fails.
         file.flush().map_err(|e| Error::log(&attempt, e))?;
         stats.count_flush();
-        let (slot_page, slot, decisions) = read_state(&*file, &attempt)?;
+        let read = read_state(&*file, &attempt)?;
+        strike_out(&*file, &read.damaged, stats)?;
         let stats = Arc::clone(stats);
         Ok(Self {
             file,
             stats,
-            slot,
-            slot_page,
-            decisions,
+            slot: read.slot,
+            slot_page: read.slot_page,
+            decisions: read.decisions,
             dead: false,
         })
     }
@@ -225,16 +227,47 @@ fn file_header() -> Vec<u8> {
     seal(bytes)
 }
 
+/// Makes pages that were torn unreadable for good. A later write of the same place that power loss cuts short
+/// could otherwise put just those sectors right that an earlier attempt lacked, and a decision would come back
+/// that was taken not to exist. Zeros would do the same where the attempt had zeros.
+fn strike_out(file: &dyn StorageFile, damaged: &[usize], stats: &Stats) -> Result<()> {
+    if damaged.is_empty() {
+        return Ok(());
+    }
+    let struck = [STRUCK_OUT; PAGE];
+    let requests: Vec<WriteRequest<'_>> = damaged
+        .iter()
+        .map(|page| WriteRequest {
+            offset: (page * PAGE) as u64,
+            bytes: &struck,
+        })
+        .collect();
+    let failed = |e| Error::log("strike out torn pages of the state", e);
+    file.write_batch(&requests).map_err(failed)?;
+    file.flush().map_err(failed)?;
+    stats.count_flush();
+    Ok(())
+}
+
+#[derive(Debug)]
+struct StateRead {
+    slot_page: usize,
+    slot: Slot,
+    decisions: Decisions,
+    /// Pages of slots and decisions that hold neither one nor nothing.
+    damaged: Vec<usize>,
+}
+
 /// Reads slots and decisions without changing anything: for `open` after its flush, and for looking only.
-fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<(usize, Slot, Decisions)> {
+fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
     let mut bytes = vec![0; PAGES * PAGE];
     let mut whole = [ReadRequest {
         offset: 0,
         buffer: &mut bytes,
     }];
     // An unreadable page must not hide the others: they are read one by one then.
+    let mut damaged = Vec::new();
     if file.read_medium(&mut whole).is_err() {
-        let mut damaged = Vec::new();
         for (page, buffer) in bytes.chunks_mut(PAGE).enumerate() {
             let mut one = [ReadRequest {
                 offset: (page * PAGE) as u64,
@@ -244,9 +277,9 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<(usize, Slot, Dec
                 damaged.push(page);
             }
         }
-        damaged
-            .into_iter()
-            .for_each(|page| bytes[page * PAGE..(page + 1) * PAGE].fill(0));
+        for page in &damaged {
+            bytes[page * PAGE..(page + 1) * PAGE].fill(0);
+        }
     }
     let page = |n: usize| &bytes[n * PAGE..(n + 1) * PAGE];
     let header_is_whole = crate::format::unseal(page(0)).is_some();
@@ -263,17 +296,40 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<(usize, Slot, Dec
         .filter_map(|(n, p)| Slot::decode(page(*p)).map(|s| (n, s)))
         .max_by_key(|(_, s)| s.sequence)
         .ok_or_else(|| Error::corrupt(format!("{attempt}: both state slots are damaged")))?;
-    let mut decisions = Vec::new();
-    for place in 0..LANES * ORDINALS {
-        let copies = (0..COPIES).map(|c| page(FIRST_DECISION + place * COPIES + c));
-        decisions.extend(
-            copies
-                .filter_map(Decision::decode)
-                .next()
-                .map(|d| (place / ORDINALS, d)),
-        );
+    let mut decisions: Decisions = Vec::new();
+    for number in FIRST_DECISION..PAGES {
+        let lane = (number - FIRST_DECISION) / (ORDINALS * COPIES);
+        match Decision::decode(page(number)) {
+            // The two copies differ where power loss kept one of an older session's: both count.
+            Some(decision) if !decisions.iter().any(|(_, d)| *d == decision) => {
+                decisions.push((lane, decision));
+            }
+            Some(_) => {}
+            None if is_blank(page(number)) => {}
+            None => damaged.push(number),
+        }
     }
-    Ok((slot_page, slot, decisions))
+    for lane in 0..LANES {
+        let of_lane = decisions.iter().filter(|(l, _)| *l == lane);
+        let newest = of_lane.map(|(_, d)| d.epoch).max().unwrap_or(0);
+        decisions.retain(|(l, d)| *l != lane || d.epoch == newest);
+    }
+    let torn = |p: &usize| Slot::decode(page(*p)).is_none() && !is_blank(page(*p));
+    damaged.extend(SLOT_PAGES.into_iter().filter(torn));
+    damaged.retain(|page| *page != 0);
+    damaged.sort_unstable();
+    damaged.dedup();
+    Ok(StateRead {
+        slot_page,
+        slot,
+        decisions,
+        damaged,
+    })
+}
+
+/// Never written, or struck out.
+fn is_blank(page: &[u8]) -> bool {
+    is_zero(page) || page.iter().all(|b| *b == STRUCK_OUT)
 }
 
 fn last_of(decisions: &[(usize, Decision)], session: SessionId) -> Option<&Decision> {
@@ -298,8 +354,11 @@ impl StateView {
         let Some(file) = dir.open(STATE_NAME).map_err(|e| Error::log(&attempt, e))? else {
             return Ok(None);
         };
-        let (_, slot, decisions) = read_state(&*file, &attempt)?;
-        Ok(Some(Self { slot, decisions }))
+        let read = read_state(&*file, &attempt)?;
+        Ok(Some(Self {
+            slot: read.slot,
+            decisions: read.decisions,
+        }))
     }
 
     pub(crate) fn last_kind(&self, session: SessionId) -> Option<DecisionKind> {

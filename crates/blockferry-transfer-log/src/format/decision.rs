@@ -63,6 +63,8 @@ impl DecisionKind {
 pub(crate) struct Decision {
     /// Whose decision.
     pub session: SessionId,
+    /// Of its session: what a lane holds of sessions with a lower one is stale.
+    pub epoch: u64,
     /// Its place in the order of this session's decisions, from 0.
     pub ordinal: u32,
     /// What was decided.
@@ -86,6 +88,7 @@ impl Decision {
         e.bytes(MAGIC);
         e.u32(FORMAT_VERSION);
         e.bytes(self.session.as_bytes());
+        e.u64(self.epoch);
         e.u32(self.ordinal);
         e.u8(self.kind.code());
         e.u64(self.records);
@@ -98,16 +101,19 @@ impl Decision {
 
     /// `None` if these bytes are not a whole decision: never written, torn, or rotten.
     pub(crate) fn decode(page: &[u8]) -> Option<Self> {
-        let (body, _) = unseal(page)?;
+        // Most places were never written: do not checksum their zeros.
+        let (body, _) = page.starts_with(MAGIC).then(|| unseal(page))??;
         let mut d = Decoder::new(body);
         if d.array::<8>().ok()? != *MAGIC || d.u32().ok()? != FORMAT_VERSION {
             return None;
         }
         let session = SessionId::from_bytes(d.array().ok()?);
+        let epoch = d.u64().ok()?;
         let ordinal = d.u32().ok()?;
         let code = d.u8().ok()?;
         Some(Self {
             session,
+            epoch,
             ordinal,
             kind: DecisionKind::ALL.into_iter().find(|k| k.code() == code)?,
             records: d.u64().ok()?,

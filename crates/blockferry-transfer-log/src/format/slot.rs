@@ -90,7 +90,7 @@ impl Slot {
 
     /// `None` if these bytes are not a whole slot.
     pub(crate) fn decode(page: &[u8]) -> Option<Self> {
-        let (body, _) = unseal(page)?;
+        let (body, _) = page.starts_with(MAGIC).then(|| unseal(page))??;
         let mut d = Decoder::new(body);
         if d.array::<8>().ok()? != *MAGIC || d.u32().ok()? != FORMAT_VERSION {
             return None;
