@@ -13,6 +13,9 @@ use crate::spare::Spare;
 /// Most bytes read at once.
 const SPAN_BYTES: usize = 4 * 1024 * 1024;
 
+/// Most bytes of one request.
+const REQUEST_BYTES: usize = 1024 * 1024;
+
 /// What an extent must hold.
 #[derive(Clone, Debug)]
 pub(crate) enum Expected {
@@ -97,12 +100,10 @@ impl<'t> ReadBack<'t> {
         let mut buffer = self.spare.take(self.used);
         let mut rest: &mut [u8] = &mut buffer;
         let mut requests = Vec::with_capacity(self.pieces.len());
-        for piece in &self.pieces {
-            let (head, tail) = rest.split_at_mut(padded(piece.extent));
-            requests.push(ReadRequest {
-                offset: piece.extent.start(),
-                buffer: &mut head[..usize_of(piece.extent.length())],
-            });
+        for (offset, length) in self.requests() {
+            let (head, tail) = rest.split_at_mut(length.next_multiple_of(PAGE));
+            let buffer = &mut head[..length];
+            requests.push(ReadRequest { offset, buffer });
             rest = tail;
         }
         let label = self.target.label();
@@ -122,6 +123,32 @@ impl<'t> ReadBack<'t> {
         }
         self.used = 0;
         Ok(())
+    }
+}
+
+impl ReadBack<'_> {
+    /// Offset and length of the reads that fill the buffer: neighbours together, long ones in parts, so that the
+    /// device gets requests of one size and serves several at a time.
+    fn requests(&self) -> Vec<(u64, usize)> {
+        let mut requests: Vec<(u64, usize)> = Vec::new();
+        for part in self
+            .pieces
+            .iter()
+            .flat_map(|p| p.extent.pieces(REQUEST_BYTES as u64))
+        {
+            let length = usize_of(part.length());
+            match requests.last_mut() {
+                Some((offset, so_far))
+                    if *offset + *so_far as u64 == part.start()
+                        && so_far.is_multiple_of(PAGE)
+                        && *so_far + length <= REQUEST_BYTES =>
+                {
+                    *so_far += length;
+                }
+                _ => requests.push((part.start(), length)),
+            }
+        }
+        requests
     }
 }
 

@@ -7,9 +7,7 @@
 use std::time::Duration;
 
 use blockferry_testkit::{Events, ExploreOptions, ImageLimits, Report, Scenario, SimDisk, explore};
-use blockferry_transfer_log::{
-    DecisionKind, ErrorKind, Recovered, Replica, Strategy, Unwritten, inspect,
-};
+use blockferry_transfer_log::{Recovered, Replica, Strategy, Unwritten, inspect};
 
 use crate::harness::{PAGE, Setup, id, image, quiet, root};
 
@@ -61,6 +59,8 @@ struct Model {
     acknowledged: Option<(u64, u64)>,
     cancelling: bool,
     accepting: bool,
+    /// Given up by name and not whole again.
+    given_up: bool,
     /// The image before, while there is a way back.
     way_back: Option<usize>,
 }
@@ -74,6 +74,7 @@ impl Model {
             acknowledged: None,
             cancelling: false,
             accepting: false,
+            given_up: false,
             way_back: None,
         };
         promises.iter().for_each(|p| model.take(p));
@@ -87,6 +88,7 @@ impl Model {
             Promise::At(image) => {
                 let back = self.heading.is_some_and(|(_, session)| session == 0);
                 self.way_back = Some(self.at).filter(|_| !back);
+                self.given_up = false;
                 self.at = *image;
                 self.settle();
             }
@@ -94,7 +96,10 @@ impl Model {
                 self.acknowledged = Some((*sequence, *bytes));
             }
             Promise::Cancelling => self.cancelling = true,
-            Promise::Cancelled => self.settle(),
+            Promise::Cancelled => {
+                self.given_up = true;
+                self.settle();
+            }
             Promise::Accepting => self.accepting = true,
             Promise::Accepted => {
                 self.accepting = false;
@@ -146,6 +151,9 @@ impl Story {
                 self.stage_and_commit(disk, &mut replica, image, Some(session), groups, events)?;
             }
             Step::Resume(image) => {
+                let model = Model::after(&events.all());
+                let (_, session) = model.heading.ok_or("the story has no session")?;
+                events.push(Promise::Heading(image, session));
                 self.stage_and_commit(disk, &mut replica, image, None, usize::MAX, events)?;
                 events.push(Promise::At(image));
             }
@@ -189,28 +197,20 @@ impl Story {
         }
         .map_err(failed)?;
         let manifest = session.create_manifest().map_err(failed)?;
-        let mut staged = session.totals().resumed_bytes;
         let mut left = groups;
-        loop {
-            let group = self
-                .setup
-                .stage(&mut session, target.as_ref(), new, 1.min(left), &mut |c| {
-                    staged = c.sequence.max(staged.min(c.sequence));
-                })
-                .map_err(failed);
-            group?;
-            let totals = session.totals();
-            if session.checkpoint().sequence > 0 {
-                let durable = totals.staged_bytes + totals.resumed_bytes;
-                let promise = Promise::Acknowledged(session.checkpoint().sequence, durable);
-                if events.all().last() == Some(&promise) {
-                    break;
-                }
-                events.push(promise);
-            } else {
+        while left > 0 {
+            let before = session.checkpoint();
+            self.setup
+                .stage(&mut session, target.as_ref(), new, 1, &mut |_| {})
+                .map_err(failed)?;
+            if session.checkpoint() == before {
                 break;
             }
-            left = left.saturating_sub(1);
+            // A resumed session may replace what was acknowledged by something smaller.
+            let live = session.totals().live_bytes;
+            let bytes = if begin.is_some() { live } else { 0 };
+            events.push(Promise::Acknowledged(session.checkpoint().sequence, bytes));
+            left -= 1;
         }
         check!(
             session.totals().restaged_bytes == 0,
@@ -238,6 +238,11 @@ impl Story {
         self.setup.strategy == Strategy::Direct && self.images[0].is_some()
     }
 
+    /// In place, the old content is gone from the start, and after a cancel until the next sync.
+    fn may_be_torn(&self, model: &Model) -> bool {
+        self.is_in_place() && (model.heading.is_some() || model.given_up)
+    }
+
     fn shows(&self, disk: &SimDisk) -> Option<usize> {
         let content = self.setup.content(disk);
         self.images.iter().position(|image| *image == content)
@@ -245,7 +250,7 @@ impl Story {
 
     /// What must hold of the bytes before anything is recovered (I1).
     fn check_untouched(&self, disk: &SimDisk, model: &Model) -> Result<(), String> {
-        let in_flight = model.deciding || (self.is_in_place() && model.heading.is_some());
+        let in_flight = model.deciding || self.may_be_torn(model);
         check!(
             in_flight || self.shows(disk) == Some(model.at),
             "the target changed although nothing was decided"
@@ -260,7 +265,7 @@ impl Story {
         model: &Model,
     ) -> Result<usize, String> {
         let shown = self.shows(disk);
-        if replica.unfinished().is_some() && self.is_in_place() {
+        if self.may_be_torn(model) && !matches!(replica.recovered(), Recovered::Applied(_)) {
             return Ok(shown.unwrap_or(model.at));
         }
         let mut allowed = vec![model.at];
@@ -334,7 +339,6 @@ impl Story {
         disk: &SimDisk,
         mut replica: Replica,
         model: &Model,
-        at: usize,
         events: &Events<Promise>,
     ) -> Result<(), String> {
         if let (Some((image, _)), true) = (model.heading, replica.unfinished().is_some()) {
@@ -383,12 +387,9 @@ impl Story {
         }
         let proven = matches!(replica.unwritten(), Ok(Unwritten::Proven));
         if replica.retained().is_some() && proven {
-            let back = if at == model.at {
-                model.way_back
-            } else {
-                Some(model.at)
-            };
-            let back = back.ok_or("a way back is kept, but the model knows none")?;
+            let back = model
+                .way_back
+                .ok_or("a way back is kept, but the model knows none")?;
             events.push(Promise::Heading(back, 0));
             events.push(Promise::Deciding);
             replica
@@ -458,10 +459,18 @@ impl Scenario for Story {
                 "a session came back that was done with"
             );
         }
+        let mut model = model;
+        if model.deciding && replica.unfinished().is_none() {
+            // Opening has reported where the target is: that must not revert either (I5).
+            if at != model.at {
+                events.push(Promise::At(at));
+                model.take(&Promise::At(at));
+            }
+        }
         drop(replica);
         self.check_twice(disk)?;
         let replica = self.open(disk)?;
-        self.go_on(disk, replica, &model, at, events)
+        self.go_on(disk, replica, &model, events)
     }
 }
 
@@ -476,7 +485,10 @@ impl Story {
                     vec![Promise::Heading(image, session), Promise::At(image)]
                 }
                 Step::Stage(image, session, _) => vec![Promise::Heading(image, session)],
-                Step::Resume(image) => vec![Promise::At(image)],
+                Step::Resume(image) => {
+                    let (_, session) = model.heading.expect("the story has a session");
+                    vec![Promise::Heading(image, session), Promise::At(image)]
+                }
                 Step::Rollback => {
                     let back = model.way_back.expect("the story has a way back");
                     vec![Promise::Heading(back, 0), Promise::At(back)]
@@ -632,7 +644,26 @@ fn redo_without_undo_survives_every_crash() {
     run(&story(setup, sizes(), &[], &[Sync(1, 1)]));
 }
 
-#[expect(dead_code, reason = "until groups come")]
-fn used(kind: ErrorKind, decision: DecisionKind) {
-    drop((kind, decision));
+/// What goes missing in a run, and what the explorer must say to it.
+#[test]
+fn the_explorer_catches_every_harmful_barrier_that_goes_missing() {
+    let options = ExploreOptions {
+        depth: 1,
+        images: FEW,
+        max_time: Duration::from_secs(4),
+        ..ExploreOptions::default()
+    };
+    for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Clone)] {
+        let story = story(setup, four_images(), &[Sync(1, 1)], &[Sync(2, 2)]);
+        let mut caught = 0;
+        for (barrier, report) in blockferry_testkit::sensitivity(&options, &story) {
+            let found = !report.violations.is_empty();
+            caught += usize::from(found);
+            println!(
+                "{:?} without {barrier} [{}]: caught {found}",
+                setup.strategy, barrier.label
+            );
+        }
+        assert!(caught > 0);
+    }
 }

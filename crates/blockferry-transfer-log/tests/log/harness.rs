@@ -148,12 +148,15 @@ impl Setup {
         groups: usize,
         acknowledged: &mut dyn FnMut(&Checkpoint),
     ) -> Result<()> {
-        let mut old = vec![0; target.map_or(0, |t| usize::try_from(t.size_bytes()).unwrap())];
-        if let Some(target) = target {
-            target.read_at(0, &mut old).expect("the target is readable");
-        }
         let batches = match self.strategy {
-            Strategy::Redo | Strategy::Clone => self.differing(session, &old, new)?,
+            Strategy::Redo | Strategy::Clone => {
+                let size = target.map_or(0, |t| t.size_bytes());
+                let mut old = vec![0; usize::try_from(size).unwrap()];
+                if let Some(target) = target {
+                    target.read_at(0, &mut old).expect("the target is readable");
+                }
+                self.differing(session, &old, new)?
+            }
             Strategy::Shadow | Strategy::Direct => self.everything(session, new)?,
         };
         let mut batches = batches.into_iter();
