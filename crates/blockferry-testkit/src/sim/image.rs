@@ -62,6 +62,8 @@ enum Unit {
         slot: usize,
         sector: u64,
         versions: Vec<(u64, SectorBytes)>,
+        /// Whether it may come out torn, as garbage or unreadable.
+        damageable: bool,
     },
     Size {
         slot: usize,
@@ -242,6 +244,7 @@ impl CrashPlan {
                     slot,
                     sector,
                     versions,
+                    ..
                 } => {
                     let noise = Random::part(noise, count(number));
                     results[*slot].set_sector(*sector, versions, choice, noise);
@@ -532,6 +535,9 @@ fn inode_units(slot: usize, inode: &Inode, units: &mut Vec<Unit>) {
 
 /// Leaves out versions that look like the one before: they make no other image.
 fn sector_unit(slot: usize, inode: &Inode, sector: u64, all: Vec<(u64, SectorBytes)>) -> Unit {
+    // Zeroing whole sectors of a file, or giving them back, changes its map and writes no sector.
+    let is_written = |(_, version): &(u64, SectorBytes)| !matches!(version, SectorBytes::Zero);
+    let damageable = inode.kind == Kind::Device || all.iter().any(is_written);
     let mut versions: Vec<(u64, SectorBytes)> = Vec::new();
     let old_is_readable = inode.durable.first_bad(sector * SECTOR, 1).is_none();
     for (operation, version) in all {
@@ -548,6 +554,7 @@ fn sector_unit(slot: usize, inode: &Inode, sector: u64, all: Vec<(u64, SectorByt
         slot,
         sector,
         versions,
+        damageable,
     }
 }
 
@@ -777,7 +784,15 @@ impl CrashImages {
             self.newest(|_| true)
         };
         let sectors: Vec<usize> = (0..choices.len())
-            .filter(|&unit| matches!(self.plan.units[unit], Unit::Sector { .. }))
+            .filter(|&unit| {
+                matches!(
+                    self.plan.units[unit],
+                    Unit::Sector {
+                        damageable: true,
+                        ..
+                    }
+                )
+            })
             .collect();
         if sectors.is_empty() {
             return choices;
