@@ -9,7 +9,7 @@ use blockferry_core::{
 use blockferry_delta_sync::{Comparison as RegionComparison, Known, Scratch};
 use blockferry_device::BlockSource;
 use blockferry_full_download::Copying;
-use blockferry_pipeline::{Phase, Step, WalkOptions, walk};
+use blockferry_pipeline::{DataRegions, Phase, Step, WalkOptions, walk};
 use blockferry_transfer_log::{Batch, Stager};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -69,7 +69,7 @@ pub(crate) fn scan_leaves(
     let mut done_bytes = 0;
     walk(
         WalkOptions::new(SyncOptions::default().threads()),
-        regions(geometry, context),
+        regions(DataRegions::of(geometry, vec![Arc::clone(source)]), context),
         blockferry_full_download::Scratch::default,
         |scratch, region, _emitter| {
             copying
@@ -80,7 +80,7 @@ pub(crate) fn scan_leaves(
             if let Step::Done(done) = step {
                 tree.push(&done.leaves);
                 take(&done.leaves)?;
-                done_bytes += geometry.region_extent(done.leaves.region()).length();
+                done_bytes = geometry.region_extent(done.leaves.region()).end();
                 context.progress(Phase::Verifying, done_bytes, geometry.image_bytes(), 0);
             }
             Ok(())
@@ -115,13 +115,16 @@ pub fn compare(
     let mut done_bytes = 0;
     walk(
         WalkOptions::new(SyncOptions::default().threads()),
-        regions(geometry, context),
+        regions(
+            DataRegions::of(geometry, vec![Arc::clone(a), Arc::clone(b)]),
+            context,
+        ),
         Scratch::default,
         |scratch, region, _emitter| compare_region(&comparison, region, scratch),
         |step: Step<(), (RegionDone, Vec<Extent>)>| {
             if let Step::Done((done, extents)) = step {
                 extents.into_iter().for_each(|e| merger.add(e));
-                done_bytes += geometry.region_extent(done.leaves.region()).length();
+                done_bytes = geometry.region_extent(done.leaves.region()).end();
                 context.progress(Phase::Verifying, done_bytes, common, merger.different_bytes);
             }
             Ok(())
@@ -165,17 +168,15 @@ fn compare_region(
 }
 
 fn regions(
-    geometry: Geometry,
+    mut regions: DataRegions,
     context: &Context,
 ) -> impl FnMut() -> Option<Result<RegionIndex>> + Send {
     let cancel = context.cancel.clone();
-    let mut next = 0;
     move || {
         if cancel.is_cancelled() {
             return Some(Err(Error::cancelled()));
         }
-        next += 1;
-        (next <= geometry.region_count()).then(|| Ok(RegionIndex::new(next - 1)))
+        regions.next().map(Ok)
     }
 }
 

@@ -1,9 +1,9 @@
 //! The two modes behind one face: what a worker does with a region.
 
-use blockferry_core::{RegionIndex, RegionLeaves};
+use blockferry_core::{Geometry, RegionIndex, RegionLeaves};
 use blockferry_delta_sync::{Comparison, Known};
 use blockferry_full_download::Copying;
-use blockferry_pipeline::Failure;
+use blockferry_pipeline::{DataRegions, Failure};
 use blockferry_transfer_log::Batch;
 
 /// What is done with every region.
@@ -30,6 +30,25 @@ pub(crate) struct RegionDone {
 }
 
 impl Job {
+    /// The regions that have to be looked at.
+    pub(crate) fn regions(&self, geometry: Geometry) -> DataRegions {
+        let (source, staged, target) = match self {
+            Self::Delta(c) => (&c.source, &c.staged, Some(&c.target)),
+            // Zeros need no writing in a new file.
+            Self::Full(c) => (
+                &c.source,
+                &c.staged,
+                c.target.as_ref().filter(|_| !c.is_into_new_file()),
+            ),
+        };
+        // Something may be staged where both sides are zero now.
+        if staged.is_some() {
+            return DataRegions::every(geometry);
+        }
+        let devices = std::iter::once(source).chain(target);
+        DataRegions::of(geometry, devices.cloned().collect())
+    }
+
     pub(crate) fn region(
         &self,
         region: RegionIndex,

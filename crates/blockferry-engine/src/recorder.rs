@@ -29,6 +29,21 @@ impl<R: Read> Cursor<R> {
         }
     }
 
+    /// Whether every region from the last one asked for up to, but without, `region` is zero.
+    fn is_zero_until(
+        &mut self,
+        region: RegionIndex,
+    ) -> std::result::Result<bool, blockferry_core::Error> {
+        if !self.ended && self.ahead.is_none() {
+            self.ahead = self.reader.next_region()?;
+            self.ended = self.ahead.is_none();
+        }
+        Ok(self
+            .ahead
+            .as_ref()
+            .is_none_or(|ahead| ahead.region() >= region))
+    }
+
     /// The leaves of `region`; regions are asked for in ascending order.
     ///
     /// # Errors
@@ -42,9 +57,9 @@ impl<R: Read> Cursor<R> {
             self.ahead = self.reader.next_region()?;
             self.ended = self.ahead.is_none();
         }
-        match &self.ahead {
-            Some(ahead) if ahead.region() == region => Ok(ahead.clone()),
-            _ => Ok(RegionLeaves::zero(&geometry, region)),
+        match self.ahead.take_if(|ahead| ahead.region() == region) {
+            Some(found) => Ok(found),
+            None => Ok(RegionLeaves::zero(&geometry, region)),
         }
     }
 }
@@ -56,9 +71,9 @@ pub(crate) struct Recorder {
     geometry: Geometry,
     tree: TreeHasher,
     writer: Option<ManifestWriter<std::io::BufWriter<ManifestFile>>>,
-    /// Regions since the start that equalled the base, until the first that did not.
+    /// All regions below `equal_below` equalled this.
     base: Option<Cursor<Box<dyn Read + Send>>>,
-    equal_regions: u64,
+    equal_below: RegionIndex,
 }
 
 impl Recorder {
@@ -73,7 +88,7 @@ impl Recorder {
             tree: TreeHasher::new(geometry),
             writer: None,
             base,
-            equal_regions: 0,
+            equal_below: RegionIndex::new(0),
         }
     }
 
@@ -86,9 +101,11 @@ impl Recorder {
     ) -> Result<()> {
         self.tree.push(leaves);
         if let Some(base) = &mut self.base {
-            let equal = base.leaves(leaves.region()).is_ok_and(|b| b == *leaves);
+            let region = leaves.region();
+            let equal = base.is_zero_until(region).is_ok_and(|zero| zero)
+                && base.leaves(region).is_ok_and(|b| b == *leaves);
             if equal {
-                self.equal_regions += 1;
+                self.equal_below = RegionIndex::new(region.get() + 1);
                 return Ok(());
             }
         }
@@ -110,8 +127,8 @@ impl Recorder {
         }
         let output = std::io::BufWriter::with_capacity(64 * 1024, create()?);
         let mut writer = ManifestWriter::new(self.geometry, output).map_err(manifest_failed)?;
-        if self.base.take().is_some() && self.equal_regions > 0 {
-            let again = reopen()
+        if self.base.take().is_some() && self.equal_below.get() > 0 {
+            let mut again = reopen()
                 .and_then(|r| ManifestReader::open(r).ok())
                 .ok_or_else(|| {
                     Error::new(
@@ -119,16 +136,31 @@ impl Recorder {
                         "the saved manifest disappeared while it was in use",
                     )
                 })?;
-            let mut again = Cursor::new(again);
-            for region in 0..self.equal_regions {
-                let leaves = again
-                    .leaves(RegionIndex::new(region))
-                    .map_err(manifest_failed)?;
+            while let Some(leaves) = again.next_region().map_err(manifest_failed)? {
+                if leaves.region() >= self.equal_below {
+                    break;
+                }
                 writer.push(&leaves).map_err(manifest_failed)?;
             }
         }
         self.writer = Some(writer);
         Ok(())
+    }
+
+    /// Says that no region with data follows.
+    pub(crate) fn end(
+        &mut self,
+        reopen: &Opener<'_>,
+        create: &mut dyn FnMut() -> Result<ManifestFile>,
+    ) -> Result<()> {
+        let end = RegionIndex::new(self.geometry.region_count());
+        let base = self.base.as_mut();
+        let equal = base.is_some_and(|base| base.is_zero_until(end).is_ok_and(|zero| zero));
+        if equal {
+            Ok(())
+        } else {
+            self.start(reopen, create)
+        }
     }
 
     /// Whether the result differs from the base, or there was none: a manifest is being written.

@@ -439,18 +439,15 @@ impl<'a> Run<'a> {
         recorder: &mut Recorder,
     ) -> Result<()> {
         self.counts = Counts::default();
-        let regions = self.geometry.region_count();
+        let mut regions = job.regions(self.geometry);
         let mut source_known = files.source_cursor();
         let mut target_known = files.target_cursor();
         let cancel = self.context.cancel.clone();
-        let mut region = 0;
         let next = move || {
             if cancel.is_cancelled() {
                 return Some(Err(Error::cancelled()));
             }
-            let index = RegionIndex::new(region);
-            region += 1;
-            (index.get() < regions).then(|| {
+            regions.next().map(|index| {
                 let known = Known::new(
                     leaves(&mut source_known, index),
                     leaves(&mut target_known, index),
@@ -763,8 +760,8 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
         counts.source_read += done.source_read_bytes;
         counts.target_read += done.target_read_bytes;
         counts.changed += done.changed_bytes;
-        let region = self.run.geometry.region_extent(done.leaves.region());
-        counts.done += region.length();
+        // Regions come in order; those passed over were zero on both sides.
+        counts.done = self.run.geometry.region_extent(done.leaves.region()).end();
         let (done_bytes, changed) = (counts.done, counts.changed);
         let total = self.run.geometry.image_bytes();
         self.run
@@ -778,8 +775,12 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
             })
     }
 
-    /// Takes the verdict on every group that was handed out.
+    /// All regions were taken: ends the record, and takes the verdict on every group that was handed out.
     fn finish(self) -> Result<()> {
+        let id = self.run.id;
+        let handle = &mut *self.handle;
+        self.recorder
+            .end(&self.files.reopener(), &mut || handle.create_manifest(id))?;
         match &mut *self.handle {
             LogHandle::Open(session) => self.read_back.collect(session, Collect::All),
             LogHandle::Idle(..) | LogHandle::Failed => Ok(()),

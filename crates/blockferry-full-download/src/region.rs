@@ -87,6 +87,12 @@ impl Copying {
         }
     }
 
+    /// Whether what is written is a file of our own, which reads as zeros where nothing is written.
+    #[must_use]
+    pub fn is_into_new_file(&self) -> bool {
+        self.stager.writes_new_file()
+    }
+
     /// Copies one region and emits what it wrote or wants logged.
     ///
     /// # Errors

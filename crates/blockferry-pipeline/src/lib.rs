@@ -10,5 +10,7 @@ mod walk;
 
 pub use failure::{Failure, Side};
 pub use progress::{Event, Observer, Phase, Progress, Silent};
-pub use region::{BUFFER_BYTES, BlockRun, PIECE_BYTES, ZeroBlocks, block_in, read_padded, runs};
+pub use region::{
+    BUFFER_BYTES, BlockRun, DataRegions, PIECE_BYTES, ZeroBlocks, block_in, read_padded, runs,
+};
 pub use walk::{Emitter, Step, Stopped, WalkOptions, walk};

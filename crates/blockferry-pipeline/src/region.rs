@@ -1,5 +1,7 @@
 //! A region of a device as the modes read it: which blocks are known to be zero, and runs of the others.
 
+use std::sync::Arc;
+
 use blockferry_core::{BlockIndex, Extent, Geometry, REGION_BLOCKS, RegionIndex};
 use blockferry_device::{BlockSource, Result, Status};
 
@@ -53,6 +55,81 @@ impl ZeroBlocks {
     #[must_use]
     pub fn all(&self) -> bool {
         self.zero.iter().all(|z| *z)
+    }
+}
+
+/// The regions in which at least one of some devices may hold data, ascending; large holes are passed over
+/// without a step for each region.
+#[derive(Debug)]
+pub struct DataRegions {
+    geometry: Geometry,
+    /// `None`: every region counts.
+    devices: Option<Vec<Arc<dyn BlockSource>>>,
+    next: u64,
+}
+
+impl DataRegions {
+    /// Regions that may hold data on any of `devices`.
+    #[must_use]
+    pub fn of(geometry: Geometry, devices: Vec<Arc<dyn BlockSource>>) -> Self {
+        Self {
+            geometry,
+            devices: Some(devices),
+            next: 0,
+        }
+    }
+
+    /// Every region.
+    #[must_use]
+    pub fn every(geometry: Geometry) -> Self {
+        Self {
+            geometry,
+            devices: None,
+            next: 0,
+        }
+    }
+
+    /// Where the zeros that begin at `start` on all devices end.
+    fn zeros_end(&self, start: u64) -> u64 {
+        let devices = self.devices.iter().flatten();
+        devices
+            .map(|device| zeros_end(&**device, start))
+            .min()
+            .unwrap_or(start)
+    }
+}
+
+impl Iterator for DataRegions {
+    type Item = RegionIndex;
+
+    fn next(&mut self) -> Option<RegionIndex> {
+        while self.next < self.geometry.region_count() {
+            let region = RegionIndex::new(self.next);
+            let extent = self.geometry.region_extent(region);
+            let zeros_end = self.zeros_end(extent.start());
+            if zeros_end < extent.end() {
+                self.next += 1;
+                return Some(region);
+            }
+            self.next = zeros_end
+                .div_euclid(self.geometry.region_bytes())
+                .max(self.next + 1);
+        }
+        None
+    }
+}
+
+/// Where the zeros that begin at `start` end; `start` itself if there are none, or the device cannot tell.
+fn zeros_end(device: &dyn BlockSource, start: u64) -> u64 {
+    let size = device.size_bytes();
+    if start >= size {
+        return u64::MAX;
+    }
+    match device.status_at(start) {
+        Ok((Status::Zero, end)) if end >= size => u64::MAX,
+        Ok((Status::Zero, end)) => end,
+        // A device that fails here fails again where the failure is reported: when it is read.
+        Ok((Status::Data, _)) | Err(_) => start,
     }
 }
 

@@ -67,8 +67,14 @@ pub(crate) struct Staged<'a> {
 }
 
 impl Staged<'_> {
-    /// Writes every staged page to `target`, in offset order. Not flushed.
-    pub(crate) fn write_to(&self, target: &dyn BlockTarget, progress: Progress<'_>) -> Result<()> {
+    /// Writes every staged page to `target`, in offset order; a page across the end of the image is written whole
+    /// up to `room_bytes`, so that no sector is written in part. Not flushed.
+    pub(crate) fn write_to(
+        &self,
+        target: &dyn BlockTarget,
+        room_bytes: u64,
+        progress: Progress<'_>,
+    ) -> Result<()> {
         let total: u64 = self.index.runs().map(|r| r.extent.length()).sum();
         let mut done = 0;
         let mut batch = Writes::default();
@@ -87,11 +93,8 @@ impl Staged<'_> {
             };
             last = Some((run.record, Arc::clone(&pages)));
             let start = payload as usize;
-            batch.push(
-                run.extent.start(),
-                pages,
-                start..start + usize_of(run.extent.length()),
-            );
+            let length = usize_of(whole_pages(run.extent, room_bytes).length());
+            batch.push(run.extent.start(), pages, start..start + length);
             if batch.is_full() {
                 batch.write(target)?;
                 progress(done, total);
@@ -193,11 +196,12 @@ impl Staged<'_> {
         }
     }
 
-    /// Writes every pre-image back to `target`, up to its old size. Not flushed.
+    /// Writes every pre-image back to `target`, as far as it reaches: what lies beyond the old end is cut off
+    /// afterwards. Not flushed.
     pub(crate) fn restore_to(
         &self,
         target: &dyn BlockTarget,
-        old_bytes: u64,
+        room_bytes: u64,
         progress: Progress<'_>,
     ) -> Result<()> {
         let total = self.records.len() as u64;
@@ -212,9 +216,8 @@ impl Staged<'_> {
             let pages = Arc::new(pages);
             let mut batch = Writes::default();
             for (entry, payload) in old_entries(&header) {
-                // Padding beyond the old end is not content.
-                let Some(inside) = entry.extent.intersection(Extent::from_range(0..old_bytes))
-                else {
+                let room = Extent::from_range(0..room_bytes);
+                let Some(inside) = whole_pages(entry.extent, room_bytes).intersection(room) else {
                     continue;
                 };
                 if entry.old == OldContent::Zero {
@@ -288,6 +291,12 @@ impl Staged<'_> {
         let header = self.files.header(place)?;
         self.files.new_pages(place, &header).map(Arc::new)
     }
+}
+
+/// The extent up to the end of its last page, where there is room; payloads are padded with zeros.
+fn whole_pages(extent: Extent, room_bytes: u64) -> Extent {
+    let end = extent.end().next_multiple_of(PAGE as u64).min(room_bytes);
+    Extent::from_range(extent.start()..end.max(extent.end()))
 }
 
 /// The extents with a pre-image, each with its range in the old payload (empty for zeros).

@@ -1149,7 +1149,14 @@ fn apply_redo(
             .resize(image_bytes)
             .map_err(|e| Error::target("grow the target", e))?;
     }
-    staged.write_to(&*target, progress)?;
+    let is_file = matches!(replica.content, Content::File(_));
+    // What lies beyond the end of a device's image is not ours; of a file's it is cut off below.
+    let room_bytes = if is_file {
+        target.size_bytes()
+    } else {
+        image_bytes
+    };
+    staged.write_to(&*target, room_bytes, progress)?;
     if matches!(replica.content, Content::File(_)) && target.size_bytes() > image_bytes {
         target
             .resize(image_bytes)
@@ -1264,7 +1271,7 @@ pub(crate) fn restore_redo(
     if is_file && target.size_bytes() < header.old_bytes {
         resize(header.old_bytes)?;
     }
-    staged.restore_to(&*target, header.old_bytes, progress)?;
+    staged.restore_to(&*target, target.size_bytes(), progress)?;
     if is_file && target.size_bytes() != header.old_bytes {
         resize(header.old_bytes)?;
     }

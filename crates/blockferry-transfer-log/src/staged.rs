@@ -120,6 +120,12 @@ impl Stager {
         Ok(())
     }
 
+    /// Whether blocks go to a file that was created empty for this session.
+    #[must_use]
+    pub fn writes_new_file(&self) -> bool {
+        self.working.as_ref().is_some_and(|w| w.sibling.is_some())
+    }
+
     /// Whether the old content of what is staged is wanted: only a log keeps it.
     #[must_use]
     pub fn wants_old(&self) -> bool {

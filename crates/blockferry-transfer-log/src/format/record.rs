@@ -117,7 +117,6 @@ impl Unit {
 
 /// How the new pages of a record are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "the format has exactly these")]
 pub(crate) enum StoredPages {
     /// In the working file, not in the log.
     Elsewhere,
