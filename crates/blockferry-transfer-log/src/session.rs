@@ -421,6 +421,7 @@ impl<'r> Session<'r> {
     /// The target was changed behind our back, or has no room; it is at its old point.
     pub fn prepare(&mut self) -> Result<Prepared> {
         self.prepared = false;
+        self.stage_edge()?;
         self.close_group()?;
         // Nothing is trusted that this run did not read back itself (I3).
         self.verify_pending()?;
@@ -448,6 +449,45 @@ impl<'r> Session<'r> {
         self.sync_names()?;
         self.prepared = true;
         Ok(Prepared::Complete)
+    }
+
+    /// Cutting a file off inside a page writes that page, in apply or on the way back: it must be in the log even
+    /// if its content stays, or a torn write of it could not be mended.
+    fn stage_edge(&mut self) -> Result<()> {
+        let (old_bytes, new_bytes) = (self.header.old_bytes, self.header.geometry.image_bytes());
+        let end = old_bytes.min(new_bytes);
+        let start = end - end % PAGE as u64;
+        let is_cut = self.replica.is_file() && old_bytes != new_bytes && start < end;
+        let target = self.replica.content.target();
+        let Some(target) = target.filter(|_| is_cut && self.header.strategy == Strategy::Redo)
+        else {
+            return Ok(());
+        };
+        let page_end = start + PAGE as u64;
+        let old_extent = Extent::from_range(start..page_end.min(old_bytes));
+        let new_extent = Extent::from_range(start..page_end.min(new_bytes));
+        let staged: u64 = self
+            .ledger
+            .index
+            .within(new_extent)
+            .map(|r| r.extent.length())
+            .sum();
+        let kept = self.header.undo == Undo::None || self.ledger.touched.covers(old_extent);
+        if staged == new_extent.length() && kept {
+            return Ok(());
+        }
+        let mut old = vec![0; PAGE];
+        target
+            .read_at(start, &mut old[..usize_of(old_extent.length())])
+            .map_err(|e| Error::target("read the page where the target is cut off", e))?;
+        let mut new = old[..usize_of(new_extent.length())].to_vec();
+        self.staged_view().patch(new_extent, &mut new)?;
+        let mut batch = Batch::logged(self.header.geometry, Unit::Page);
+        if !kept {
+            batch.push(old_extent, New::None, Old::Data(&old));
+        }
+        batch.push(new_extent, New::Data(&new), Old::None);
+        self.stage(batch)
     }
 
     /// Where a way back is promised, everything that apply replaces has a pre-image.

@@ -7,9 +7,12 @@
 use std::time::Duration;
 
 use blockferry_testkit::{Events, ExploreOptions, ImageLimits, Report, Scenario, SimDisk, explore};
-use blockferry_transfer_log::{Recovered, Replica, Strategy, Unwritten, inspect};
+use blockferry_transfer_log::{Prepared, Recovered, Replica, Strategy, Unwritten, inspect};
 
-use crate::harness::{PAGE, Setup, id, image, quiet, root};
+use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
+
+/// Owner, mode and the like of the first target.
+const ATTRIBUTES: u64 = 77;
 
 /// What a story does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,6 +275,13 @@ impl Story {
         if model.deciding {
             allowed.extend(model.heading.map(|(image, _)| image));
         }
+        if !self.setup.device && self.images[0].is_some() {
+            let attributes = disk.attributes(&format!("images/{TARGET}"));
+            check!(
+                attributes == Some(ATTRIBUTES),
+                "owner and mode were lost: {attributes:?}"
+            );
+        }
         let shown = shown.filter(|image| allowed.contains(image));
         let at = shown.ok_or_else(|| {
             format!(
@@ -368,6 +378,13 @@ impl Story {
                     "{bytes} bytes were acknowledged, but only {resumed} came back"
                 );
             }
+            if acknowledged.is_some_and(|(_, bytes)| bytes > 0) {
+                let found = session.prepare().map_err(|e| format!("resumed: {e:?}"))?;
+                check!(
+                    matches!(found, Prepared::Complete),
+                    "what was acknowledged did not read back: {found:?}"
+                );
+            }
             self.setup
                 .finish(&mut session, target.as_ref(), new)
                 .map_err(|e| format!("resumed: {e:?}"))?;
@@ -416,6 +433,7 @@ impl Scenario for Story {
 
     fn prepare(&self, disk: &SimDisk) {
         self.setup.install(disk, self.images[0].as_deref());
+        disk.set_attributes(&format!("images/{TARGET}"), ATTRIBUTES);
         let events = Events::new(disk);
         for step in &self.before {
             self.do_step(disk, *step, &events)
@@ -507,11 +525,11 @@ fn options(images: ImageLimits) -> ExploreOptions {
     ExploreOptions {
         depth: 2,
         images,
-        crashed_recoveries: 4,
+        crashed_recoveries: 2,
         recovery_images: ImageLimits {
-            exhaustive: 32,
-            samples: 24,
-            damaged: 4,
+            exhaustive: 16,
+            samples: 12,
+            damaged: 3,
         },
         max_time: Duration::from_secs(20),
         ..ExploreOptions::default()
@@ -644,7 +662,19 @@ fn redo_without_undo_survives_every_crash() {
     run(&story(setup, sizes(), &[], &[Sync(1, 1)]));
 }
 
-/// What goes missing in a run, and what the explorer must say to it.
+/// Barriers whose loss this story cannot show, and why.
+///
+/// | barrier | why |
+/// |---|---|
+/// | state, at open | only a killed predecessor leaves something unflushed; nobody was killed before this story |
+/// | manifest | it checks itself; without it the next sync reads the target |
+/// | state, after apply | COMMIT is durable and its log is still there: recovery reaches the same point again |
+fn is_covered(operation: &str, label: &str, number: usize, of: usize) -> bool {
+    let at_open = number == 0;
+    let last = number + 1 == of && label == "commit";
+    at_open || last || operation.ends_with(".manifest")
+}
+
 #[test]
 fn the_explorer_catches_every_harmful_barrier_that_goes_missing() {
     let options = ExploreOptions {
@@ -653,17 +683,29 @@ fn the_explorer_catches_every_harmful_barrier_that_goes_missing() {
         max_time: Duration::from_secs(4),
         ..ExploreOptions::default()
     };
-    for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Clone)] {
+    let setups = [
+        (Setup::file(Strategy::Redo), true),
+        (Setup::device(Strategy::Redo), true),
+        (Setup::file(Strategy::Clone), true),
+        (Setup::file(Strategy::Shadow), true),
+        // Without a way back the log is removed at once: then even the last barrier shows.
+        (Setup::file(Strategy::Redo).without_undo(), false),
+    ];
+    for (setup, keeps_log) in setups {
         let story = story(setup, four_images(), &[Sync(1, 1)], &[Sync(2, 2)]);
-        let mut caught = 0;
-        for (barrier, report) in blockferry_testkit::sensitivity(&options, &story) {
-            let found = !report.violations.is_empty();
-            caught += usize::from(found);
-            println!(
-                "{:?} without {barrier} [{}]: caught {found}",
-                setup.strategy, barrier.label
+        let barriers = blockferry_testkit::sensitivity(&options, &story);
+        let count = barriers.len();
+        for (number, (barrier, report)) in barriers.into_iter().enumerate() {
+            let caught = !report.violations.is_empty();
+            println!("{:?} without {barrier}: caught {caught}", setup.strategy);
+            let covered = is_covered(&barrier.subject, &barrier.label, number, count);
+            let last_shows = !keeps_log && number + 1 == count;
+            assert!(
+                caught || (covered && !last_shows),
+                "{:?} without {barrier} [{}] went unnoticed",
+                setup.strategy,
+                barrier.label
             );
         }
-        assert!(caught > 0);
     }
 }
