@@ -201,13 +201,16 @@ pub(crate) fn choose(options: &SyncOptions, found: Situation, sample: &Sample) -
         format_size(round(sample.changed_bytes())),
         format_size(round(sample.data_bytes()))
     );
-    let full_is_better = full < delta && found.is_file || strategy == Strategy::Shadow;
+    // Only a new file can be written without a comparison; where blocks are shared the clone keeps them shared.
+    let room = round(sample.data_bytes()) <= found.target_free_bytes;
+    let may_replace = found.is_file && !found.can_clone && room && strategy != Strategy::Direct;
     let mode = match options.mode {
-        Mode::Auto if full_is_better => Mode::Full,
+        Mode::Auto if strategy == Strategy::Shadow || full < delta && may_replace => Mode::Full,
         Mode::Auto => Mode::Delta,
         asked => asked,
     };
-    let (strategy, why) = if mode == Mode::Full {
+    // What made a new file the better way is also the reason for the mode.
+    let (strategy, why) = if mode == Mode::Full && strategy != Strategy::Shadow {
         full_strategy(options, found)
     } else {
         (strategy, why)
@@ -343,4 +346,111 @@ fn scramble(seed: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    /// 4 GiB of data, of which this share of the pages differs; comparing takes as long as `target_seconds` says.
+    fn sample(share: f64, target_seconds: f64) -> Sample {
+        Sample {
+            blocks: 256,
+            data_blocks: 256,
+            data_pages: 4096,
+            changed_pages: round(4096.0 * share),
+            source_seconds: 0.01,
+            target_seconds,
+            digest_seconds: 0.01,
+            weight: 256.0,
+            block_bytes: 65536.0,
+        }
+    }
+
+    fn file(target_free_bytes: u64) -> Situation {
+        Situation {
+            target_present: true,
+            is_file: true,
+            can_clone: false,
+            target_known: false,
+            state_free_bytes: 100 * GIB,
+            target_free_bytes,
+        }
+    }
+
+    fn chosen(found: Situation, sample: &Sample) -> (Mode, Strategy, String) {
+        let choice = choose(&SyncOptions::default(), found, sample);
+        (choice.mode, choice.strategy, choice.reason)
+    }
+
+    #[test]
+    fn a_large_change_gets_a_new_file_and_the_reason_says_so() {
+        let (mode, strategy, reason) = chosen(file(100 * GIB), &sample(0.6, 0.01));
+
+        assert_eq!((mode, strategy), (Mode::Full, Strategy::Shadow));
+        assert!(
+            reason.contains("60.0 %") && reason.contains("more than a third"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn a_new_file_is_never_chosen_where_there_is_no_room_for_it() {
+        for sample in [sample(0.6, 0.01), sample(0.01, 1e6)] {
+            let (mode, strategy, _) = chosen(file(GIB), &sample);
+
+            assert_eq!((mode, strategy), (Mode::Delta, Strategy::Redo));
+        }
+    }
+
+    #[test]
+    fn where_blocks_are_shared_they_stay_shared() {
+        let found = Situation {
+            can_clone: true,
+            ..file(100 * GIB)
+        };
+
+        for sample in [sample(0.6, 0.01), sample(0.01, 1e6)] {
+            let (mode, strategy, _) = chosen(found, &sample);
+
+            assert_eq!((mode, strategy), (Mode::Delta, Strategy::Clone));
+        }
+    }
+
+    #[test]
+    fn a_comparison_that_takes_too_long_is_left_out() {
+        let (mode, strategy, _) = chosen(file(100 * GIB), &sample(0.01, 1e6));
+
+        assert_eq!((mode, strategy), (Mode::Full, Strategy::Shadow));
+    }
+
+    #[test]
+    fn a_device_is_never_exchanged() {
+        let found = Situation {
+            is_file: false,
+            ..file(0)
+        };
+
+        let (_, strategy, _) = chosen(found, &sample(0.9, 1e6));
+
+        assert_eq!(strategy, Strategy::Redo);
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_a_way_out() {
+        let found = Situation {
+            state_free_bytes: GIB,
+            ..file(GIB)
+        };
+
+        let error = check_space(&choose(&SyncOptions::default(), found, &sample(0.9, 0.01)));
+
+        let message = error.expect_err("4 GiB do not fit").to_string();
+        assert!(
+            message.contains("--in-place") && message.contains("--state"),
+            "{message}"
+        );
+    }
 }

@@ -44,7 +44,7 @@ pub fn sync(
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Receipt> {
-    let mut run = Run::new(source, target.label(), options, context)?;
+    let mut run = Run::new(source, target, options, context)?;
     run.check_sizes(target)?;
     let resumed = run.settle_unfinished(target)?;
     if resumed.is_none() && run.is_proven_identical(target)? {
@@ -76,6 +76,8 @@ struct Run<'a> {
     fallbacks: Vec<String>,
     phases: BTreeMap<String, f64>,
     counts: Counts,
+    /// Flushes that opening and recovering the target took: not this run's.
+    flushes_before: u64,
 }
 
 /// What the workers did.
@@ -90,10 +92,12 @@ struct Counts {
 impl<'a> Run<'a> {
     fn new(
         source: Arc<dyn BlockSource>,
-        target: String,
+        target: &Target,
         options: &'a SyncOptions,
         context: &'a Context,
     ) -> Result<Self> {
+        let flushes_before = target.replica.stats().flushes();
+        let target = target.label();
         let failed = |e| Error::source(format!("examine source {}", source.label()), e);
         let identity = source.identity().map_err(failed)?;
         let evidence = source.evidence().map_err(failed)?;
@@ -116,6 +120,7 @@ impl<'a> Run<'a> {
             fallbacks: Vec::new(),
             phases: BTreeMap::new(),
             counts: Counts::default(),
+            flushes_before,
         })
     }
 
@@ -646,7 +651,7 @@ impl<'a> Run<'a> {
             sync_point: point.to_string(),
             previous_point: None,
             rollback_available: target.replica.retained().is_some(),
-            flushes: stats.flushes(),
+            flushes: stats.flushes() - self.flushes_before,
             records: stats.records(),
             fallbacks: self.fallbacks.clone(),
             elapsed_seconds: self.elapsed(self.started),
