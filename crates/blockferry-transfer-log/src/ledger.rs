@@ -1,10 +1,15 @@
 //! What the records of a session say, taken in one after the other.
 
-use blockferry_core::ExtentSet;
+use blockferry_core::{Extent, ExtentSet, PAGE_BYTES};
 
 use crate::format::{NewContent, OldContent, RecordHeader};
 use crate::index::Index;
 use crate::log::RecordPlace;
+
+/// A pre-image covers the page it ends in: what lies behind the old end is no content.
+pub(crate) fn whole_pages(extent: Extent) -> Extent {
+    Extent::from_range(extent.start()..extent.end().next_multiple_of(PAGE_BYTES))
+}
 
 /// The records of a session and what they add up to.
 #[derive(Clone, Debug, Default)]
@@ -36,7 +41,7 @@ impl Ledger {
         self.index.insert_record(number, header);
         for entry in &header.extents {
             if entry.old != OldContent::None {
-                self.touched.insert(entry.extent);
+                self.touched.insert(whole_pages(entry.extent));
             }
             if entry.new == NewContent::Reserve {
                 self.reserved.insert(entry.extent);

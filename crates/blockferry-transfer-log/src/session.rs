@@ -926,7 +926,7 @@ impl<'r> Session<'r> {
                 continue;
             };
             let old = header.extents.iter().filter(|e| e.old != OldContent::None);
-            kept.extend(old.map(|e| e.extent));
+            kept.extend(old.map(|e| crate::ledger::whole_pages(e.extent)));
         }
         lost.extend(self.ledger.touched.difference(&kept).iter());
         lost.iter().for_each(|e| self.ledger.index.remove(e));

@@ -86,7 +86,13 @@ impl Model {
 
     fn take(&mut self, promise: &Promise) {
         match promise {
-            Promise::Heading(image, session) => self.heading = Some((*image, *session)),
+            Promise::Heading(image, session) => {
+                if self.heading.is_some_and(|(before, _)| before != *image) {
+                    // In a working file, what was acknowledged may be overwritten with something else now.
+                    self.acknowledged = self.acknowledged.map(|(sequence, _)| (sequence, 0));
+                }
+                self.heading = Some((*image, *session));
+            }
             Promise::Deciding => self.deciding = true,
             Promise::At(image) => {
                 let back = self.heading.is_some_and(|(_, session)| session == 0);
@@ -576,32 +582,51 @@ fn run(story: &Story) -> Report {
     report
 }
 
-use Step::{Accept, Cancel, Resume, Rollback, Stage, Sync};
-
 fn stories(setup: Setup) -> Vec<Story> {
     let one = |before: &[Step], steps: &[Step]| story(setup, four_images(), before, steps);
     let mut all = vec![
-        one(&[], &[Sync(1, 1)]),
-        one(&[Sync(1, 1)], &[Sync(2, 2)]),
-        one(&[], &[Stage(1, 1, 1), Resume(1)]),
-        one(&[], &[Stage(2, 1, 1), Resume(1)]),
-        one(&[Sync(1, 1)], &[Stage(2, 2, 1), Cancel, Sync(3, 3)]),
+        one(&[], &[Step::Sync(1, 1)]),
+        one(&[Step::Sync(1, 1)], &[Step::Sync(2, 2)]),
+        one(&[], &[Step::Stage(1, 1, 1), Step::Resume(1)]),
+        one(&[], &[Step::Stage(2, 1, 1), Step::Resume(1)]),
+        one(
+            &[Step::Sync(1, 1)],
+            &[Step::Stage(2, 2, 1), Step::Cancel, Step::Sync(3, 3)],
+        ),
     ];
     if setup.strategy != Strategy::Direct {
-        all.push(one(&[Sync(1, 1)], &[Accept]));
-        all.push(one(&[Sync(1, 1)], &[Accept, Sync(2, 2)]));
+        all.push(one(&[Step::Sync(1, 1)], &[Step::Accept]));
+        all.push(one(&[Step::Sync(1, 1)], &[Step::Accept, Step::Sync(2, 2)]));
     }
     if setup.strategy != Strategy::Direct {
-        all.push(one(&[Sync(1, 1)], &[Rollback]));
-        all.push(one(&[Sync(1, 1), Sync(2, 2)], &[Rollback, Sync(3, 3)]));
+        all.push(one(&[Step::Sync(1, 1)], &[Step::Rollback]));
+        all.push(one(
+            &[Step::Sync(1, 1), Step::Sync(2, 2)],
+            &[Step::Rollback, Step::Sync(3, 3)],
+        ));
     }
     if !setup.device {
-        all.push(story(setup, sizes(), &[], &[Sync(1, 1)]));
-        all.push(story(setup, sizes(), &[Sync(1, 1)], &[Sync(2, 2)]));
+        all.push(story(setup, sizes(), &[], &[Step::Sync(1, 1)]));
+        all.push(story(
+            setup,
+            sizes(),
+            &[Step::Sync(1, 1)],
+            &[Step::Sync(2, 2)],
+        ));
     }
     if !setup.device && setup.strategy != Strategy::Direct {
-        all.push(story(setup, sizes(), &[Sync(1, 1)], &[Rollback]));
-        all.push(story(setup, sizes(), &[Sync(2, 1)], &[Rollback]));
+        all.push(story(
+            setup,
+            sizes(),
+            &[Step::Sync(1, 1)],
+            &[Step::Rollback],
+        ));
+        all.push(story(
+            setup,
+            sizes(),
+            &[Step::Sync(2, 1)],
+            &[Step::Rollback],
+        ));
     }
     all
 }
@@ -651,15 +676,20 @@ fn direct_to_an_absent_file_survives_every_crash() {
     let mut images = four_images();
     images[0] = None;
     let setup = Setup::file(Strategy::Direct).without_undo();
-    run(&story(setup, images.clone(), &[], &[Sync(1, 1)]));
-    run(&story(setup, images, &[], &[Stage(2, 1, 1), Resume(1)]));
+    run(&story(setup, images.clone(), &[], &[Step::Sync(1, 1)]));
+    run(&story(
+        setup,
+        images,
+        &[],
+        &[Step::Stage(2, 1, 1), Step::Resume(1)],
+    ));
 }
 
 #[test]
 fn redo_without_undo_survives_every_crash() {
     let setup = Setup::file(Strategy::Redo).without_undo();
-    run(&story(setup, four_images(), &[], &[Sync(1, 1)]));
-    run(&story(setup, sizes(), &[], &[Sync(1, 1)]));
+    run(&story(setup, four_images(), &[], &[Step::Sync(1, 1)]));
+    run(&story(setup, sizes(), &[], &[Step::Sync(1, 1)]));
 }
 
 /// Barriers whose loss this story cannot show, and why.
@@ -692,7 +722,12 @@ fn the_explorer_catches_every_harmful_barrier_that_goes_missing() {
         (Setup::file(Strategy::Redo).without_undo(), false),
     ];
     for (setup, keeps_log) in setups {
-        let story = story(setup, four_images(), &[Sync(1, 1)], &[Sync(2, 2)]);
+        let story = story(
+            setup,
+            four_images(),
+            &[Step::Sync(1, 1)],
+            &[Step::Sync(2, 2)],
+        );
         let barriers = blockferry_testkit::sensitivity(&options, &story);
         let count = barriers.len();
         for (number, (barrier, report)) in barriers.into_iter().enumerate() {

@@ -1,1 +1,183 @@
-//! To come.
+//! Two disks of one machine share one cut (I12).
+
+use blockferry_testkit::{Events, ExploreOptions, ImageLimits, Scenario, SimDisk, explore};
+use blockferry_transfer_log::{
+    GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Strategy, Verdict,
+};
+
+use crate::harness::{PAGE, Setup, image, quiet, root};
+
+const GROUP: GroupId = GroupId::from_bytes([7; 16]);
+const DISKS: [&str; 2] = ["one", "two"];
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Promise {
+    /// The group's record was on its way.
+    Deciding,
+    Committed,
+}
+
+struct Pair {
+    setup: Setup,
+}
+
+impl Pair {
+    fn old() -> Vec<u8> {
+        image(&[1, 2, 0], 3 * PAGE)
+    }
+
+    fn new() -> Vec<u8> {
+        image(&[1, 4, 5], 3 * PAGE)
+    }
+
+    fn open(disk: &SimDisk, name: &str) -> Result<Replica, String> {
+        let place = Place::File {
+            dir: disk.dir("images"),
+            name: name.to_owned(),
+        };
+        let groups = GroupDirectory::new(disk.dir("job"));
+        Replica::open(
+            place,
+            disk.dir(&format!("state of {name}")),
+            Some(&groups),
+            &quiet,
+        )
+        .map_err(|e| format!("open {name}: {e:?}"))
+    }
+
+    fn shows(disk: &SimDisk) -> [Option<bool>; 2] {
+        DISKS.map(|name| {
+            let content = disk.content(&format!("images/{name}")).unwrap_or_default();
+            match content {
+                c if c == Self::old() => Some(false),
+                c if c == Self::new() => Some(true),
+                _ => None,
+            }
+        })
+    }
+}
+
+impl Scenario for Pair {
+    type Event = Promise;
+
+    fn prepare(&self, disk: &SimDisk) {
+        DISKS
+            .iter()
+            .for_each(|name| disk.install_sparse("images", name, &Self::old()));
+        for name in DISKS {
+            drop(Self::open(disk, name).unwrap());
+            disk.dir(&format!("state of {name}")).sync().unwrap();
+        }
+        disk.dir("job").sync().unwrap();
+    }
+
+    fn run(&self, disk: &SimDisk, events: &Events<Promise>) -> Result<(), String> {
+        let failed = |e: blockferry_transfer_log::Error| format!("{e:?}");
+        let new = Self::new();
+        let mut replicas = [Self::open(disk, DISKS[0])?, Self::open(disk, DISKS[1])?];
+        let mut sessions = Vec::new();
+        for (replica, number) in replicas.iter_mut().zip(1u8..) {
+            let target = replica.target();
+            let mut session = replica
+                .begin(&self.setup.plan(number, &new))
+                .map_err(failed)?;
+            self.setup
+                .finish(&mut session, target.as_ref(), &new)
+                .map_err(failed)?;
+            session
+                .prepare_for_group(root(&new), GROUP)
+                .map_err(failed)?;
+            sessions.push(session);
+        }
+        events.push(Promise::Deciding);
+        let members: Vec<_> = sessions.iter().map(|s| s.id()).collect();
+        let committed = GroupDirectory::new(disk.dir("job"))
+            .commit(GROUP, &members)
+            .map_err(failed)?;
+        events.push(Promise::Committed);
+        for session in sessions {
+            session
+                .commit_in_group(root(&new), &committed, &quiet)
+                .map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    fn recover(
+        &self,
+        disk: &SimDisk,
+        before: &[Promise],
+        _: &Events<Promise>,
+    ) -> Result<(), String> {
+        if !before.contains(&Promise::Deciding) && Self::shows(disk) != [Some(false); 2] {
+            return Err("a member changed before the group was decided".to_owned());
+        }
+        for name in DISKS {
+            let mut replica = Self::open(disk, name)?;
+            if *replica.recovered() == Recovered::Staging {
+                // It was not prepared yet: the job gives up.
+                replica.cancel().map_err(|e| format!("cancel: {e:?}"))?;
+            }
+        }
+        match Self::shows(disk) {
+            [Some(true), Some(true)] if before.contains(&Promise::Deciding) => Ok(()),
+            [Some(false), Some(false)] if !before.contains(&Promise::Committed) => Ok(()),
+            shows => Err(format!("after {before:?} the disks show {shows:?}")),
+        }
+    }
+}
+
+#[test]
+fn a_group_ends_at_one_point_after_every_crash() {
+    let options = ExploreOptions {
+        depth: 2,
+        images: ImageLimits {
+            exhaustive: 256,
+            samples: 96,
+            damaged: 16,
+        },
+        crashed_recoveries: 2,
+        recovery_images: ImageLimits {
+            exhaustive: 16,
+            samples: 8,
+            damaged: 2,
+        },
+        max_time: std::time::Duration::from_secs(15),
+        ..ExploreOptions::default()
+    };
+    for strategy in [Strategy::Redo, Strategy::Clone] {
+        let setup = Setup::file(strategy).at_once();
+        let report = explore(&options, &Pair { setup });
+        println!("{strategy}\n{report}");
+        report.assert_clean();
+    }
+}
+
+#[test]
+fn a_prepared_member_waits_while_its_group_cannot_be_reached() {
+    let setup = Setup::file(Strategy::Redo);
+    let (old, new) = (Pair::old(), Pair::new());
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+    setup.finish(&mut session, target.as_ref(), &new).unwrap();
+    session.prepare_for_group(root(&new), GROUP).unwrap();
+    drop(replica);
+    let mut waiting = setup.open(&disk).unwrap();
+    assert!(matches!(waiting.recovered(), Recovered::GroupPending(_)));
+    assert!(waiting.begin(&setup.plan(2, &new)).is_err());
+    assert!(waiting.resume(u64::MAX).is_err());
+    assert!(waiting.cancel().is_err());
+    drop(waiting);
+
+    struct Committed;
+    impl GroupVerdicts for Committed {
+        fn verdict(&self, _: GroupId) -> blockferry_transfer_log::Result<Verdict> {
+            Ok(Verdict::Committed)
+        }
+    }
+    let done = setup.open_in_group(&disk, Some(&Committed)).unwrap();
+    assert!(matches!(done.recovered(), Recovered::Applied(_)));
+    assert_eq!(setup.content(&disk), Some(new));
+}

@@ -1,1 +1,222 @@
-//! To come.
+//! Rot and failures: detected, and repaired where there is a source.
+
+use blockferry_testkit::{Fault, FaultKind, OperationKind, Repeat, SimDisk};
+use blockferry_transfer_log::{ErrorKind, Prepared, Recovered, Strategy};
+
+use crate::harness::{PAGE, Setup, id, image, quiet, root};
+use crate::sessions::stage_some;
+
+fn old() -> Vec<u8> {
+    image(&[1, 2, 0, 4], 4 * PAGE)
+}
+
+fn new() -> Vec<u8> {
+    image(&[1, 5, 3, 6], 4 * PAGE)
+}
+
+fn log_of(session: u8) -> String {
+    format!("state/{}.log.0000", id(session))
+}
+
+#[test]
+fn a_record_that_rots_is_staged_again_and_the_way_back_stays_whole() {
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let probe = setup.machine(Some(&old()));
+        stage_some(&setup, &probe, 1, &new(), 9, false);
+        let log_bytes = probe.content(&log_of(1)).unwrap().len();
+        let mut repaired = 0;
+        for offset in (PAGE..log_bytes).step_by(509) {
+            let disk = setup.machine(Some(&old()));
+            let mut replica = setup.open(&disk).unwrap();
+            let target = replica.target();
+            let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+            // All groups written but not yet read back by a resumed run.
+            setup
+                .stage(&mut session, target.as_ref(), &new(), 9, &mut |_| {})
+                .unwrap();
+            drop(session);
+            drop(replica);
+            disk.flip_bit(&log_of(1), offset as u64);
+
+            let mut replica = setup.open(&disk).unwrap();
+            let target = replica.target();
+            let mut session = replica.resume(u64::MAX).unwrap();
+            while let Prepared::Missing(_) = session.prepare().unwrap() {
+                repaired += 1;
+                setup
+                    .stage(&mut session, target.as_ref(), &new(), 9, &mut |_| {})
+                    .unwrap();
+            }
+            setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+            session.commit(root(&new()), &quiet).unwrap();
+
+            assert_eq!(setup.content(&disk), Some(new()), "offset {offset}");
+            drop(replica);
+            let mut replica = setup.open(&disk).unwrap();
+            replica.rollback(&quiet).unwrap();
+            assert_eq!(setup.content(&disk), Some(old()), "offset {offset}");
+        }
+        assert!(repaired > 10, "{repaired}");
+    }
+}
+
+#[test]
+fn every_bit_flip_of_the_state_is_detected_or_harmless() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    setup
+        .sync(&mut setup.open(&disk).unwrap(), 1, &new())
+        .unwrap();
+    disk.dir("state").sync().unwrap();
+    let state = disk.content("state/state").unwrap();
+    for offset in (0..state.len()).step_by(37) {
+        let disk = disk.snapshot().after_kill();
+        disk.flip_bit("state/state", offset as u64);
+
+        match setup.open(&disk) {
+            Ok(replica) => {
+                assert_eq!(setup.content(&disk), Some(new()), "byte {offset}");
+                assert!(
+                    replica.point().is_none_or(|p| p.root == root(&new())),
+                    "byte {offset}"
+                );
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "byte {offset}"),
+        }
+        assert_eq!(setup.content(&disk), Some(new()), "byte {offset}");
+    }
+}
+
+#[test]
+fn a_rotten_decision_is_read_from_its_mirror() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    let commit_is_durable = |disk: &SimDisk| {
+        let mut replica = setup.open(disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+        setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+        // COMMIT becomes durable, then the target fails for good.
+        let broken = Fault::on(OperationKind::Write, "images/", 1, FaultKind::PowerLoss);
+        disk.inject(broken.repeat(Repeat::Forever));
+        session.commit(root(&new()), &quiet).unwrap_err().kind()
+    };
+    assert_eq!(commit_is_durable(&disk), ErrorKind::DecisionPending);
+    let snapshot = disk.snapshot();
+    for page in [3, 4] {
+        let disk = snapshot.after_kill();
+        assert!(disk.spoil("state/state", page * 4096));
+
+        let replica = setup.open(&disk).unwrap();
+
+        assert_eq!(*replica.recovered(), Recovered::Applied(id(1)));
+        assert_eq!(setup.content(&disk), Some(new()));
+    }
+}
+
+#[test]
+fn a_decided_session_without_its_log_is_reported_and_nothing_is_touched() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+    setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+    disk.inject(Fault::on(
+        OperationKind::Write,
+        "images/",
+        1,
+        FaultKind::PowerLoss,
+    ));
+    session.commit(root(&new()), &quiet).unwrap_err();
+    drop(replica);
+    let disk = disk.snapshot().after_kill();
+    disk.flip_bit(&log_of(1), 100);
+
+    assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(setup.content(&disk), Some(old()));
+    assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+}
+
+#[test]
+fn a_failing_target_is_returned_to_its_old_point() {
+    for kind in [FaultKind::Io, FaultKind::NoSpace] {
+        for operation in [OperationKind::Write, OperationKind::Flush] {
+            let setup = Setup::file(Strategy::Redo);
+            let disk = setup.machine(Some(&old()));
+            let mut replica = setup.open(&disk).unwrap();
+            let target = replica.target();
+            let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+            setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+            disk.inject(Fault::on(operation, "images/", 1, kind));
+
+            let failed = session.commit(root(&new()), &quiet).unwrap_err();
+
+            assert_eq!(failed.kind(), ErrorKind::Target);
+            assert_eq!(setup.content(&disk), Some(old()), "{operation:?} {kind:?}");
+            assert_eq!(disk.misuses(), Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
+fn a_full_log_leaves_a_session_that_resumes() {
+    for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Clone)] {
+        let disk = setup.machine(Some(&old()));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+        setup
+            .stage(&mut session, target.as_ref(), &new(), 1, &mut |_| {})
+            .unwrap();
+        disk.inject(Fault::on(
+            OperationKind::Write,
+            ".log.",
+            1,
+            FaultKind::NoSpace,
+        ));
+        let full = setup
+            .stage(&mut session, target.as_ref(), &new(), 9, &mut |_| {})
+            .unwrap_err();
+        assert_eq!(full.kind(), ErrorKind::Log);
+        let dead = session
+            .close_group()
+            .and_then(|_| session.prepare().map(drop));
+        assert!(
+            dead.is_err(),
+            "{setup:?}: a failed log is never appended to again"
+        );
+        drop(replica);
+
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.resume(u64::MAX).unwrap();
+        setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+        assert_eq!(session.totals().restaged_bytes, 0);
+        session.commit(root(&new()), &quiet).unwrap();
+
+        assert_eq!(setup.content(&disk), Some(new()));
+        assert_eq!(disk.misuses(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_failed_flush_of_the_sibling_is_never_taken_back() {
+    let setup = Setup::file(Strategy::Clone);
+    let disk = setup.machine(Some(&old()));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+    disk.inject(Fault::on(OperationKind::Flush, "images/", 1, FaultKind::Io));
+
+    assert!(
+        setup
+            .stage(&mut session, target.as_ref(), &new(), 9, &mut |_| {})
+            .is_err()
+    );
+    assert!(session.close_group().is_err());
+    assert!(session.prepare().is_err());
+
+    assert_eq!(disk.misuses(), Vec::<String>::new());
+    assert_eq!(setup.content(&disk), Some(old()));
+}
