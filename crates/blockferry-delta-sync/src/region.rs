@@ -7,6 +7,7 @@ use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
+use crate::known::{Claim, Known};
 use crate::pages::{PageRun, differing_runs};
 
 /// What all workers of a comparison share.
@@ -31,24 +32,6 @@ pub struct Comparison {
     pub limiter: Option<RateLimiter>,
 }
 
-/// What is known of a region without reading it, from saved manifests of proven content.
-#[derive(Debug, Default)]
-#[non_exhaustive]
-pub struct Known {
-    /// Leaves of the source.
-    pub source: Option<RegionLeaves>,
-    /// Leaves of the target.
-    pub target: Option<RegionLeaves>,
-}
-
-impl Known {
-    /// What is known of either side.
-    #[must_use]
-    pub fn new(source: Option<RegionLeaves>, target: Option<RegionLeaves>) -> Self {
-        Self { source, target }
-    }
-}
-
 /// What one region came to.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -61,6 +44,8 @@ pub struct RegionDelta {
     pub target_read_bytes: u64,
     /// Bytes of pages that differ from the target as it was (staged ones included, if this run staged them).
     pub changed_bytes: u64,
+    /// Blocks that a change map claims to be the same, and that are not.
+    pub lies: u64,
 }
 
 /// What one worker keeps between regions: its buffers.
@@ -114,8 +99,9 @@ impl Comparison {
         scratch: &mut Scratch,
         emit: &mut dyn FnMut(Batch) -> Result<(), Failure>,
     ) -> Result<RegionDelta, Failure> {
-        let source_zero =
+        let holes =
             ZeroBlocks::of(&*self.source, &self.geometry, region).map_err(Failure::source)?;
+        let reads_zero = |block| holes.contains(block) || known.claim(block) == Claim::Zero;
         let target_zero =
             ZeroBlocks::of(&*self.target, &self.geometry, region).map_err(Failure::target)?;
         let mut work = Region {
@@ -130,20 +116,18 @@ impl Comparison {
                 source_read_bytes: 0,
                 target_read_bytes: 0,
                 changed_bytes: 0,
+                lies: 0,
             },
         };
         let skipped: Vec<bool> = (0..work.delta.leaves.len())
             .map(|b| work.is_proven_equal(b))
             .collect();
-        for run in runs(&self.geometry, region, |b| {
-            !source_zero.contains(b) && !skipped[b]
-        }) {
+        for run in runs(&self.geometry, region, |b| !reads_zero(b) && !skipped[b]) {
             work.data_run(run, scratch)?;
         }
-        if let (Some(source), Some(target)) = (&known.source, &known.target) {
-            work.take_equal_leaves(source, target);
-        }
-        for run in runs(&self.geometry, region, |b| source_zero.contains(b)) {
+        work.take_known_leaves(&skipped, &reads_zero);
+        work.count_lies();
+        for run in runs(&self.geometry, region, reads_zero) {
             work.zero_run(run, scratch)?;
         }
         work.flush()?;
@@ -206,14 +190,9 @@ impl Region<'_> {
         Ok(())
     }
 
-    /// Both manifests agree on it and nothing is staged over it: nothing to read.
+    /// Both sides are known to be equal and nothing is staged over it: nothing to read.
     fn is_proven_equal(&self, block: usize) -> bool {
-        match (&self.known.source, &self.known.target) {
-            (Some(source), Some(target)) => {
-                source.get(block) == target.get(block) && !self.is_staged(block)
-            }
-            _ => false,
-        }
+        self.known.is_equal(block) && !self.is_staged(block)
     }
 
     /// Whether a block must be compared: unless the target's leaf is known, equal, and nothing is staged over it.
@@ -330,14 +309,29 @@ impl Region<'_> {
         (self.emit)(full)
     }
 
-    /// Blocks that were not read because both manifests agree on them.
-    fn take_equal_leaves(&mut self, source: &RegionLeaves, target: &RegionLeaves) {
-        for block in 0..source.len() {
-            let digest = source.get(block);
-            if digest == target.get(block) {
-                self.delta.leaves.set(block, digest);
+    /// Leaves of the blocks that were not read because both sides are known to be equal.
+    fn take_known_leaves(&mut self, skipped: &[bool], reads_zero: &dyn Fn(usize) -> bool) {
+        let Some(target) = &self.known.target else {
+            return;
+        };
+        for (block, _) in skipped.iter().enumerate().filter(|(_, skipped)| **skipped) {
+            if !reads_zero(block) {
+                self.delta.leaves.set(block, target.get(block));
             }
         }
+    }
+
+    /// Blocks that were read although they are claimed to be the same tell whether the claims hold.
+    fn count_lies(&mut self) {
+        let Some(target) = &self.known.target else {
+            return;
+        };
+        let claimed =
+            |block: &usize| matches!(self.known.claim(*block), Claim::Same | Claim::SameToCheck);
+        let lies = (0..self.delta.leaves.len())
+            .filter(claimed)
+            .filter(|block| self.delta.leaves.get(*block) != target.get(*block));
+        self.delta.lies = lies.count() as u64;
     }
 }
 

@@ -163,6 +163,7 @@ fn compare_region(
         source_read_bytes: delta.source_read_bytes,
         target_read_bytes: delta.target_read_bytes,
         changed_bytes: delta.changed_bytes,
+        lies: delta.lies,
     };
     Ok((done, extents))
 }

@@ -134,6 +134,9 @@ impl From<Failure> for Error {
             (_, None, Some(e)) => log_kind(e),
             _ => ErrorKind::Target,
         };
+        if kind == ErrorKind::Cancelled {
+            return Self::cancelled();
+        }
         Self {
             kind,
             message,

@@ -3,13 +3,14 @@
 use std::io::Read;
 use std::sync::Arc;
 
-use blockferry_core::ManifestReader;
+use blockferry_core::{ChangeMap, Geometry, ManifestReader};
 use blockferry_transfer_log::{
     ManifestFile, ManifestSource, Plan, Replica, Session, SessionId, SourceStamp, StagedView,
     Stager,
 };
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::knowledge::{Doubt, Doubts, Knowledge, ManifestTrust};
 use crate::recorder::Cursor;
 
 /// A session that exists, or the means to begin it.
@@ -88,12 +89,14 @@ impl<'r> LogHandle<'r> {
     }
 }
 
-/// The saved manifest of the target's last point, and which sides it is proven for.
-#[derive(Debug)]
+/// What an earlier run left to know: the saved manifest of the target's last point, the sides it is proven for,
+/// and what a change map says since then.
+#[derive(Clone, Debug)]
 pub(crate) struct PointFiles {
     pub(crate) manifest: Option<ManifestSource>,
-    pub(crate) trust_target: bool,
-    pub(crate) trust_source: bool,
+    /// Nothing where the manifest may only be compared with.
+    pub(crate) trust: Option<ManifestTrust>,
+    pub(crate) changes: Option<Arc<ChangeMap>>,
     pub(crate) is_file: bool,
 }
 
@@ -109,16 +112,37 @@ impl PointFiles {
         Box::new(|| self.open_target())
     }
 
-    pub(crate) fn target_cursor(&self) -> Option<Cursor<Input>> {
-        self.cursor(self.trust_target)
+    /// What a scan may leave unread.
+    pub(crate) fn knowledge(
+        &self,
+        geometry: Geometry,
+        seed: u64,
+        doubts: Doubts,
+    ) -> Knowledge<Input> {
+        let opened = self
+            .trust
+            .and_then(|trust| Some((self.open_target()?, trust)));
+        let saved = opened.and_then(|(input, trust)| match ManifestReader::open(input) {
+            Ok(reader) if reader.geometry() == geometry => Some((Cursor::new(reader), trust)),
+            Ok(_) => {
+                doubts.raise(Doubt::Manifest("it has another geometry".to_owned()));
+                None
+            }
+            Err(damage) => {
+                doubts.raise(Doubt::Manifest(damage.to_string()));
+                None
+            }
+        });
+        Knowledge::new(geometry, saved, self.changes.clone(), seed, doubts)
     }
 
-    pub(crate) fn source_cursor(&self) -> Option<Cursor<Input>> {
-        self.cursor(self.trust_source)
-    }
-
-    fn cursor(&self, trusted: bool) -> Option<Cursor<Input>> {
-        let input = self.open_target().filter(|_| trusted)?;
-        ManifestReader::open(input).ok().map(Cursor::new)
+    /// Without what was doubted.
+    pub(crate) fn distrust(&mut self, doubt: &Doubt) {
+        // What a map claims to be the same is what the manifest says: it falls with the manifest.
+        self.changes = None;
+        if let Doubt::Manifest(_) = doubt {
+            self.manifest = None;
+            self.trust = None;
+        }
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct RegionDone {
     pub(crate) source_read_bytes: u64,
     pub(crate) target_read_bytes: u64,
     pub(crate) changed_bytes: u64,
+    /// Blocks that a change map claims to be the same, and that are not.
+    pub(crate) lies: u64,
 }
 
 impl Job {
@@ -65,6 +67,7 @@ impl Job {
                     source_read_bytes: delta.source_read_bytes,
                     target_read_bytes: delta.target_read_bytes,
                     changed_bytes: delta.changed_bytes,
+                    lies: delta.lies,
                 })
             }
             Self::Full(copying) => {
@@ -75,6 +78,7 @@ impl Job {
                     source_read_bytes: copy.source_read_bytes,
                     target_read_bytes: copy.target_read_bytes,
                     changed_bytes: 0,
+                    lies: 0,
                 })
             }
         }

@@ -8,6 +8,7 @@ mod compare;
 mod error;
 mod handle;
 mod job;
+mod knowledge;
 mod options;
 mod plan;
 mod read_back;
@@ -21,7 +22,7 @@ mod verbs;
 pub use blockferry_transfer_log::{Place, Recovered, SessionId, Strategy, Undo};
 pub use compare::{compare, digest};
 pub use error::{Error, ErrorKind, Result};
-pub use options::{Context, Mode, SyncOptions};
+pub use options::{ChangesSince, Context, Mode, SyncOptions};
 pub use receipt::{Outcome, Prediction, RECEIPT_VERSION, Receipt};
 pub use status::{
     Comparison, DigestReport, NextStep, PointStatus, SessionStatus, Status, VerifyReport,

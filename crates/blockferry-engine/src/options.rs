@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use blockferry_core::BlockSize;
+use blockferry_core::{BlockSize, ChangeMap};
 use blockferry_device::{CancelToken, Clock, SystemClock};
 use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};
 use blockferry_transfer_log::{Strategy, Undo};
@@ -103,6 +103,31 @@ pub struct SyncOptions {
     pub strategy: Option<Strategy>,
     /// How the source was named, so that a resume can find it again.
     pub source_address: String,
+    /// What is said to have changed in the source since the target's point.
+    pub changes: Option<ChangesSince>,
+}
+
+/// A change map of the source, and the sync point it is relative to. What a map below
+/// [`Trust::Trusted`](blockferry_core::Trust::Trusted) claims to be the same is read in samples all the same.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ChangesSince {
+    /// Id of the sync point ([`Receipt::sync_point`](crate::Receipt::sync_point)): to a target that is at
+    /// another one the map means nothing.
+    pub point: String,
+    /// What is claimed.
+    pub map: Arc<ChangeMap>,
+}
+
+impl ChangesSince {
+    /// What `map` claims to have happened since `point`.
+    #[must_use]
+    pub fn new(point: impl Into<String>, map: Arc<ChangeMap>) -> Self {
+        Self {
+            point: point.into(),
+            map,
+        }
+    }
 }
 
 impl Default for SyncOptions {
@@ -120,6 +145,7 @@ impl Default for SyncOptions {
             rescan: false,
             strategy: None,
             source_address: String::new(),
+            changes: None,
         }
     }
 }

@@ -62,6 +62,14 @@ impl<R: Read> Cursor<R> {
             None => Ok(RegionLeaves::zero(&geometry, region)),
         }
     }
+
+    /// The root of the whole image; the cursor is at its end afterwards.
+    ///
+    /// # Errors
+    /// The manifest is damaged.
+    pub(crate) fn root(&mut self) -> std::result::Result<Root, blockferry_core::Error> {
+        self.reader.read_to_end()
+    }
 }
 
 type Opener<'a> = Box<dyn Fn() -> Option<Box<dyn Read + Send>> + 'a>;
@@ -147,32 +155,24 @@ impl Recorder {
         Ok(())
     }
 
-    /// Says that no region with data follows.
-    pub(crate) fn end(
-        &mut self,
+    /// The root, once every region was taken, with the manifest durable if one was written: always if `needed`,
+    /// else unless the base is whole and equal.
+    pub(crate) fn finish(
+        mut self,
+        needed: bool,
         reopen: &Opener<'_>,
         create: &mut dyn FnMut() -> Result<ManifestFile>,
-    ) -> Result<()> {
-        let end = RegionIndex::new(self.geometry.region_count());
-        let base = self.base.as_mut();
-        let equal = base.is_some_and(|base| base.is_zero_until(end).is_ok_and(|zero| zero));
-        if equal {
-            Ok(())
-        } else {
-            self.start(reopen, create)
+    ) -> Result<Recorded> {
+        let root = self.tree.clone().finish();
+        let base = self.base.as_mut().and_then(|b| b.root().ok());
+        if needed || base != Some(root) {
+            self.start(reopen, create)?;
         }
-    }
-
-    /// Whether the result differs from the base, or there was none: a manifest is being written.
-    pub(crate) fn is_writing(&self) -> bool {
-        self.writer.is_some()
-    }
-
-    /// The root, once every region was taken, with the manifest durable if one was written.
-    pub(crate) fn finish(self) -> Result<Root> {
-        let root = self.tree.finish();
         let Some(writer) = self.writer else {
-            return Ok(root);
+            return Ok(Recorded {
+                root,
+                is_written: false,
+            });
         };
         let (written, output) = writer.finish().map_err(manifest_failed)?;
         let file = output
@@ -180,15 +180,25 @@ impl Recorder {
             .map_err(|e| Error::because(ErrorKind::Target, "write the manifest", e.into_error()))?;
         file.finish()
             .map_err(|e| Error::log("make the manifest durable", e))?;
-        if written == root {
-            Ok(root)
-        } else {
-            Err(Error::new(
+        if written != root {
+            return Err(Error::new(
                 ErrorKind::Internal,
                 "the manifest's root is not the tree's",
-            ))
+            ));
         }
+        Ok(Recorded {
+            root,
+            is_written: true,
+        })
     }
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recorded {
+    pub(crate) root: Root,
+    /// A new manifest is durable; else the base is the manifest.
+    pub(crate) is_written: bool,
 }
 
 fn manifest_failed(cause: blockferry_core::Error) -> Error {

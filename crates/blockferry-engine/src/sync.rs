@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockferry_core::{Extent, Geometry, RegionIndex, Root};
-use blockferry_delta_sync::{Comparison, Known};
-use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
+use blockferry_delta_sync::Comparison;
+use blockferry_device::{AlignedBuffer, BlockSource, Cancellable, RateLimiter};
 use blockferry_full_download::Copying;
 use blockferry_pipeline::{Event, PIECE_BYTES, Phase, Step, WalkOptions, read_padded, walk};
 use blockferry_transfer_log::{
@@ -21,17 +21,20 @@ use blockferry_transfer_log::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::{LogHandle, PointFiles};
 use crate::job::{Job, JobScratch, RegionDone};
+use crate::knowledge::{Doubt, Doubts, ManifestTrust};
 use crate::options::{Context, Mode, SyncOptions};
 use crate::plan::{Choice, Sample, Situation, check_space, choose};
 use crate::read_back::{Collect, ReadBackThread};
 use crate::receipt::{RECEIPT_VERSION, Receipt};
-use crate::recorder::{Cursor, Recorder};
+use crate::recorder::{Recorded, Recorder};
 use crate::target::Target;
 
 /// A group is closed after this long, so that a kill loses little.
 const GROUP_TIME: Duration = Duration::from_millis(500);
-/// How often a scan may be repeated because staged pages did not survive on the medium.
+/// How often a scan may be repeated because staged pages did not survive on the medium ...
 const PREPARE_ATTEMPTS: u32 = 3;
+/// ... and because what was known turned out wrong: once for a change map, once for a manifest.
+const DOUBTS: u32 = 2;
 
 /// Brings `target` to the content of `source`. An unfinished session of the same kind is resumed.
 ///
@@ -108,6 +111,8 @@ impl<'a> Run<'a> {
         };
         let stamp = SourceStamp::new(address, identity, evidence);
         let geometry = Geometry::new(source.size_bytes(), options.block_size);
+        // No read begins once the run is cancelled, wherever a worker is.
+        let source = Arc::new(Cancellable::new(source, context.cancel.clone()));
         Ok(Self {
             source,
             target,
@@ -236,7 +241,7 @@ impl<'a> Run<'a> {
         let start = self.context.clock.now();
         let present = target.replica.target();
         let target_source = present.clone().map(|t| t as Arc<dyn BlockSource>);
-        let seed = u64::from_le_bytes(self.id.as_bytes()[..8].try_into().unwrap_or_default());
+        let seed = self.seed();
         self.context
             .progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
         let sample = Sample::take(
@@ -250,6 +255,11 @@ impl<'a> Run<'a> {
         self.time("sampling", start);
         check_space(&choice)?;
         Ok(choice)
+    }
+
+    /// Of everything this run draws.
+    fn seed(&self) -> u64 {
+        u64::from_le_bytes(self.id.as_bytes()[..8].try_into().unwrap_or_default())
     }
 
     fn situation(&self, target: &mut Target) -> Result<Situation> {
@@ -277,7 +287,7 @@ impl<'a> Run<'a> {
 
     /// Scans, stages, prepares, commits.
     fn execute(mut self, target: &mut Target, choice: &Choice) -> Result<Receipt> {
-        let files = self.point_files(target)?;
+        let files = self.point_files(target, choice)?;
         let device = target.replica.target();
         let resuming = target.replica.unfinished().is_some();
         let plan = self.plan(choice);
@@ -287,7 +297,7 @@ impl<'a> Run<'a> {
             LogHandle::Open(Box::new(
                 target
                     .replica
-                    .resume(limit)
+                    .resume_from(limit, &self.stamp)
                     .map_err(|e| Error::log("resume the session", e))?,
             ))
         } else {
@@ -298,15 +308,16 @@ impl<'a> Run<'a> {
         if writes_blocks || (files.is_file && target_size != Some(self.geometry.image_bytes())) {
             handle.session()?;
         }
-        let outcome = self.scan_until_prepared(&mut handle, choice, &files, device);
-        let (root, prepared) = match outcome {
+        let outcome = self.scan_until_prepared(&mut handle, choice, files, device);
+        let (recorded, prepared) = match outcome {
             Ok(done) => done,
             Err(error) => return Err(self.stop(handle, error)),
         };
         if !prepared {
             drop(handle);
-            return self.identical(target, choice, root, &files);
+            return self.identical(target, choice, recorded);
         }
+        let root = recorded.root;
         let session = handle.into_session()?;
         let totals = session.totals();
         let strategy = session.strategy();
@@ -354,34 +365,41 @@ impl<'a> Run<'a> {
         &mut self,
         handle: &mut LogHandle<'_>,
         choice: &Choice,
-        files: &PointFiles,
+        mut files: PointFiles,
         device: Option<Arc<dyn blockferry_device::BlockTarget>>,
-    ) -> Result<(Root, bool)> {
-        let device = device.map(|d| d as Arc<dyn BlockSource>);
-        for _ in 0..PREPARE_ATTEMPTS {
+    ) -> Result<(Recorded, bool)> {
+        let device = device.map(|d| {
+            let cancel = self.context.cancel.clone();
+            Arc::new(Cancellable::new(d as Arc<dyn BlockSource>, cancel)) as Arc<dyn BlockSource>
+        });
+        for _ in 0..PREPARE_ATTEMPTS + DOUBTS {
             let start = self.context.clock.now();
             if let Some(device) = &device {
                 self.stage_cut_off(handle, &**device)?;
             }
             let job = self.job(handle, choice, device.clone())?;
             let mut recorder = Recorder::new(self.geometry, files.open_target());
-            self.scan(handle, &job, files, &mut recorder)?;
+            let doubt = self.scan(handle, &job, &files, &mut recorder)?;
             self.time("scanning", start);
             self.check_source_unchanged()?;
-            let start = self.context.clock.now();
-            if handle.is_open() && !recorder.is_writing() {
-                recorder.start(&files.reopener(), &mut || handle.create_manifest(self.id))?;
+            if let Some(doubt) = doubt {
+                self.report_doubt(&doubt)?;
+                files.distrust(&doubt);
+                continue;
             }
-            let root = recorder.finish()?;
+            let start = self.context.clock.now();
+            let recorded = recorder.finish(handle.is_open(), &files.reopener(), &mut || {
+                handle.create_manifest(self.id)
+            })?;
             let LogHandle::Open(session) = handle else {
-                return Ok((root, false));
+                return Ok((recorded, false));
             };
             self.context
                 .progress(Phase::Preparing, 0, session.totals().live_bytes, 0);
             let prepared = session.prepare().map_err(|e| Error::log("prepare", e))?;
             self.time("preparing", start);
             match prepared {
-                Prepared::Complete => return Ok((root, true)),
+                Prepared::Complete => return Ok((recorded, true)),
                 Prepared::Missing(extents) => self.warn(
                     "staged_pages_lost",
                     format!(
@@ -435,36 +453,35 @@ impl<'a> Run<'a> {
         Some(RateLimiter::new(rate, clock, self.context.cancel.clone()))
     }
 
-    /// Walks all regions once.
+    /// Walks all regions once; ends early, and says why, when what was known turns out to be wrong.
     fn scan(
         &mut self,
         handle: &mut LogHandle<'_>,
         job: &Job,
         files: &PointFiles,
         recorder: &mut Recorder,
-    ) -> Result<()> {
+    ) -> Result<Option<Doubt>> {
         self.counts = Counts::default();
         let mut regions = job.regions(self.geometry);
-        let mut source_known = files.source_cursor();
-        let mut target_known = files.target_cursor();
+        let doubts = Doubts::default();
+        let mut knowledge = files.knowledge(self.geometry, self.seed(), doubts.clone());
         let cancel = self.context.cancel.clone();
         let next = move || {
             if cancel.is_cancelled() {
                 return Some(Err(Error::cancelled()));
             }
-            regions.next().map(|index| {
-                let known = Known::new(
-                    leaves(&mut source_known, index),
-                    leaves(&mut target_known, index),
-                );
-                Ok((index, known))
-            })
+            let Some(index) = regions.next() else {
+                knowledge.check_whole();
+                return None;
+            };
+            knowledge.of(index).map(|known| Ok((index, known)))
         };
         let cancel = self.context.cancel.clone();
         let walking = WalkOptions::new(self.options.threads());
         std::thread::scope(|scope| {
             let read_back = ReadBackThread::start(scope);
             let mut consumer = Consumer::new(self, handle, files, recorder, read_back);
+            consumer.doubts = doubts.clone();
             walk(
                 walking,
                 next,
@@ -481,7 +498,26 @@ impl<'a> Run<'a> {
                 |step| consumer.take(step),
             )?;
             consumer.finish()
-        })
+        })?;
+        Ok(doubts.first())
+    }
+
+    fn report_doubt(&mut self, doubt: &Doubt) -> Result<()> {
+        match doubt {
+            Doubt::Manifest(why) => self.fall_back(
+                ErrorKind::Target,
+                "manifest_damaged",
+                format!("the saved manifest is not used, the target is compared in full: {why}"),
+            ),
+            Doubt::Map { region } => self.fall_back(
+                ErrorKind::Source,
+                "change_map_lied",
+                format!(
+                    "the change map claims that a block in {region} did not change, but it did: the map is not \
+                     used, both sides are compared in full"
+                ),
+            ),
+        }
     }
 
     /// The tail that a smaller image cuts off: its pre-image, before anything else touches its pages.
@@ -537,60 +573,98 @@ impl<'a> Run<'a> {
         self,
         target: &mut Target,
         choice: &Choice,
-        root: Root,
-        _files: &PointFiles,
+        recorded: Recorded,
     ) -> Result<Receipt> {
+        let root = recorded.root;
         let known = target
             .replica
             .point()
-            .filter(|p| p.root == root && p.geometry == self.geometry);
-        let recorded = match known.map(|p| p.id) {
-            Some(id) => target.replica.refresh(self.stamp.clone()).map(|()| id),
-            None => target
-                .replica
-                .adopt(
-                    self.id,
-                    root,
-                    self.geometry,
-                    self.stamp.clone(),
-                    unix_seconds(),
-                )
-                .map(|()| self.id),
+            .filter(|p| p.root == root && p.geometry == self.geometry)
+            .map(|p| p.id);
+        let replica = &mut target.replica;
+        let adopted = match known {
+            Some(id) => {
+                let replaced = if recorded.is_written {
+                    replica.replace_manifest(self.id)
+                } else {
+                    Ok(())
+                };
+                replaced
+                    .and_then(|()| replica.refresh(self.stamp.clone()))
+                    .map(|()| id)
+            }
+            None => {
+                let stamp = self.stamp.clone();
+                replica
+                    .adopt(self.id, root, self.geometry, stamp, unix_seconds())
+                    .map(|()| self.id)
+            }
         };
-        let id = recorded.map_err(|e| Error::log("record the sync point", e))?;
+        let id = adopted.map_err(|e| Error::log("record the sync point", e))?;
         Ok(self.receipt(target, choice, None, root, id, SessionTotals::default(), 0))
     }
 
-    fn point_files(&mut self, target: &Target) -> Result<PointFiles> {
-        let usable = |p: &&blockferry_transfer_log::Point| p.geometry == self.geometry;
-        let point = target.replica.point().filter(usable);
-        let files = point.map(|p| target.replica.manifest_source(p));
-        let exists = files.as_ref().is_some_and(|f| f.open().is_some());
-        let proven = self.target_is_proven(target)?;
-        let source_proven = self.source_is_at_point(target);
-        if target.replica.point().is_some() && !self.options.rescan {
-            if !proven && target.replica.target().is_some() {
-                self.warn("target_written", "the target is not provably unwritten since its last sync point: it is compared in full".to_owned())?;
-            } else if proven && !exists && point_differs(target, &self.geometry) {
-                self.warn(
-                    "manifest_unusable",
-                    "the saved manifest has another geometry: the target is compared in full"
-                        .to_owned(),
-                )?;
-            } else if proven && !exists {
-                self.warn(
-                    "manifest_missing",
-                    "the saved manifest is gone: the target is compared in full".to_owned(),
-                )?;
+    /// What an earlier run left to know, and why it left less than hoped for.
+    fn point_files(&mut self, target: &Target, choice: &Choice) -> Result<PointFiles> {
+        let mut files = PointFiles {
+            manifest: None,
+            trust: None,
+            changes: None,
+            is_file: target.replica.is_file(),
+        };
+        let Some(point) = target.replica.point().cloned() else {
+            return self.without_map(files, "the target has no sync point");
+        };
+        let compares = !writes_blocks(choice) && target.replica.target().is_some();
+        let fits = point.geometry == self.geometry;
+        files.manifest = Some(target.replica.manifest_source(&point))
+            .filter(|manifest| fits && manifest.open().is_some());
+        if self.options.rescan || !compares {
+            return self.without_map(files, "both sides are to be read");
+        }
+        let is_there = files.manifest.is_some();
+        let trust = ManifestTrust {
+            source: self.source_is_at_point(target),
+            target: self.target_is_proven(target)?,
+            root: point.root,
+        };
+        let full = |what: &str| format!("{what}: the target is compared in full");
+        if !trust.target {
+            let what = "the target is not provably unwritten since its last sync point";
+            self.warn("target_written", full(what))?;
+        } else if !fits {
+            self.warn(
+                "manifest_unusable",
+                full("the saved manifest has another geometry"),
+            )?;
+        } else if !is_there {
+            self.warn("manifest_missing", full("the saved manifest is gone"))?;
+        }
+        files.trust = Some(trust).filter(|_| is_there);
+        if !(trust.target && is_there) {
+            return self.without_map(files, "the target's content is not known");
+        }
+        match &self.options.changes {
+            Some(changes) if changes.point != point.id.to_string() => {
+                self.without_map(files, "it is relative to another sync point")
+            }
+            Some(changes) if changes.map.image_bytes() != self.geometry.image_bytes() => {
+                self.without_map(files, "it is of an image of another size")
+            }
+            changes => {
+                files.changes = changes.as_ref().map(|c| Arc::clone(&c.map));
+                Ok(files)
             }
         }
-        let trusted = !self.options.rescan;
-        Ok(PointFiles {
-            manifest: files.filter(|_| exists),
-            trust_target: trusted && proven,
-            trust_source: trusted && source_proven,
-            is_file: target.replica.is_file(),
-        })
+    }
+
+    /// Losing a change map falls back to comparing, said aloud.
+    fn without_map(&mut self, files: PointFiles, why: &str) -> Result<PointFiles> {
+        if self.options.changes.is_some() {
+            let message = format!("the change map is not used: {why}");
+            self.fall_back(ErrorKind::Source, "change_map_unusable", message)?;
+        }
+        Ok(files)
     }
 
     fn plan(&self, choice: &Choice) -> Plan {
@@ -638,7 +712,7 @@ impl<'a> Run<'a> {
             source_bytes: self.geometry.image_bytes(),
             scanned_bytes: self.counts.source_read,
             target_read_bytes: self.counts.target_read,
-            changed_bytes: compared.then_some(self.counts.changed + resumed_changes(totals)),
+            changed_bytes: compared.then_some(totals.live_bytes + totals.live_zero_bytes),
             sent_bytes: totals.staged_bytes,
             staged_bytes: totals.staged_bytes,
             resumed_bytes: totals.resumed_bytes,
@@ -661,9 +735,14 @@ impl<'a> Run<'a> {
     }
 
     fn warn(&mut self, code: &'static str, message: String) -> Result<()> {
+        self.fall_back(ErrorKind::Target, code, message)
+    }
+
+    /// Something that goes on, but not as hoped; an error of this kind where fallbacks are.
+    fn fall_back(&mut self, kind: ErrorKind, code: &'static str, message: String) -> Result<()> {
         if self.options.strict {
             return Err(Error::new(
-                ErrorKind::Target,
+                kind,
                 format!("{message} (an error with --strict)"),
             ));
         }
@@ -690,32 +769,6 @@ fn writes_blocks(choice: &Choice) -> bool {
     choice.mode == Mode::Full || choice.strategy == Strategy::Shadow
 }
 
-fn point_differs(target: &Target, geometry: &Geometry) -> bool {
-    target
-        .replica
-        .point()
-        .is_some_and(|p| p.geometry != *geometry)
-}
-
-/// What an earlier run staged is part of what changed.
-fn resumed_changes(totals: SessionTotals) -> u64 {
-    totals.resumed_bytes.min(totals.live_bytes)
-}
-
-type Leaves = Option<Cursor<Box<dyn std::io::Read + Send>>>;
-
-/// The leaves of a region, if a manifest knows them; a damaged one knows nothing from there on.
-fn leaves(cursor: &mut Leaves, region: RegionIndex) -> Option<blockferry_core::RegionLeaves> {
-    let found = cursor.as_mut().map(|c| c.leaves(region))?;
-    match found {
-        Ok(leaves) => Some(leaves),
-        Err(_damaged) => {
-            *cursor = None;
-            None
-        }
-    }
-}
-
 /// The calling thread of a walk: stages batches, closes groups, records leaves, reports progress.
 struct Consumer<'c, 'r, 'a> {
     run: &'c mut Run<'a>,
@@ -724,6 +777,7 @@ struct Consumer<'c, 'r, 'a> {
     recorder: &'c mut Recorder,
     group_since: Option<Duration>,
     read_back: ReadBackThread,
+    doubts: Doubts,
 }
 
 impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
@@ -741,6 +795,7 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
             recorder,
             group_since: None,
             read_back,
+            doubts: Doubts::default(),
         }
     }
 
@@ -765,8 +820,12 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
         counts.source_read += done.source_read_bytes;
         counts.target_read += done.target_read_bytes;
         counts.changed += done.changed_bytes;
+        let region = self.run.geometry.region_extent(done.leaves.region());
         // Regions come in order; those passed over were zero on both sides.
-        counts.done = self.run.geometry.region_extent(done.leaves.region()).end();
+        counts.done = region.end();
+        if done.lies > 0 {
+            self.doubts.raise(Doubt::Map { region });
+        }
         let (done_bytes, changed) = (counts.done, counts.changed);
         let total = self.run.geometry.image_bytes();
         self.run
@@ -780,12 +839,8 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
             })
     }
 
-    /// All regions were taken: ends the record, and takes the verdict on every group that was handed out.
+    /// Takes the verdict on every group that was handed out.
     fn finish(self) -> Result<()> {
-        let id = self.run.id;
-        let handle = &mut *self.handle;
-        self.recorder
-            .end(&self.files.reopener(), &mut || handle.create_manifest(id))?;
         match &mut *self.handle {
             LogHandle::Open(session) => self.read_back.collect(session, Collect::All),
             LogHandle::Idle(..) | LogHandle::Failed => Ok(()),

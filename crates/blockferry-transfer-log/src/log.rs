@@ -587,6 +587,8 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
         .find(|e| e.is_known())
         .unwrap_or(&segment.header.target_evidence)
         .clone();
+    // A later run may have found the source changed.
+    scan.header.source = segment.header.source.clone();
     scan.next_sequence = segment.header.first_sequence + segment.records.len() as u64;
     scan.records.append(&mut segment.records);
     scan.chain = segment.chains.pop().unwrap_or(scan.chain);

@@ -281,11 +281,26 @@ impl Replica {
         Session::begin(self, plan)
     }
 
-    /// Goes on with the unfinished session.
+    /// Goes on with the unfinished session, from the source it was begun with.
     ///
     /// # Errors
     /// There is none, or its log or working file failed.
     pub fn resume(&mut self, log_limit_bytes: u64) -> Result<Session<'_>> {
+        match self.unfinished().map(|h| h.source.clone()) {
+            Some(source) => self.resume_from(log_limit_bytes, &source),
+            None => Err(Error::refused("there is no unfinished session to resume")),
+        }
+    }
+
+    /// Goes on with the unfinished session, from a source that may have changed since it was begun.
+    ///
+    /// # Errors
+    /// As [`Self::resume`].
+    pub fn resume_from(
+        &mut self,
+        log_limit_bytes: u64,
+        source: &SourceStamp,
+    ) -> Result<Session<'_>> {
         self.refuse_while_group_pending()?;
         self.refuse_while_stranded()?;
         if self.staged.is_some() && !self.can_resume()? {
@@ -300,7 +315,7 @@ impl Replica {
         let session = scan.header.session;
         // Until it is taken up, its log must not be mistaken for a leftover.
         self.stranded = Some(session);
-        let resumed = Session::resume(self, scan, log_limit_bytes)?;
+        let resumed = Session::resume(self, scan, log_limit_bytes, source)?;
         resumed.replica.stranded = None;
         Ok(resumed)
     }
@@ -370,6 +385,22 @@ impl Replica {
     /// The state directory failed.
     pub fn create_manifest(&mut self, point: SessionId) -> Result<ManifestFile> {
         ManifestFile::create(&self.dir, point, &self.stats)
+    }
+
+    /// Puts a manifest that was created for `written_as` in the place of that of the current point. A crash in
+    /// between leaves the point without one.
+    ///
+    /// # Errors
+    /// The state directory failed.
+    pub fn replace_manifest(&mut self, written_as: SessionId) -> Result<()> {
+        let Some(point) = self.point().map(|p| p.id) else {
+            return Ok(());
+        };
+        let (from, to) = (manifest_name(written_as), manifest_name(point));
+        let failed = |e| Error::log(format!("put {from} in the place of {to}"), e);
+        self.dir.remove(&to).map_err(failed)?;
+        self.dir.rename_new(&from, &to).map_err(failed)?;
+        self.sync_dir()
     }
 
     /// Drops what is staged and gives back what was reserved; returns the bytes freed.

@@ -15,14 +15,14 @@ use std::io;
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, ExtentSet, Geometry, Root};
-use blockferry_device::{Evidence, StorageDir, StorageFile, WriteRequest};
+use blockferry_device::{BlockTarget, Evidence, StorageDir, StorageFile, WriteRequest};
 
 use crate::apply::{Pool, Progress, Staged};
 use crate::batch::{Batch, New, Old};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     BatchExtent, Decision, DecisionKind, MAX_PAYLOAD_BYTES, NewContent, OldContent, PAGE, Point,
-    Retained, SegmentHeader, SegmentKind, SessionId, StoredPages, Unit, usize_of,
+    Retained, SegmentHeader, SegmentKind, SessionId, SourceStamp, StoredPages, Unit, usize_of,
 };
 use crate::index::RunContent;
 use crate::ledger::Ledger;
@@ -78,6 +78,8 @@ pub struct SessionTotals {
     pub restaged_bytes: u64,
     /// Live data in all.
     pub live_bytes: u64,
+    /// Live zeros in all.
+    pub live_zero_bytes: u64,
 }
 
 /// One run of a mode, begun or resumed.
@@ -182,6 +184,7 @@ impl<'r> Session<'r> {
         replica: &'r mut Replica,
         scan: Scan,
         log_limit_bytes: u64,
+        source: &SourceStamp,
     ) -> Result<Self> {
         let working = Working::reopen(replica, &scan.header)?;
         let basis = match scan.header.strategy {
@@ -191,6 +194,7 @@ impl<'r> Session<'r> {
         let header = SegmentHeader {
             // Proven unchanged just now, by evidence or by its pre-images.
             target_evidence: replica.content.evidence()?,
+            source: source_of_all(&scan.header.source, source),
             segment: scan.next_segment,
             kind: SegmentKind::Continues,
             first_sequence: scan.next_sequence,
@@ -267,9 +271,9 @@ impl<'r> Session<'r> {
         self.header.geometry
     }
 
-    /// The source as it was when the session began.
+    /// The source as all runs of the session found it; without evidence if it changed between them.
     #[must_use]
-    pub fn source(&self) -> &crate::format::SourceStamp {
+    pub fn source(&self) -> &SourceStamp {
         &self.header.source
     }
 
@@ -294,8 +298,14 @@ impl<'r> Session<'r> {
     /// What this session has done so far.
     #[must_use]
     pub fn totals(&self) -> SessionTotals {
+        let zeros = self
+            .ledger
+            .index
+            .runs()
+            .filter(|r| r.content == RunContent::Zero);
         SessionTotals {
             live_bytes: self.ledger.index.data_bytes(),
+            live_zero_bytes: zeros.map(|r| r.extent.length()).sum(),
             ..self.totals
         }
     }
@@ -1100,6 +1110,18 @@ impl<'r> Session<'r> {
     }
 }
 
+/// The source as all runs of a session found it. Where it changed between them nothing stands for all of it.
+fn source_of_all(before: &SourceStamp, now: &SourceStamp) -> SourceStamp {
+    let same =
+        before.evidence.proves_same(&now.evidence) && before.identity.proves_same(&now.identity);
+    let evidence = if same {
+        now.evidence.clone()
+    } else {
+        Evidence::unknown()
+    };
+    SourceStamp::new(&now.address, now.identity.clone(), evidence)
+}
+
 fn check_size(replica: &Replica, plan: &Plan) -> Result<()> {
     let (image_bytes, room) = (plan.geometry.image_bytes(), replica.content.size_bytes());
     if replica.is_file() || image_bytes <= room {
@@ -1170,6 +1192,15 @@ pub(crate) fn applied_point(
     (point, retained)
 }
 
+/// How far whole pages may be written: what lies beyond the end of a device's image is not ours; of a file's it
+/// is cut off afterwards.
+fn room_of(content: &Content, target: &dyn BlockTarget, header: &SegmentHeader) -> u64 {
+    match content {
+        Content::File(_) => target.size_bytes(),
+        Content::Device(_) | Content::Absent => header.geometry.image_bytes(),
+    }
+}
+
 fn apply_redo(
     replica: &mut Replica,
     header: &SegmentHeader,
@@ -1189,13 +1220,7 @@ fn apply_redo(
             .resize(image_bytes)
             .map_err(|e| Error::target("grow the target", e))?;
     }
-    let is_file = matches!(replica.content, Content::File(_));
-    // What lies beyond the end of a device's image is not ours; of a file's it is cut off below.
-    let room_bytes = if is_file {
-        target.size_bytes()
-    } else {
-        image_bytes
-    };
+    let room_bytes = room_of(&replica.content, &*target, header);
     staged.write_to(&*target, room_bytes, progress)?;
     if matches!(replica.content, Content::File(_)) && target.size_bytes() > image_bytes {
         target
@@ -1311,7 +1336,8 @@ pub(crate) fn restore_redo(
     if is_file && target.size_bytes() < header.old_bytes {
         resize(header.old_bytes)?;
     }
-    staged.restore_to(&*target, target.size_bytes(), progress)?;
+    let room_bytes = room_of(&replica.content, &*target, header);
+    staged.restore_to(&*target, room_bytes, progress)?;
     if is_file && target.size_bytes() != header.old_bytes {
         resize(header.old_bytes)?;
     }
