@@ -86,3 +86,6 @@ pub(crate) fn unseal(bytes: &[u8]) -> Option<(&[u8], Digest)> {
     let sum = checksum(body);
     (sum.as_bytes() == stored).then_some((body, sum))
 }
+
+#[cfg(test)]
+mod tests;

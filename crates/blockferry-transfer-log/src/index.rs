@@ -168,3 +168,83 @@ fn narrow(bytes: u64) -> u32 {
     u32::try_from(bytes)
         .unwrap_or_else(|_| unreachable!("{} bytes: a record is smaller", usize_of(bytes)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 24;
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Data(u64, u64),
+        Zero(u64, u64),
+        Remove(u64, u64),
+        RemoveRecord(u32),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let extent = || (0..PAGES, 1..6u64);
+        prop_oneof![
+            4 => extent().prop_map(|(s, l)| Change::Data(s, l)),
+            2 => extent().prop_map(|(s, l)| Change::Zero(s, l)),
+            1 => extent().prop_map(|(s, l)| Change::Remove(s, l)),
+            1 => (0..12u32).prop_map(Change::RemoveRecord),
+        ]
+    }
+
+    fn extent(start: u64, pages: u64) -> Extent {
+        Extent::from_range(start * 4096..(start + pages) * 4096)
+    }
+
+    proptest! {
+        #[test]
+        fn the_index_equals_one_entry_for_each_page(
+            changes in prop::collection::vec(change(), 0..12),
+            from in 0..PAGES, pages in 1..8u64,
+        ) {
+            let mut index = Index::default();
+            // For each page the record, and the offset of its payload where it has one.
+            let mut oracle: BTreeMap<u64, (u32, Option<u32>)> = BTreeMap::new();
+            for (change, record) in changes.into_iter().zip(0u32..) {
+                match change {
+                    Change::Data(s, l) => {
+                        index.insert(extent(s, l), record, RunContent::Data { payload: 0 });
+                        oracle.extend((s..s + l).zip((0u32..).step_by(PAGE)).map(|(p, o)| (p, (record, Some(o)))));
+                    }
+                    Change::Zero(s, l) => {
+                        index.insert(extent(s, l), record, RunContent::Zero);
+                        oracle.extend((s..s + l).map(|p| (p, (record, None))));
+                    }
+                    Change::Remove(s, l) => {
+                        index.remove(extent(s, l));
+                        oracle.retain(|p, _| !(s..s + l).contains(p));
+                    }
+                    Change::RemoveRecord(record) => {
+                        index.remove_record(record);
+                        oracle.retain(|_, (r, _)| *r != record);
+                    }
+                }
+            }
+
+            let by_page = |runs: Vec<Run>| -> BTreeMap<u64, (u32, Option<u32>)> {
+                runs.iter().flat_map(|run| {
+                    let first = run.extent.start() / 4096;
+                    (first..run.extent.end() / 4096).map(|page| {
+                        let content = advance(run.content, (page - first) * 4096);
+                        let payload = match content {
+                            RunContent::Data { payload } => Some(payload),
+                            RunContent::Zero => None,
+                        };
+                        (page, (run.record, payload))
+                    }).collect::<Vec<_>>()
+                }).collect()
+            };
+            prop_assert_eq!(by_page(index.runs().collect()), oracle.clone());
+            let window = extent(from, pages);
+            oracle.retain(|p, _| window.contains(p * 4096));
+            prop_assert_eq!(by_page(index.within(window).collect()), oracle);
+        }
+    }
+}

@@ -61,7 +61,6 @@ struct Model {
     deciding: bool,
     acknowledged: Option<(u64, u64)>,
     cancelling: bool,
-    accepting: bool,
     /// Given up by name and not whole again.
     given_up: bool,
     /// The image before, while there is a way back.
@@ -76,7 +75,6 @@ impl Model {
             deciding: false,
             acknowledged: None,
             cancelling: false,
-            accepting: false,
             given_up: false,
             way_back: None,
         };
@@ -109,11 +107,8 @@ impl Model {
                 self.given_up = true;
                 self.settle();
             }
-            Promise::Accepting => self.accepting = true,
-            Promise::Accepted => {
-                self.accepting = false;
-                self.way_back = None;
-            }
+            Promise::Accepting => {}
+            Promise::Accepted => self.way_back = None,
         }
     }
 
@@ -472,9 +467,7 @@ impl Scenario for Story {
         check!(looked.is_ok(), "looking failed: {looked:?}");
         let replica = self.open(disk)?;
         let at = self.check_place(disk, &replica, &model)?;
-        if !model.deciding {
-            self.check_acknowledged(&replica, &model)?;
-        } else if at == model.at && replica.unfinished().is_some() {
+        if !model.deciding || (at == model.at && replica.unfinished().is_some()) {
             self.check_acknowledged(&replica, &model)?;
         }
         if model.heading.is_none() {
@@ -531,7 +524,7 @@ fn options(images: ImageLimits) -> ExploreOptions {
     ExploreOptions {
         depth: 2,
         images,
-        crashed_recoveries: 2,
+        crashed_recoveries: 1,
         recovery_images: ImageLimits {
             exhaustive: 16,
             samples: 12,
@@ -544,8 +537,8 @@ fn options(images: ImageLimits) -> ExploreOptions {
 
 const FEW: ImageLimits = ImageLimits {
     exhaustive: 256,
-    samples: 96,
-    damaged: 16,
+    samples: 80,
+    damaged: 12,
 };
 
 fn four_images() -> Vec<Option<Vec<u8>>> {

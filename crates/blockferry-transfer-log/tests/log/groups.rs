@@ -26,7 +26,7 @@ impl Pair {
         image(&[1, 2, 0], 3 * PAGE)
     }
 
-    fn new() -> Vec<u8> {
+    fn after() -> Vec<u8> {
         image(&[1, 4, 5], 3 * PAGE)
     }
 
@@ -50,7 +50,7 @@ impl Pair {
             let content = disk.content(&format!("images/{name}")).unwrap_or_default();
             match content {
                 c if c == Self::old() => Some(false),
-                c if c == Self::new() => Some(true),
+                c if c == Self::after() => Some(true),
                 _ => None,
             }
         })
@@ -73,7 +73,7 @@ impl Scenario for Pair {
 
     fn run(&self, disk: &SimDisk, events: &Events<Promise>) -> Result<(), String> {
         let failed = |e: blockferry_transfer_log::Error| format!("{e:?}");
-        let new = Self::new();
+        let new = Self::after();
         let mut replicas = [Self::open(disk, DISKS[0])?, Self::open(disk, DISKS[1])?];
         let mut sessions = Vec::new();
         for (replica, number) in replicas.iter_mut().zip(1u8..) {
@@ -156,7 +156,7 @@ fn a_group_ends_at_one_point_after_every_crash() {
 #[test]
 fn a_prepared_member_waits_while_its_group_cannot_be_reached() {
     let setup = Setup::file(Strategy::Redo);
-    let (old, new) = (Pair::old(), Pair::new());
+    let (old, new) = (Pair::old(), Pair::after());
     let disk = setup.machine(Some(&old));
     let mut replica = setup.open(&disk).unwrap();
     let target = replica.target();

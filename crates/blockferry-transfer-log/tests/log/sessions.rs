@@ -275,7 +275,8 @@ fn blocks_and_pages_mix_in_one_session() {
     let stager = session.stager();
     // A page first, then the whole of its block and the next, then a page of that one.
     let page = |p: u64| Extent::from_range(p * 4096..(p + 1) * 4096);
-    let of = |image: &[u8], e: Extent| image[e.start() as usize..e.end() as usize].to_vec();
+    let at = |offset: u64| usize::try_from(offset).unwrap();
+    let of = |image: &[u8], e: Extent| image[at(e.start())..at(e.end())].to_vec();
     let mut first = stager.pages();
     stager.add(
         &mut first,
@@ -412,7 +413,7 @@ fn compaction_keeps_what_counts_and_drops_the_rest() {
         );
         setup
             .stage(&mut session, target.as_ref(), &new, 99, &mut |c| {
-                highest = highest.max(c.log_bytes)
+                highest = highest.max(c.log_bytes);
             })
             .unwrap();
     }

@@ -1,0 +1,180 @@
+use blockferry_core::{BlockSize, Extent, Geometry, Root};
+use blockferry_device::{Evidence, Identity};
+use proptest::prelude::*;
+
+use super::*;
+use crate::plan::{Strategy as How, Undo};
+
+fn geometry(image_bytes: u64) -> Geometry {
+    Geometry::new(image_bytes, BlockSize::new(65536).unwrap())
+}
+
+fn stamp(seed: u8) -> SourceStamp {
+    let bytes = vec![seed; usize::from(seed % 65)];
+    let address = "a/\u{e9}".repeat(usize::from(seed));
+    SourceStamp::new(
+        &address,
+        Identity::from_bytes(&bytes),
+        Evidence::from_bytes(&bytes),
+    )
+}
+
+fn digest(seed: u8) -> Digest {
+    Digest::from_bytes([seed; 32])
+}
+
+fn segment(seed: u8, number: u64) -> SegmentHeader {
+    SegmentHeader {
+        session: SessionId::from_bytes([seed; 16]),
+        epoch: number,
+        strategy: How::from_code(seed % 4 + 1).unwrap(),
+        undo: Undo::from_code(seed % 2 + 1).unwrap(),
+        mode: seed,
+        old_bytes: number / 2,
+        geometry: geometry(number),
+        base: (seed.is_multiple_of(3)).then(|| SessionId::from_bytes([seed / 3; 16])),
+        target_evidence: Evidence::from_bytes(&vec![seed; usize::from(seed % 65)]),
+        old_file_id: (seed.is_multiple_of(5)).then_some(number),
+        working_file_id: (seed.is_multiple_of(7)).then_some(number),
+        source: stamp(seed),
+        started_unix: number,
+        segment: u32::from(seed),
+        kind: if seed.is_multiple_of(2) {
+            SegmentKind::Continues
+        } else {
+            SegmentKind::Compacted
+        },
+        first_sequence: number,
+        previous_chain: digest(seed),
+    }
+}
+
+fn record(seed: u8, count: u8) -> RecordHeader {
+    let extent = |n: u64| Extent::from_range(n * 8192..n * 8192 + 4096);
+    let entry = |n: u8| BatchExtent {
+        extent: extent(n.into()),
+        new: [
+            NewContent::None,
+            NewContent::Data,
+            NewContent::Zero,
+            NewContent::Reserve,
+        ][usize::from(n % 4)],
+        old: [OldContent::None, OldContent::Data, OldContent::Zero][usize::from(n % 3)],
+    };
+    let extents: Vec<BatchExtent> = (0..count).map(entry).collect();
+    let new = extents.iter().filter(|e| e.new == NewContent::Data).count();
+    let old = extents.iter().filter(|e| e.old == OldContent::Data).count();
+    RecordHeader {
+        session: SessionId::from_bytes([seed; 16]),
+        sequence: u64::from(seed) + 1,
+        previous: digest(seed),
+        durable: seed.into(),
+        unit: if seed.is_multiple_of(2) {
+            Unit::Page
+        } else {
+            Unit::Block
+        },
+        fuzzy: seed.is_multiple_of(3),
+        compaction_end: seed.is_multiple_of(5),
+        pages: match seed % 3 {
+            0 => StoredPages::Elsewhere,
+            1 => StoredPages::Plain,
+            _ => StoredPages::Zstd {
+                stored_bytes: 77,
+                checksum: digest(3),
+            },
+        },
+        evidence: Evidence::from_bytes(&vec![seed; usize::from(seed % 65)]),
+        extents,
+        new_digests: vec![digest(1); new],
+        old_digests: vec![digest(2); old],
+    }
+}
+
+fn slot(seed: u8, number: u64) -> Slot {
+    let point = |seed: u8| Point {
+        id: SessionId::from_bytes([seed; 16]),
+        root: Root::from_bytes([seed; 32]),
+        geometry: geometry(number),
+        source: stamp(seed),
+        made_unix: number,
+    };
+    Slot {
+        sequence: number,
+        epoch: number,
+        identity: Identity::from_bytes(&[seed; 9]),
+        evidence: Evidence::from_bytes(&[seed; 64]),
+        point: (seed.is_multiple_of(2)).then(|| point(seed)),
+        retained: (seed.is_multiple_of(3)).then(|| Retained {
+            strategy: How::Redo,
+            point: (seed.is_multiple_of(5)).then(|| point(seed / 5)),
+            old_bytes: number,
+        }),
+    }
+}
+
+fn decision(seed: u8, number: u64) -> Decision {
+    Decision {
+        session: SessionId::from_bytes([seed; 16]),
+        epoch: number,
+        ordinal: u32::from(seed),
+        kind: DecisionKind::Commit,
+        records: number,
+        chain: digest(seed),
+        root: digest(seed / 2),
+        group: [seed; 16],
+        evidence: Evidence::from_bytes(&[seed; 30]),
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_structure_reads_back_as_it_was_written(seed: u8, number in 0..1u64 << 40, count in 0..200u8) {
+        let (page, chain) = segment(seed, number).encode();
+        prop_assert_eq!(SegmentHeader::decode(&page, "test").unwrap(), (segment(seed, number), chain));
+        let header = record(seed, count);
+        let (bytes, chain) = header.encode();
+        prop_assert_eq!(RecordHeader::peek_length(&bytes[..PAGE]), Some(bytes.len()));
+        prop_assert_eq!(header.encoded_bytes(), bytes.len());
+        let read = RecordHeader::decode(&bytes, &geometry(1 << 40), 1 << 40).unwrap();
+        prop_assert_eq!(read, (header, chain));
+        prop_assert_eq!(Slot::decode(&slot(seed, number).encode()), Some(slot(seed, number)));
+        prop_assert_eq!(Decision::decode(&decision(seed, number).encode()), Some(decision(seed, number)));
+    }
+
+    #[test]
+    fn every_flipped_bit_is_seen(seed: u8, number in 0..1u64 << 40, count in 0..100u8, at: prop::sample::Index, bit in 0..8u8) {
+        let flipped = |mut bytes: Vec<u8>| {
+            let byte = at.index(bytes.len());
+            bytes[byte] ^= 1 << bit;
+            bytes
+        };
+
+        prop_assert!(SegmentHeader::decode(&flipped(segment(seed, number).encode().0), "test").is_err());
+        let bytes = flipped(record(seed, count).encode().0);
+        prop_assert!(RecordHeader::decode(&bytes, &geometry(1 << 40), 1 << 40).is_err());
+        prop_assert_eq!(Slot::decode(&flipped(slot(seed, number).encode())), None);
+        prop_assert_eq!(Decision::decode(&flipped(decision(seed, number).encode())), None);
+    }
+}
+
+#[test]
+fn the_documents_name_every_magic_and_the_version() {
+    let docs = concat!(
+        include_str!("../../../../docs/format/transfer-log.md"),
+        include_str!("../../../../docs/format/state.md")
+    );
+    for magic in [
+        "BFRYLOG", "BFRYREC", "BFRYSTA", "BFRYSLT", "BFRYDEC", "BFRYGRP",
+    ] {
+        assert!(docs.contains(magic), "{magic}");
+    }
+    assert!(docs.contains(&format!("format version {FORMAT_VERSION}")));
+}
+
+#[test]
+fn an_extent_outside_of_the_image_is_refused() {
+    let (bytes, _) = record(1, 9).encode();
+
+    assert!(RecordHeader::decode(&bytes, &geometry(1 << 40), 4096).is_err());
+}
