@@ -9,7 +9,7 @@ use blockferry_core::{
 use blockferry_delta_sync::{Comparison as RegionComparison, Known, Scratch};
 use blockferry_device::BlockSource;
 use blockferry_full_download::Copying;
-use blockferry_pipeline::{DataRegions, Phase, Step, WalkOptions, walk};
+use blockferry_pipeline::{DataRegions, Phase, Step, WalkOptions, block_in, walk};
 use blockferry_transfer_log::{Batch, Stager};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -34,9 +34,9 @@ pub fn digest(
         .map(|m| ManifestWriter::new(geometry, m))
         .transpose()
         .map_err(failed)?;
-    let mut data_blocks = 0u64;
+    let mut data_bytes = 0;
     let root = scan_leaves(source, geometry, context, &mut |leaves| {
-        data_blocks += leaves.data_blocks() as u64;
+        data_bytes += data_bytes_of(&geometry, leaves);
         match &mut writer {
             Some(writer) => writer.push(leaves).map_err(failed),
             None => Ok(()),
@@ -45,7 +45,6 @@ pub fn digest(
     if let Some(writer) = writer {
         writer.finish().map_err(failed)?;
     }
-    let data_bytes = (data_blocks * block_size.bytes()).min(geometry.image_bytes());
     Ok(DigestReport {
         root: root.to_string(),
         image_bytes: geometry.image_bytes(),
@@ -54,6 +53,13 @@ pub fn digest(
         block_size: block_size.bytes(),
         elapsed_seconds: context.clock.now().saturating_sub(start).as_secs_f64(),
     })
+}
+
+/// Bytes of the blocks that are not zero; the last block of an image may be short.
+fn data_bytes_of(geometry: &Geometry, leaves: &RegionLeaves) -> u64 {
+    let data = (0..leaves.len()).filter(|block| !leaves.is_zero_block(*block));
+    data.map(|block| block_in(geometry, leaves.region(), block).length())
+        .sum()
 }
 
 /// Takes the leaves of every region in order; returns the root.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockferry_core::{Extent, Geometry, RegionIndex, Root};
+use blockferry_core::{Extent, Geometry, Root};
 use blockferry_delta_sync::Comparison;
 use blockferry_device::{AlignedBuffer, BlockSource, Cancellable, RateLimiter};
 use blockferry_full_download::Copying;

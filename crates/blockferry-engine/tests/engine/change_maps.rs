@@ -116,9 +116,7 @@ fn a_lie_that_is_found_costs_a_full_comparison_and_is_said() {
     let map = since(&point, all_but(Trust::Hint, &[5]));
     let (context, events) = listening();
 
-    let receipt = machine
-        .sync_in(&source, &delta(map.clone()), &context)
-        .unwrap();
+    let receipt = machine.sync_in(&source, &delta(map), &context).unwrap();
 
     assert_eq!(warnings(&events), ["change_map_lied"]);
     assert_eq!(receipt.changed_bytes, Some(BYTES));

@@ -15,6 +15,7 @@ use crate::harness::{
 
 const SMALL: u64 = 4096;
 const BYTES: u64 = 5 << 20;
+const _: () = assert!(REGION_BLOCKS * SMALL < BYTES, "several regions");
 
 fn delta() -> blockferry_engine::SyncOptions {
     options(|o| {
@@ -276,7 +277,6 @@ fn another_block_size_makes_a_new_point_that_is_compared_in_full() {
     assert_eq!(receipt.outcome, "identical");
     assert_eq!(warnings(&events), ["manifest_unusable"]);
     assert_synced(&machine, &source.bytes(), BlockSize::DEFAULT, &receipt);
-    assert!(REGION_BLOCKS * SMALL < BYTES, "several regions");
 }
 
 #[test]

@@ -1,7 +1,15 @@
 //! The engine as an embedder uses it, on a simulated machine and on real directories.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests; what they print is shown when a test fails"
+)]
 
 mod change_maps;
 mod equal;
 mod harness;
 mod interrupted;
 mod known;
+mod planning;
+mod reading;
+mod real;

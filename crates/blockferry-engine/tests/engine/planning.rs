@@ -1,0 +1,354 @@
+//! Choosing, predicting, limits: what is decided before the first byte, and what holds a run back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use blockferry_engine::{Context, ErrorKind, Mode, Strategy, Undo, accept};
+
+use crate::harness::{
+    Machine, On, Source, VirtualClock, assert_rolls_back_to, assert_synced, block_size, edited,
+    image, options,
+};
+
+const BYTES: u64 = 6 << 20;
+
+#[test]
+fn auto_chooses_by_how_much_differs_and_says_so_with_numbers() {
+    let old = blockferry_testkit::images::random_image(40, BYTES);
+    for (per_mille, clones, mode, strategy) in [
+        (10, false, Mode::Delta, Strategy::Redo),
+        (10, true, Mode::Delta, Strategy::Clone),
+        (700, false, Mode::Full, Strategy::Shadow),
+    ] {
+        let machine = Machine::new(On::File, clones, Some(&old));
+        let source = Source::new(edited(40, &old, BYTES, per_mille));
+
+        let receipt = machine
+            .sync(&source, &options(|o| o.mode = Mode::Auto))
+            .unwrap();
+
+        assert_eq!(
+            (receipt.mode, receipt.strategy),
+            (mode, Some(strategy)),
+            "{}",
+            receipt.reason
+        );
+        assert_eq!(receipt.requested_mode, Mode::Auto);
+        for part in [
+            "% of the sampled data differs",
+            "predicted delta",
+            "full",
+            &strategy.to_string(),
+        ] {
+            assert!(
+                receipt.reason.contains(part),
+                "{part:?} in {:?}",
+                receipt.reason
+            );
+        }
+        assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+    }
+}
+
+#[test]
+fn auto_downloads_an_absent_target_in_full_and_says_why() {
+    let machine = Machine::new(On::File, false, None);
+    let source = Source::new(image(41, BYTES));
+
+    let receipt = machine.sync(&source, &options(|_| ())).unwrap();
+
+    assert_eq!(
+        (receipt.mode, receipt.strategy),
+        (Mode::Full, Some(Strategy::Direct))
+    );
+    assert!(receipt.reason.contains("absent"), "{}", receipt.reason);
+    assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+}
+
+#[test]
+fn a_device_never_gets_a_strategy_that_needs_a_file() {
+    let old = image(42, BYTES);
+    for per_mille in [10, 1000] {
+        for mode in [Mode::Auto, Mode::Delta, Mode::Full] {
+            let machine = Machine::new(On::Device, true, Some(&old));
+            let source = Source::new(edited(42, &old, BYTES, per_mille));
+
+            let receipt = machine.sync(&source, &options(|o| o.mode = mode)).unwrap();
+
+            assert_eq!(receipt.strategy, Some(Strategy::Redo));
+            assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+        }
+    }
+    for strategy in [Strategy::Shadow, Strategy::Clone] {
+        let machine = Machine::new(On::Device, true, Some(&old));
+        let source = Source::new(edited(42, &old, BYTES, 10));
+
+        let error = machine
+            .sync(&source, &options(|o| o.strategy = Some(strategy)))
+            .unwrap_err();
+
+        assert!(
+            matches!(error.kind(), ErrorKind::Target | ErrorKind::Usage),
+            "{error}"
+        );
+        assert_eq!(machine.content().unwrap(), old);
+    }
+}
+
+#[test]
+fn a_log_without_room_is_refused_before_the_first_byte_naming_the_way_out() {
+    let old = blockferry_testkit::images::random_image(43, BYTES);
+    let machine = Machine::new(On::Device, false, Some(&old));
+    machine.disk.limit_space("state", 2 << 20);
+    let source = Source::new(edited(43, &old, BYTES, 700));
+    drop(machine.open());
+    let mut failed = None;
+
+    let changes =
+        machine.changes(|| failed = Some(machine.sync(&source, &options(|_| ())).unwrap_err()));
+
+    let error = failed.unwrap();
+    assert_eq!(error.kind(), ErrorKind::Target);
+    assert!(error.to_string().contains("--in-place"), "{error}");
+    assert_eq!(changes, Vec::<String>::new());
+    assert_eq!(machine.content().unwrap(), old);
+}
+
+#[test]
+fn a_log_limit_that_is_reached_ends_the_run_resumable_at_the_old_point() {
+    let old = blockferry_testkit::images::random_image(44, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(44, &old, BYTES, 500));
+    let limited = |bytes| {
+        options(|o| {
+            o.mode = Mode::Delta;
+            o.strategy = Some(Strategy::Redo);
+            o.log_limit_bytes = Some(bytes);
+        })
+    };
+
+    let error = machine.sync(&source, &limited(2 << 20)).unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Target);
+    assert!(error.is_resumable());
+    assert_eq!(machine.content().unwrap(), old);
+    let receipt = machine.sync(&source, &limited(64 << 20)).unwrap();
+    assert!(receipt.resumed_bytes > 0);
+    assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+}
+
+#[test]
+fn without_undo_nothing_is_kept_and_nothing_can_be_rolled_back() {
+    for strategy in [Strategy::Redo, Strategy::Shadow, Strategy::Clone] {
+        let old = image(45, BYTES);
+        let machine = Machine::new(On::File, true, Some(&old));
+        let source = Source::new(edited(45, &old, BYTES, 100));
+        let none = options(|o| {
+            o.strategy = Some(strategy);
+            o.undo = Undo::None;
+        });
+
+        let receipt = machine.sync(&source, &none).unwrap();
+
+        assert!(!receipt.rollback_available);
+        assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+        let held = machine.open().replica().held_bytes().unwrap();
+        assert!(held < BYTES / 8, "{strategy}: {held} bytes are still held");
+        blockferry_engine::rollback(&mut machine.open(), &Context::default()).unwrap_err();
+    }
+}
+
+#[test]
+fn accepting_frees_what_held_the_old_point() {
+    for strategy in [Strategy::Redo, Strategy::Shadow, Strategy::Clone] {
+        let old = image(46, BYTES);
+        let machine = Machine::new(On::File, true, Some(&old));
+        let source = Source::new(edited(46, &old, BYTES, 100));
+        let options = options(|o| o.strategy = Some(strategy));
+        let receipt = machine.sync(&source, &options).unwrap();
+        let held = machine.open().replica().held_bytes().unwrap();
+
+        let outcome = accept(&mut machine.open(), &Context::default()).unwrap();
+
+        assert_eq!(outcome.outcome, "accepted");
+        assert!(outcome.freed_bytes > 0);
+        assert!(machine.open().replica().held_bytes().unwrap() < held);
+        assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+    }
+}
+
+#[test]
+fn in_place_gives_the_old_content_up_and_keeps_no_log() {
+    for on in [On::File, On::Device] {
+        for mode in [Mode::Delta, Mode::Full, Mode::Auto] {
+            let old = image(47, BYTES);
+            let machine = Machine::new(on, true, Some(&old));
+            let source = Source::new(edited(47, &old, BYTES, 200));
+            let in_place = options(|o| {
+                o.mode = mode;
+                o.in_place = true;
+            });
+
+            let receipt = machine.sync(&source, &in_place).unwrap();
+
+            assert_eq!(receipt.strategy, Some(Strategy::Direct));
+            assert!(!receipt.rollback_available);
+            assert!(
+                receipt.log_bytes < BYTES / 16,
+                "{} bytes of log",
+                receipt.log_bytes
+            );
+            assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+        }
+    }
+}
+
+#[test]
+fn everything_written_is_read_back_whatever_the_strategy() {
+    for (strategy, on) in [
+        (Some(Strategy::Redo), On::File),
+        (Some(Strategy::Shadow), On::File),
+        (Some(Strategy::Clone), On::File),
+        (None, On::Device),
+    ] {
+        let old = image(48, BYTES);
+        let machine = Machine::new(on, true, Some(&old));
+        let source = Source::new(edited(48, &old, BYTES, 200));
+
+        let receipt = machine
+            .sync(&source, &options(|o| o.strategy = strategy))
+            .unwrap();
+
+        assert!(
+            receipt.proven_bytes >= receipt.staged_bytes && receipt.staged_bytes > 0,
+            "{strategy:?}: {} of {} bytes",
+            receipt.proven_bytes,
+            receipt.staged_bytes
+        );
+    }
+}
+
+#[test]
+fn a_bandwidth_limit_holds_within_five_percent_from_end_to_end() {
+    const RATE: u64 = 3_000_000;
+    for (mode, strategy) in [
+        (Mode::Delta, Strategy::Redo),
+        (Mode::Full, Strategy::Redo),
+        (Mode::Full, Strategy::Shadow),
+    ] {
+        let old = blockferry_testkit::images::random_image(49, BYTES);
+        let machine = Machine::file(&old);
+        let source = Source::new(blockferry_testkit::images::random_image(50, BYTES));
+        let clock = Arc::new(VirtualClock::default());
+        let mut context = Context::default();
+        context.clock = Arc::clone(&clock) as _;
+        let limited = options(|o| {
+            o.mode = mode;
+            o.strategy = Some(strategy);
+            // One worker: waiting workers would each move the virtual clock.
+            o.threads = Some(1);
+            o.bwlimit_bytes_per_second = Some(RATE);
+        });
+
+        let receipt = machine.sync_in(&source, &limited, &context).unwrap();
+
+        let ideal = receipt.sent_bytes as f64 / RATE as f64;
+        assert_eq!(receipt.sent_bytes, BYTES);
+        assert!(
+            (receipt.elapsed_seconds / ideal - 1.0).abs() < 0.05,
+            "{mode} {strategy}: {} s instead of {ideal} s",
+            receipt.elapsed_seconds
+        );
+    }
+}
+
+#[test]
+fn cancelling_ends_the_wait_for_bandwidth() {
+    let old = image(51, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(51, &old, BYTES, 500));
+    let token = blockferry_device::CancelToken::new();
+    let slow = options(|o| {
+        o.mode = Mode::Delta;
+        o.bwlimit_bytes_per_second = Some(1000);
+    });
+    let reads = Arc::new(AtomicU64::new(0));
+    let (seen, cancel) = (Arc::clone(&reads), token.clone());
+    source.on_read(move |_| {
+        seen.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while reads.load(Ordering::SeqCst) == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            cancel.cancel();
+        });
+
+        let error = machine
+            .sync_in(&source, &slow, &crate::harness::cancelled_by(&token))
+            .unwrap_err();
+
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+    });
+}
+
+#[test]
+fn a_target_that_is_larger_is_cut_only_when_allowed() {
+    let old = image(52, BYTES);
+    for bytes in [0, 5000, BYTES - 4096, BYTES - 1] {
+        let machine = Machine::file(&old);
+        let source = Source::new(edited(52, &old, bytes, 10));
+        let mut careful = options(|o| o.strategy = Some(Strategy::Redo));
+        careful.allow_shrink = false;
+
+        let error = machine.sync(&source, &careful).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Target);
+        assert!(error.to_string().contains("--allow-shrink"), "{error}");
+        assert_eq!(machine.content().unwrap(), old);
+
+        careful.allow_shrink = true;
+        let receipt = machine.sync(&source, &careful).unwrap();
+        assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+        assert_rolls_back_to(&machine, &old);
+    }
+}
+
+#[test]
+fn a_target_that_is_shorter_but_equal_so_far_gets_the_new_size() {
+    let old = image(53, BYTES);
+    for more in [1, 511, 4096, 1 << 20] {
+        for strategy in [Strategy::Redo, Strategy::Shadow, Strategy::Clone] {
+            let mut new = old.clone();
+            new.resize(old.len() + more, 0);
+            let machine = Machine::new(On::File, true, Some(&old));
+            let source = Source::new(new.clone());
+
+            let receipt = machine
+                .sync(&source, &options(|o| o.strategy = Some(strategy)))
+                .unwrap();
+
+            assert_eq!(receipt.outcome, "applied");
+            assert_synced(&machine, &new, block_size(65_536), &receipt);
+            assert_rolls_back_to(&machine, &old);
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_too_small_is_refused_with_both_sizes() {
+    let old = image(54, 1 << 20);
+    let machine = Machine::new(On::Device, false, Some(&old));
+    let source = Source::new(image(54, (1 << 20) + 1));
+
+    let error = machine.sync(&source, &options(|_| ())).unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Target);
+    assert!(
+        error.to_string().contains("1048576") && error.to_string().contains("1048577"),
+        "{error}"
+    );
+}
