@@ -6,6 +6,8 @@ use blockferry_full_download::Copying;
 use blockferry_pipeline::{DataRegions, Failure};
 use blockferry_transfer_log::Batch;
 
+use crate::options::SyncOptions;
+
 /// What is done with every region.
 #[derive(Debug)]
 pub(crate) enum Job {
@@ -32,6 +34,12 @@ pub(crate) struct RegionDone {
 }
 
 impl Job {
+    /// How many workers: one more than processors where they also wait for their own writes.
+    pub(crate) fn threads(&self, options: &SyncOptions) -> usize {
+        let waits = matches!(self, Self::Full(c) if c.is_into_new_file());
+        options.threads() + usize::from(waits && options.threads.is_none())
+    }
+
     /// The regions that have to be looked at.
     pub(crate) fn regions(&self, geometry: Geometry) -> DataRegions {
         let (source, staged, target) = match self {

@@ -477,7 +477,7 @@ impl<'a> Run<'a> {
             knowledge.of(index).map(|known| Ok((index, known)))
         };
         let cancel = self.context.cancel.clone();
-        let walking = WalkOptions::new(self.options.threads());
+        let walking = WalkOptions::new(job.threads(self.options));
         std::thread::scope(|scope| {
             let read_back = ReadBackThread::start(scope);
             let mut consumer = Consumer::new(self, handle, files, recorder, read_back);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{
-    BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, block_in, read_padded, runs,
+    BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, block_in, read_padded, runs, runs_of,
 };
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
@@ -117,7 +117,15 @@ impl Copying {
             },
         };
         let durable = work.take_durable_leaves(&zero)?;
-        for run in runs(&self.geometry, region, |b| !zero.contains(b) && !durable[b]) {
+        let copied = |b: usize| !zero.contains(b) && !durable[b];
+        if !self.digests_only {
+            // One allocation for each run of the source's data: writes into it need not take turns.
+            let whole = runs_of(&self.geometry, region, u64::MAX, copied).map(|run| run.extent);
+            self.stager
+                .allocate(&whole.collect::<Vec<_>>())
+                .map_err(Failure::log)?;
+        }
+        for run in runs_of(&self.geometry, region, BUFFER_BYTES, copied) {
             work.data_run(run, scratch)?;
         }
         for run in runs(&self.geometry, region, |b| zero.contains(b)) {
@@ -192,9 +200,14 @@ impl Region<'_> {
         let zeros: Vec<BlockRun> = runs(&geometry, self.region, unwritten_zero)
             .filter(|part| self.copy.leaves.is_zero_block(part.first))
             .collect();
-        zeros
-            .into_iter()
-            .try_for_each(|part| self.zero_extent(part.extent, old))
+        for part in zeros {
+            self.shared
+                .stager
+                .give_back(part.extent)
+                .map_err(Failure::log)?;
+            self.zero_extent(part.extent, old)?;
+        }
+        Ok(())
     }
 
     /// Digest of a block that has to be written; `None` for zeros and for what is durable with this content.

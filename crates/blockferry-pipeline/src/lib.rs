@@ -12,5 +12,6 @@ pub use failure::{Failure, Side};
 pub use progress::{Event, Observer, Phase, Progress, Silent};
 pub use region::{
     BUFFER_BYTES, BlockRun, DataRegions, PIECE_BYTES, ZeroBlocks, block_in, read_padded, runs,
+    runs_of,
 };
 pub use walk::{Emitter, Step, Stopped, WalkOptions, walk};

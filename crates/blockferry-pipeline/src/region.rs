@@ -151,8 +151,18 @@ pub fn runs<'a>(
     region: RegionIndex,
     wanted: impl Fn(usize) -> bool + 'a,
 ) -> impl Iterator<Item = BlockRun> + 'a {
+    runs_of(geometry, region, PIECE_BYTES, wanted)
+}
+
+/// As [`runs`], of at most `most_bytes`, but always at least one block.
+pub fn runs_of<'a>(
+    geometry: &'a Geometry,
+    region: RegionIndex,
+    most_bytes: u64,
+    wanted: impl Fn(usize) -> bool + 'a,
+) -> impl Iterator<Item = BlockRun> + 'a {
     let blocks = to_usize(geometry.region_block_count(region));
-    let most = to_usize((PIECE_BYTES / geometry.block_size().bytes()).max(1));
+    let most = to_usize((most_bytes / geometry.block_size().bytes()).max(1));
     let mut next = 0;
     std::iter::from_fn(move || {
         let first = (next..blocks).find(|b| wanted(*b))?;

@@ -126,6 +126,37 @@ impl Stager {
         self.working.as_ref().is_some_and(|w| w.sibling.is_some())
     }
 
+    /// Allocates what is about to be written to a new file: writes into allocated space run side by side with each
+    /// other and with reads, those into holes do not.
+    ///
+    /// # Errors
+    /// No space, or the working file failed.
+    pub fn allocate(&self, extents: &[Extent]) -> Result<()> {
+        let Some(working) = self.working.as_ref().filter(|w| w.sibling.is_some()) else {
+            return Ok(());
+        };
+        working
+            .target
+            .reserve(extents)
+            .map(drop)
+            .map_err(|e| Error::target(format!("allocate space in {}", working.target.label()), e))
+    }
+
+    /// Makes a hole again of what [`Self::allocate`] allocated and nothing was written to.
+    ///
+    /// # Errors
+    /// The working file failed.
+    pub fn give_back(&self, extent: Extent) -> Result<()> {
+        let Some(working) = self.working.as_ref().filter(|w| w.sibling.is_some()) else {
+            return Ok(());
+        };
+        working
+            .target
+            .punch(extent)
+            .map(drop)
+            .map_err(|e| Error::target(format!("punch {extent} of {}", working.target.label()), e))
+    }
+
     /// Whether the old content of what is staged is wanted: only a log keeps it.
     #[must_use]
     pub fn wants_old(&self) -> bool {
