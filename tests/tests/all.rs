@@ -1,4 +1,10 @@
 //! All end-to-end tests, one module per subject.
 
 mod arrows;
+mod bounds;
 mod docs;
+mod failures;
+mod kills;
+mod lab;
+mod targets;
+mod undo;

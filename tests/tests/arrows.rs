@@ -7,6 +7,8 @@ use std::process::Command;
 use blockferry_tests::workspace_root;
 use serde_json::Value;
 
+use crate::lab::output;
+
 /// The shipped crates from the bottom up. Crates on one level never name each other.
 const LEVELS: [&[&str]; 7] = [
     &["blockferry-core"],
@@ -140,7 +142,8 @@ fn name_of(value: &Value) -> String {
 }
 
 fn packages() -> Vec<Value> {
-    let output = Command::new(env!("CARGO"))
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo
         .args([
             "metadata",
             "--no-deps",
@@ -148,9 +151,8 @@ fn packages() -> Vec<Value> {
             "--format-version",
             "1",
         ])
-        .current_dir(workspace_root())
-        .output()
-        .expect("cargo runs: it built this test");
+        .current_dir(workspace_root());
+    let output = output(&mut cargo).expect("cargo runs: it built this test");
     assert!(
         output.status.success(),
         "cargo metadata: {}",
