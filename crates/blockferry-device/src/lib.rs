@@ -31,6 +31,7 @@ mod image_format;
 mod memory;
 mod metadata;
 mod open;
+mod point;
 mod proc;
 mod residency;
 mod spans;
@@ -51,6 +52,9 @@ pub use file::{Access, OsFile};
 pub use image_format::ImageFormat;
 pub use memory::MemoryDevice;
 pub use open::{SourceOptions, TargetPlace, open_source, open_target, same_object};
+pub use point::{
+    Consistency, PointProvider, PointRequest, Quiesce, Quiesced, SourcePoint, WholeSource,
+};
 pub use traits::{
     BlockSource, BlockTarget, LockGuard, ReadRequest, Status, StorageDir, StorageFile, WriteRequest,
 };

@@ -11,6 +11,7 @@ mod job;
 mod knowledge;
 mod options;
 mod plan;
+mod points;
 mod read_back;
 mod receipt;
 mod recorder;
@@ -23,6 +24,7 @@ pub use blockferry_transfer_log::{Place, Recovered, SessionId, Strategy, Undo};
 pub use compare::{compare, digest};
 pub use error::{Error, ErrorKind, Result};
 pub use options::{ChangesSince, Context, Mode, SyncOptions};
+pub use points::sync_from;
 pub use receipt::{Outcome, Prediction, RECEIPT_VERSION, Receipt};
 pub use status::{
     Comparison, DigestReport, NextStep, PointStatus, SessionStatus, Status, VerifyReport,

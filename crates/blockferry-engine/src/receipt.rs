@@ -31,6 +31,8 @@ pub struct Receipt {
     pub source: String,
     /// The target.
     pub target: String,
+    /// What the source's content was consistent with, where a provider of points said so.
+    pub consistency: Option<String>,
     /// Size of the image.
     pub source_bytes: u64,
     /// Bytes read from the source.

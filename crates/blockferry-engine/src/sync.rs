@@ -709,6 +709,7 @@ impl<'a> Run<'a> {
             reason: choice.reason.clone(),
             source: self.stamp.address.clone(),
             target: self.target.clone(),
+            consistency: None,
             source_bytes: self.geometry.image_bytes(),
             scanned_bytes: self.counts.source_read,
             target_read_bytes: self.counts.target_read,

@@ -5,8 +5,9 @@
 
 pub use blockferry_core::{BlockSize, Extent, format_size, parse_size};
 pub use blockferry_device::{
-    BlockSource, BlockTarget, CancelToken, Clock, SourceOptions, Status as ExtentStatus,
-    StorageDir, StorageFile, SystemClock, open_source, same_object,
+    BlockSource, BlockTarget, CancelToken, Clock, Consistency, PointProvider, PointRequest,
+    Quiesce, Quiesced, SourceOptions, SourcePoint, Status as ExtentStatus, StorageDir, StorageFile,
+    SystemClock, WholeSource, open_source, same_object,
 };
 pub use blockferry_engine::*;
 pub use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};

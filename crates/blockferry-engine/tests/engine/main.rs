@@ -11,5 +11,6 @@ mod harness;
 mod interrupted;
 mod known;
 mod planning;
+mod points;
 mod reading;
 mod real;
