@@ -10,12 +10,35 @@ use blockferry_device::{ReadRequest, StorageDir};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{PAGE, SessionId};
-use crate::session::{GroupCommitted, GroupId};
 
 const MAGIC: &[u8; 8] = b"BFRYGRP\0";
 
 /// Most disks of one group: their ids fit one page.
 const MAX_MEMBERS: usize = 200;
+
+/// Names a group of disks that share one cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GroupId(pub(crate) [u8; 16]);
+
+impl GroupId {
+    /// From 16 random bytes, not all zero.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 16 bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+/// Proof that a group's record is durable.
+#[derive(Debug)]
+pub struct GroupCommitted {
+    pub(crate) group: GroupId,
+}
 
 /// What a group's record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,6 +19,8 @@ mod index;
 mod inspect;
 mod ledger;
 mod log;
+mod manifest;
+mod outcome;
 mod place;
 mod plan;
 mod readback;
@@ -37,15 +39,13 @@ pub use format::{
     BatchExtent, DecisionKind, FORMAT_VERSION, NewContent, OldContent, Point, Retained,
     SegmentHeader, SegmentKind, SessionId, SourceStamp, Unit,
 };
-pub use group::{GroupDirectory, GroupVerdicts, Verdict};
+pub use group::{GroupCommitted, GroupDirectory, GroupId, GroupVerdicts, Verdict};
 pub use inspect::{Inspection, UnfinishedSession, inspect};
+pub use manifest::ManifestFile;
 pub use place::Place;
 pub use plan::{Plan, Strategy, Undo};
 pub use readback::{ReadBackOutcome, ReadBackTask};
 pub use replica::{ManifestSource, Recovered, Replica, Unwritten};
-pub use session::{
-    Applied, Checkpoint, GROUP_BYTES, GroupCommitted, GroupId, ManifestFile, Prepared, Session,
-    SessionTotals,
-};
+pub use session::{Applied, Checkpoint, GROUP_BYTES, Prepared, Session, SessionTotals};
 pub use staged::{StagedView, Stager};
 pub use stats::Stats;

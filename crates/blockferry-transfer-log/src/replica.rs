@@ -11,12 +11,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Decision, DecisionKind, Point, Retained, SegmentHeader, SessionId, Slot, SourceStamp,
 };
+use crate::group::GroupId;
 use crate::group::{GroupVerdicts, Verdict};
 use crate::ledger::Ledger;
 use crate::log::{Scan, ScanDurability, parse_segment_name, scan, segment_name};
+use crate::manifest::ManifestFile;
+use crate::outcome::{applied_point, finish_commit, restore_redo};
 use crate::place::{Content, Place};
 use crate::plan::{Plan, Strategy, Undo};
-use crate::session::{GroupId, ManifestFile, Session, applied_point, finish_commit, restore_redo};
+use crate::session::Session;
 use crate::state::StateFile;
 use crate::stats::Stats;
 
