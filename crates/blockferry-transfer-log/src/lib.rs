@@ -41,11 +41,11 @@ pub use format::{
 };
 pub use group::{GroupCommitted, GroupDirectory, GroupId, GroupVerdicts, Verdict};
 pub use inspect::{Inspection, UnfinishedSession, inspect};
-pub use manifest::ManifestFile;
+pub use manifest::{ManifestFile, ManifestSource};
 pub use place::Place;
 pub use plan::{Plan, Strategy, Undo};
 pub use readback::{ReadBackOutcome, ReadBackTask};
-pub use replica::{ManifestSource, Recovered, Replica, Unwritten};
+pub use replica::{Recovered, Replica, Unwritten};
 pub use session::{Applied, Checkpoint, GROUP_BYTES, Prepared, Session, SessionTotals};
 pub use staged::{StagedView, Stager};
 pub use stats::Stats;
