@@ -4,6 +4,10 @@
 //! beside the hardware's: reading the page cache, comparing memory, hashing. The race against other tools on
 //! real images is the script `benches/peers`.
 
+mod place;
+
+pub use place::Place;
+
 /// One region at the default block size: what a worker holds at a time, larger than a processor's caches
 /// close by.
 pub const REGION_BYTES: usize = 16 << 20;
