@@ -72,7 +72,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
-    let receipt = job.worker.join().map_err(|_panic| "the worker panicked")??;
+    let receipt = job
+        .worker
+        .join()
+        .map_err(|_panic| "the worker panicked")??;
     println!(
         "{}: {:?} bytes changed",
         receipt.outcome, receipt.changed_bytes
