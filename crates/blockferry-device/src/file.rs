@@ -338,6 +338,11 @@ impl StorageFile for OsFile {
         Ok(self.stat()?.ino())
     }
 
+    fn allocated_bytes(&self) -> Result<u64> {
+        // In units of 512 bytes, whatever the file system's block size.
+        Ok(self.stat()?.blocks() * 512)
+    }
+
     fn clone_from_file(&self, origin: &dyn StorageFile) -> Result<()> {
         let attempt = || format!("clone of {} into {}", origin.label(), self.label);
         let Some(from) = origin.as_fd() else {

@@ -205,6 +205,14 @@ pub trait StorageFile: BlockTarget {
     /// The file system failed or refused.
     fn copy_metadata(&self, origin: &dyn StorageFile) -> Result<()>;
 
+    /// Bytes it takes on its disk: less than its size where it has holes.
+    ///
+    /// # Errors
+    /// The file system failed.
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.size_bytes())
+    }
+
     /// The operating system's handle, where there is one: what lets two files of one backend work together.
     fn as_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         None

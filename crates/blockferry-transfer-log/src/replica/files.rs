@@ -1,9 +1,10 @@
 //! The files of a replica: which sessions there are, what is left over, what is given back.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use blockferry_core::{Extent, PAGE_BYTES};
-use blockferry_device::StorageDir;
+use blockferry_device::{StorageDir, StorageFile};
 
 use super::Replica;
 use super::recovery::LoadedSession;
@@ -157,7 +158,7 @@ impl Replica {
         let sibling = dir
             .open(&name)
             .map_err(|e| Error::target(format!("open {name}"), e))?;
-        Ok(sibling.map_or(0, |s| s.size_bytes()))
+        taken(sibling)
     }
 
     pub(crate) fn sync_dir(&self) -> Result<()> {
@@ -203,6 +204,14 @@ pub(crate) fn sessions_in(dir: &dyn StorageDir) -> Result<BTreeMap<SessionId, Ve
     Ok(sessions)
 }
 
+/// Bytes that giving a file up frees, as far as it shares none of them.
+fn taken(file: Option<Arc<dyn StorageFile>>) -> Result<u64> {
+    let taken = file.map(|f| f.allocated_bytes()).transpose();
+    Ok(taken
+        .map_err(|e| Error::log("ask how much space a file takes", e))?
+        .unwrap_or(0))
+}
+
 pub(crate) fn held_bytes(dir: &dyn StorageDir, place: &Place) -> Result<u64> {
     let mut held = 0;
     for name in dir
@@ -212,7 +221,7 @@ pub(crate) fn held_bytes(dir: &dyn StorageDir, place: &Place) -> Result<u64> {
         let file = dir
             .open(&name)
             .map_err(|e| Error::log(format!("open {name}"), e))?;
-        held += file.map_or(0, |f| f.size_bytes());
+        held += taken(file)?;
     }
     if let Some((dir, target)) = place.file() {
         for name in dir
@@ -223,7 +232,7 @@ pub(crate) fn held_bytes(dir: &dyn StorageDir, place: &Place) -> Result<u64> {
                 let file = dir
                     .open(&name)
                     .map_err(|e| Error::target(format!("open {name}"), e))?;
-                held += file.map_or(0, |f| f.size_bytes());
+                held += taken(file)?;
             }
         }
     }
