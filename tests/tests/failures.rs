@@ -237,7 +237,7 @@ fn a_target_removed_under_way_is_noticed_and_made_anew_by_the_next_run() {
     fs::remove_file(disks.lab.path("target")).unwrap();
     let stopped = run.finish();
 
-    assert_says(&stopped, 4, &["target"]);
+    assert_says(&stopped, 4, &["target", "removed"]);
     assert!(!disks.lab.path("target").exists());
     disks.lab.must("sync source target");
     disks.lab.assert_holds("target", &disks.new);
@@ -274,7 +274,7 @@ fn a_source_truncated_under_way_leaves_the_old_point() {
     });
     let stopped = run.finish();
 
-    assert_says(&stopped, 3, &["source"]);
+    assert_says(&stopped, 3, &["source", "shorter"]);
     disks.lab.assert_holds("target", &disks.old);
     // The rest comes back: what was durable still counts.
     disks.lab.write("source", &disks.new);

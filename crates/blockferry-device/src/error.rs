@@ -67,6 +67,13 @@ impl Error {
         label: &str,
         cause: io::Error,
     ) -> Self {
+        let cause = match cause.kind() {
+            // What the standard library says of it helps nobody.
+            io::ErrorKind::UnexpectedEof => {
+                io::Error::new(cause.kind(), "it is shorter than when it was opened")
+            }
+            _ => cause,
+        };
         Self::from_io(
             format!("{attempt} of {bytes} bytes at offset {offset} of {label}"),
             cause,

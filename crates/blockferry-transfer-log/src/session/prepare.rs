@@ -231,8 +231,15 @@ impl Session<'_> {
         if in_place || !before.is_known() {
             return Ok(());
         }
-        if self.replica.place.open()?.evidence()?.proves_same(before) {
+        let now = self.replica.place.open()?;
+        if now.evidence()?.proves_same(before) {
             return Ok(());
+        }
+        if now.target().is_none() {
+            return Err(Error::refused(format!(
+                "{} was removed since this session began; the next sync makes it anew",
+                self.replica.place.label()
+            )));
         }
         Err(Error::refused(format!(
             "{} was written by someone else since this session began; nothing of it was changed. Cancel the \
