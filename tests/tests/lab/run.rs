@@ -147,7 +147,8 @@ pub(crate) fn answer(command: &mut Command) -> Answer {
 pub(crate) struct Child {
     process: Process,
     lines: BufReader<ChildStdout>,
-    stderr: std::thread::JoinHandle<String>,
+    /// Taken when it has ended.
+    stderr: Option<std::thread::JoinHandle<String>>,
     seen: Vec<Value>,
     peak: Arc<AtomicU64>,
     started: Instant,
@@ -177,7 +178,7 @@ impl Child {
         Self {
             process,
             lines: BufReader::new(stdout),
-            stderr,
+            stderr: Some(stderr),
             seen: Vec::new(),
             peak,
             started,
@@ -221,11 +222,23 @@ impl Child {
         let elapsed = self.started.elapsed();
         Answer {
             code: status.code(),
-            lines: self.seen,
-            stderr: self.stderr.join().unwrap_or_default(),
+            lines: std::mem::take(&mut self.seen),
+            stderr: self
+                .stderr
+                .take()
+                .and_then(|s| s.join().ok())
+                .unwrap_or_default(),
             peak_bytes: self.peak.load(Ordering::Relaxed),
             elapsed,
         }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // A test that failed under way must not leave a run that keeps its disks busy.
+        self.process.kill().ok();
+        self.process.wait().ok();
     }
 }
 
