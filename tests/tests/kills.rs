@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use blockferry_testkit::Random;
+use serde_json::{Value, json};
 
 use crate::lab::{Answer, Lab, LoopDevice, MIB, output, same, seeded, skipped, tool, with_files};
 
@@ -287,6 +288,7 @@ fn calls_of(case: &Case) -> Vec<(String, u32)> {
     let log = case.lab.path("strace.log");
     let mut strace = traced(
         case,
+        &case.sync_line(),
         &[
             "-o",
             log.to_str().expect("text"),
@@ -316,8 +318,8 @@ fn calls_of(case: &Case) -> Vec<(String, u32)> {
     most.into_iter().collect()
 }
 
-fn traced(case: &Case, options: &[&str]) -> Command {
-    let run = case.lab.command(&case.sync_line());
+fn traced(case: &Case, line: &str, options: &[&str]) -> Command {
+    let run = case.lab.command(line);
     let mut strace = Command::new("strace");
     // Not with --seccomp-bpf, which lets the signal get lost.
     strace
@@ -331,17 +333,13 @@ fn traced(case: &Case, options: &[&str]) -> Command {
     strace
 }
 
-/// All positions of rare calls, some of frequent ones.
+/// All positions of rare calls, some of frequent ones, and the last few of each: commit, apply and publish are there.
 fn positions(calls: &[(String, u32)], of_each: u32) -> Vec<(String, u32)> {
     let mut chosen = Vec::new();
     for (call, count) in calls {
         let step = count.div_ceil(of_each).max(1);
-        // From the end: commit, apply and publish are there.
-        let mut at = *count;
-        while at > 0 {
-            chosen.push((call.clone(), at));
-            at = at.saturating_sub(step);
-        }
+        let some = (1..=*count).filter(|at| (count - at).is_multiple_of(step) || at + 3 > *count);
+        chosen.extend(some.map(|at| (call.clone(), at)));
     }
     chosen
 }
@@ -351,20 +349,7 @@ fn kill_at_system_calls(case: &mut Case, name: &str, of_each: u32) {
         return skipped(name, "strace");
     }
     for (number, (call, at)) in positions(&calls_of(case), of_each).into_iter().enumerate() {
-        case.reset();
-        let inject = format!("inject={call}:signal=SIGKILL:when={at}");
-        let mut strace = traced(
-            case,
-            &[
-                "-o",
-                "/dev/null",
-                "-e",
-                &format!("trace={call}"),
-                "-e",
-                &inject,
-            ],
-        );
-        output(&mut strace).expect("strace runs");
+        run_killed_at(case, &call, at, &[]);
         let state = case.judge();
         case.finish(&state);
         if number % 3 == 0 {
@@ -372,6 +357,54 @@ fn kill_at_system_calls(case: &mut Case, name: &str, of_each: u32) {
         }
     }
     case.report();
+}
+
+/// Kills the command when one of its threads makes this call for the so-manieth time. Whether it was killed.
+fn killed_at(case: &Case, line: &str, call: &str, at: u32, which: &[&str]) -> bool {
+    let (trace, inject) = (
+        format!("trace={call}"),
+        format!("inject={call}:signal=SIGKILL:when={at}"),
+    );
+    let options = ["-o", "/dev/null", "-e", &trace, "-e", &inject];
+    let mut strace = traced(case, line, &[&options, which].concat());
+    let ended = output(&mut strace).expect("strace runs");
+    !ended.status.success()
+}
+
+fn run_killed_at(case: &Case, call: &str, at: u32, which: &[&str]) -> bool {
+    case.reset();
+    killed_at(case, &case.sync_line(), call, at, which)
+}
+
+/// Decisions and what follows from them are written one after the other: a kill in between must show in the status.
+fn kill_at_each_write_of_the_state(case: &mut Case, name: &str) {
+    if tool(&["strace", "-V"]).is_none() {
+        return skipped(name, "strace");
+    }
+    let state = case.lab.path(".target.blockferry/state");
+    let only_it = ["-P", state.to_str().expect("paths of tests are text")];
+    for call in ["pwrite64", "pwritev", "fdatasync", "fsync"] {
+        let mut at = 1;
+        while run_killed_at(case, call, at, &only_it) {
+            let state = case.judge();
+            case.finish(&state);
+            case.roll_back();
+            at += 1;
+        }
+    }
+    case.report();
+    assert!(case.found.kills >= 4, "{:?}", case.found);
+}
+
+#[test]
+fn status_tells_the_truth_after_a_kill_between_any_two_writes_of_the_state() {
+    let name = "status_tells_the_truth_after_a_kill_between_any_two_writes_of_the_state";
+    for arguments in [
+        "--mode delta --strategy redo",
+        "--mode full --strategy shadow",
+    ] {
+        kill_at_each_write_of_the_state(&mut Case::new(8, arguments), name);
+    }
 }
 
 #[test]
@@ -392,4 +425,94 @@ fn shadow_survives_a_kill_at_each_kind_of_system_call() {
     let mut case = Case::new(7, "--mode full --strategy shadow");
 
     kill_at_system_calls(&mut case, name, 3);
+}
+
+/// Calls of `rollback` and `accept` that write, remove or make durable.
+const DECIDING: [&str; 6] = [
+    "pwrite64",
+    "pwritev",
+    "fdatasync",
+    "fsync",
+    "unlinkat",
+    "renameat2",
+];
+
+/// Kills `verb` at its calls in turn, at each of those on the state file and at ever fewer of the others, and hands
+/// status and target to `judge`.
+fn kill_while_deciding(arguments: &'static str, verb: &str, judge: impl Fn(&Case, &Value)) {
+    let case = Case::new(9, arguments);
+    let state = case.lab.path(".target.blockferry/state");
+    let only_it = ["-P", state.to_str().expect("paths of tests are text")];
+    let line = format!("{verb} target");
+    let kill = |call: &str, at: u32, which: &[&str]| {
+        case.reset();
+        case.lab.must(&case.sync_line());
+        let killed = killed_at(&case, &line, call, at, which);
+        if killed {
+            judge(&case, case.lab.must("status target").summary());
+        }
+        killed
+    };
+    for call in DECIDING {
+        (1..).find(|at| !kill(call, *at, &only_it));
+        let mut at = 1;
+        while kill(call, at, &[]) {
+            at += 1 + at / 2;
+        }
+    }
+}
+
+#[test]
+fn a_killed_rollback_is_where_status_says_and_is_finished_by_the_next_one() {
+    let name = "a_killed_rollback_is_where_status_says_and_is_finished_by_the_next_one";
+    if tool(&["strace", "-V"]).is_none() {
+        return skipped(name, "strace");
+    }
+    for arguments in ["--strategy redo --mode delta", "--strategy shadow"] {
+        kill_while_deciding(arguments, "rollback", |case, status| {
+            let state = status["state"].as_str().expect("a state");
+            match state {
+                "applied" => assert!(case.is_new(), "{status:#}"),
+                "rolling_back" => {}
+                "unknown" | "at" => assert!(case.is_old(), "{status:#}"),
+                other => panic!("{other} after a kill of rollback: {status:#}"),
+            }
+            let again = case.lab.run("rollback target");
+            // A finished one has nothing left to return to, and says so.
+            assert!(matches!(again.code, Some(0 | 4)), "{state}: {again:#?}");
+            assert!(case.is_old(), "{state}: not the old point: {again:#?}");
+        });
+    }
+}
+
+#[test]
+fn a_killed_accept_keeps_the_new_point_and_the_next_one_frees_the_rest() {
+    let name = "a_killed_accept_keeps_the_new_point_and_the_next_one_frees_the_rest";
+    if tool(&["strace", "-V"]).is_none() {
+        return skipped(name, "strace");
+    }
+    for arguments in ["--strategy redo --mode delta", "--strategy shadow"] {
+        kill_while_deciding(arguments, "accept", |case, status| {
+            assert!(case.is_new(), "{status:#}");
+            case.lab.must("accept target");
+            assert!(case.is_new());
+            let after = case.lab.must("status target");
+            let after = after.summary();
+            assert_eq!(
+                (&after["state"], &after["rollback_available"]),
+                (&json!("at"), &json!(false))
+            );
+            assert!(
+                after["held_bytes"].as_u64().expect("a number") < MIB / 2,
+                "{after:#}"
+            );
+            let again = case.lab.must("sync new target");
+            assert_eq!(
+                again.summary()["outcome"],
+                "identical",
+                "{:#}",
+                again.summary()
+            );
+        });
+    }
 }

@@ -244,7 +244,7 @@ fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
         Some(None) => "staging",
         Some(Some(DecisionKind::GiveUp)) => "incomplete",
         Some(Some(DecisionKind::Prepared)) => "prepared",
-        Some(Some(DecisionKind::Rollback)) => "rolling_back",
+        Some(Some(DecisionKind::Rollback | DecisionKind::RolledBack)) => "rolling_back",
         Some(Some(_)) => "committed",
         None if found.retained.is_some() => "applied",
         None if found.point.is_some() => "at",

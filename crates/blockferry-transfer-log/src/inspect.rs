@@ -54,18 +54,17 @@ pub fn inspect(place: &Place, dir: &dyn StorageDir) -> Result<Option<Inspection>
     };
     let content = place.open()?;
     let mut unfinished = None;
+    let mut retained = view.slot.retained.clone();
     for (session, segments) in sessions_in(dir)? {
         let decision = view.last_kind(session);
-        let open = matches!(
-            decision,
-            None | Some(
-                DecisionKind::GiveUp
-                    | DecisionKind::Prepared
-                    | DecisionKind::Commit
-                    | DecisionKind::Rollback
-            )
-        );
-        if !open {
+        let names = view.slot.point.as_ref().is_some_and(|p| p.id == session);
+        if decision == Some(DecisionKind::Retired) {
+            // Decided, although the slot may not have followed yet.
+            retained = retained.filter(|_| !names);
+            continue;
+        }
+        // At rest: not worth reading its log.
+        if decision == Some(DecisionKind::Applied) && names {
             continue;
         }
         let found = scan(
@@ -75,8 +74,11 @@ pub fn inspect(place: &Place, dir: &dyn StorageDir) -> Result<Option<Inspection>
             ScanDurability::LookOnly,
             &Stats::default(),
         )?;
-        let live = found.filter(|f| {
-            decision == Some(DecisionKind::Rollback) || f.header.epoch > view.slot.epoch
+        // An outcome whose slot was not written any more is carried out, but the next open has to record it.
+        let live = found.filter(|f| match decision {
+            Some(DecisionKind::Rollback) => true,
+            Some(DecisionKind::RolledBack) => names || f.header.epoch > view.slot.epoch,
+            _ => f.header.epoch > view.slot.epoch,
         });
         if let Some(found) = live {
             unfinished = Some(UnfinishedSession {
@@ -94,6 +96,6 @@ pub fn inspect(place: &Place, dir: &dyn StorageDir) -> Result<Option<Inspection>
         target_present: content.target().is_some(),
         held_bytes: held_bytes(dir, place)?,
         point: view.slot.point,
-        retained: view.slot.retained,
+        retained,
     }))
 }
