@@ -225,15 +225,20 @@ pub(crate) fn choose(options: &SyncOptions, found: Situation, sample: &Sample) -
     )
 }
 
-fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (Strategy, String) {
+/// The strategy the caller named, in either mode.
+fn asked_for(options: &SyncOptions) -> Option<(Strategy, String)> {
     if let Some(asked) = options.strategy {
-        return (asked, format!("{asked} as asked for"));
+        return Some((asked, format!("{asked} as asked for")));
     }
-    if options.in_place {
-        return (
-            Strategy::Direct,
-            "in place as asked for: the old content is given up".to_owned(),
-        );
+    options.in_place.then(|| {
+        let why = "in place as asked for: the old content is given up";
+        (Strategy::Direct, why.to_owned())
+    })
+}
+
+fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (Strategy, String) {
+    if let Some(asked) = asked_for(options) {
+        return asked;
     }
     if found.can_clone {
         return (
@@ -253,14 +258,8 @@ fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (
 }
 
 fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {
-    if let Some(asked) = options.strategy {
-        return (asked, format!("{asked} as asked for"));
-    }
-    if options.in_place {
-        return (
-            Strategy::Direct,
-            "in place as asked for: the old content is given up".to_owned(),
-        );
+    if let Some(asked) = asked_for(options) {
+        return asked;
     }
     if found.is_file {
         return (
