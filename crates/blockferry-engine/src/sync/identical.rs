@@ -1,7 +1,8 @@
 //! Nothing to write: both sides are provably at their common point, or the scan found no difference. The target is
 //! not touched; its sync point is recorded.
 
-use blockferry_transfer_log::{SessionTotals, Strategy, Unwritten};
+use blockferry_core::Root;
+use blockferry_transfer_log::{SessionId, SessionTotals, Strategy, Unwritten};
 
 use super::{Run, internal, unix_seconds};
 use crate::error::{Error, Result};
@@ -56,37 +57,81 @@ impl Run<'_> {
 
     /// Nothing differed: the point is recorded, the target is not touched.
     pub(super) fn identical(
-        self,
+        mut self,
         target: &mut Target,
         choice: &Choice,
         recorded: Recorded,
     ) -> Result<Receipt> {
         let root = recorded.root;
-        let known = target
-            .replica
-            .point()
-            .filter(|p| p.root == root && p.geometry == self.geometry)
-            .map(|p| p.id);
-        let replica = &mut target.replica;
-        let adopted = match known {
-            Some(id) => {
-                let replaced = if recorded.is_written {
-                    replica.replace_manifest(self.id)
-                } else {
-                    Ok(())
-                };
-                replaced
-                    .and_then(|()| replica.refresh(self.stamp.clone()))
+        let id = match self.finding(target, root)? {
+            Finding::Known(id) => self.refresh(target, recorded).map(|()| id),
+            Finding::OtherBlocks(id) => {
+                let stamp = self.stamp.clone();
+                let replica = &mut target.replica;
+                replica
+                    .redigest(self.id, root, self.geometry, stamp)
                     .map(|()| id)
             }
-            None => {
+            Finding::New => {
+                self.let_go_of_old_point(target)?;
                 let stamp = self.stamp.clone();
+                let replica = &mut target.replica;
                 replica
                     .adopt(self.id, root, self.geometry, stamp, unix_seconds())
                     .map(|()| self.id)
             }
         };
-        let id = adopted.map_err(|e| Error::log("record the sync point", e))?;
+        let id = id.map_err(|e| Error::log("record the sync point", e))?;
         Ok(self.receipt(target, choice, None, root, id, SessionTotals::default(), 0))
     }
+
+    fn finding(&self, target: &Target, root: Root) -> Result<Finding> {
+        let Some(point) = target.replica.point() else {
+            return Ok(Finding::New);
+        };
+        let same_geometry = point.geometry == self.geometry;
+        if same_geometry && point.root == root {
+            return Ok(Finding::Known(point.id));
+        }
+        let same_size = point.geometry.image_bytes() == self.geometry.image_bytes();
+        if !same_geometry && same_size && self.target_is_proven(target)? {
+            return Ok(Finding::OtherBlocks(point.id));
+        }
+        Ok(Finding::New)
+    }
+
+    fn refresh(
+        &self,
+        target: &mut Target,
+        recorded: Recorded,
+    ) -> blockferry_transfer_log::Result<()> {
+        if recorded.is_written {
+            target.replica.replace_manifest(self.id)?;
+        }
+        target.replica.refresh(self.stamp.clone())
+    }
+
+    /// A new point without a session cannot keep what an earlier session holds: nobody knows whether the target
+    /// is still what that session made of it, and pre-images would tear anything else.
+    fn let_go_of_old_point(&mut self, target: &Target) -> Result<()> {
+        if target.replica.retained().is_none() {
+            return Ok(());
+        }
+        self.warn(
+            "old_point_dropped",
+            "the old point that was kept is let go, there is no way back to it: the target equals the source, but \
+             is not provably what its last sync made of it"
+                .to_owned(),
+        )
+    }
+}
+
+/// What a target that equals the source is, by its state.
+enum Finding {
+    /// Its recorded point.
+    Known(SessionId),
+    /// Its recorded point, in blocks of another size.
+    OtherBlocks(SessionId),
+    /// A point nothing is recorded of.
+    New,
 }

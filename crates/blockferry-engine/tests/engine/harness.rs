@@ -56,6 +56,15 @@ impl Machine {
         }
     }
 
+    /// On a disk that exists, with a file as its target.
+    pub(crate) fn on(disk: &SimDisk) -> Self {
+        Self {
+            disk: disk.clone(),
+            on: On::File,
+            device_bytes: 0,
+        }
+    }
+
     pub(crate) fn file(old: &[u8]) -> Self {
         Self::new(On::File, false, Some(old))
     }

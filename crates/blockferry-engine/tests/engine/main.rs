@@ -10,6 +10,7 @@ mod equal;
 mod harness;
 mod interrupted;
 mod known;
+mod old_point;
 mod planning;
 mod points;
 mod reading;

@@ -1,12 +1,50 @@
 //! Publishing: decisions of a replica, and the slots that follow from them.
 
+use blockferry_core::{Geometry, Root};
 use blockferry_device::Evidence;
 
-use super::Replica;
-use crate::error::Result;
-use crate::format::{Decision, DecisionKind, Point, Retained, SegmentHeader, SessionId, Slot};
+use super::{Replica, Unwritten};
+use crate::error::{Error, Result};
+use crate::format::{
+    Decision, DecisionKind, Point, Retained, SegmentHeader, SessionId, Slot, SourceStamp,
+};
 
 impl Replica {
+    /// Records other digests of the current point, from a manifest that was created for `written_as`: blocks of
+    /// another size, the same content. The point keeps its id, and with it the way back to the one before.
+    ///
+    /// # Errors
+    /// The target is not provably at its point, or the image has another size; or the state could not be written.
+    pub fn redigest(
+        &mut self,
+        written_as: SessionId,
+        root: Root,
+        geometry: Geometry,
+        source: SourceStamp,
+    ) -> Result<()> {
+        // Pre-images restore only what nobody wrote since: a new proof must not stand in for one that is lost.
+        let unwritten = self.unwritten()? == Unwritten::Proven;
+        let same_size = |p: &Point| p.geometry.image_bytes() == geometry.image_bytes();
+        let Some(point) = self.point().filter(|p| unwritten && same_size(p)).cloned() else {
+            return Err(Error::refused(format!(
+                "{} is not provably at its point: that cannot be digested anew",
+                self.label()
+            )));
+        };
+        // The manifest first: one of another geometry than its point's is never believed, and compared anew.
+        self.replace_manifest(written_as)?;
+        let slot = self.state.slot().clone();
+        self.publish_slot(Slot {
+            point: Some(Point {
+                root,
+                geometry,
+                source,
+                ..point
+            }),
+            ..slot
+        })
+    }
+
     /// Makes a decision of this session durable; it binds what the decision before bound.
     pub(crate) fn decide_for(&mut self, header: &SegmentHeader, kind: DecisionKind) -> Result<()> {
         self.decide_outcome(header, kind, Evidence::unknown())
