@@ -15,7 +15,7 @@ pub(crate) trait Placed {
     }
 }
 
-impl Placed for &mut crate::ReadRequest<'_> {
+impl Placed for crate::ReadRequest<'_> {
     fn start(&self) -> u64 {
         self.offset
     }

@@ -186,7 +186,9 @@ impl Region<'_> {
             digests.push(self.digest_of(bytes, n)?);
         }
         let geometry = self.shared.geometry;
-        for part in runs(&geometry, self.region, |n| at(&digests, run, n).is_some()) {
+        for part in runs_of(&geometry, self.region, BUFFER_BYTES, |n| {
+            at(&digests, run, n).is_some()
+        }) {
             let from = to_usize(part.extent.start() - run.extent.start());
             let bytes = &new[from..from + to_usize(part.extent.length())];
             let digests: Vec<Digest> = (part.first..part.first + part.count)
