@@ -274,6 +274,74 @@ fn devices_that_must_not_be_written_are_refused_with_the_reason() {
     lab.must(&format!("sync {device} fresh --crash-consistent"));
 }
 
+/// An image in use by QEMU's block layer, as a machine's disk is. Ended when dropped.
+struct Machine {
+    process: String,
+}
+
+impl Machine {
+    /// `None` if QEMU is not installed.
+    fn start(lab: &Lab, image: &str) -> Option<Self> {
+        let (pid, socket) = (lab.path("qemu.pid"), lab.path("qemu.nbd"));
+        let file = lab.path(image);
+        // It goes to the background once the image is open.
+        tool(&[
+            "qemu-storage-daemon",
+            "--daemonize",
+            "--pidfile",
+            pid.to_str()?,
+            "--blockdev",
+            &format!("driver=file,node-name=file,filename={}", file.display()),
+            "--blockdev",
+            "driver=raw,node-name=disk,file=file",
+            "--nbd-server",
+            &format!("addr.type=unix,addr.path={}", socket.display()),
+            "--export",
+            "type=nbd,id=export,node-name=disk,writable=on",
+        ])?;
+        let process = fs::read_to_string(pid).expect("it has written its number");
+        Some(Self {
+            process: process.trim().to_owned(),
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        tool(&["kill", "-KILL", &self.process]);
+        // No child of ours: it is gone once its directory is.
+        while Path::new("/proc").join(&self.process).exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn the_disk_of_a_running_machine_is_refused_and_no_machine_starts_on_a_disk_under_way() {
+    let name = "the_disk_of_a_running_machine_is_refused";
+    let lab = Lab::new();
+    let old = lab.disk("target", 61, 8 * MIB);
+    let new = lab.edited("source", 62, &old, 0.8);
+    let Some(machine) = Machine::start(&lab, "target") else {
+        return skipped(name, "qemu-storage-daemon");
+    };
+    refused(&lab, "sync source target", 4, &["QEMU", &machine.process]);
+    refused(&lab, "sync target fresh", 3, &[&machine.process]);
+    drop(machine);
+
+    let mut run = lab.start("sync source target --strategy redo --bwlimit 4M");
+    let begun = run.wait_for(|line: &Value| line["event"] == "checkpoint");
+    let write = ["qemu-io", "-f", "raw", "-c", "write 0 512"];
+    let target = lab.path("target");
+    let written = tool(&[&write[..], &[target.to_str().unwrap()]].concat());
+    let finished = run.finish();
+
+    assert!(begun, "{finished:#?}");
+    assert_eq!(written, None, "QEMU wrote a disk that a sync was holding");
+    assert_eq!(finished.code, Some(0), "{finished:#?}");
+    lab.assert_holds("target", &new);
+}
+
 #[test]
 fn two_runs_at_one_target_never_meet() {
     let lab = Lab::new();

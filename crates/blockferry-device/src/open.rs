@@ -70,6 +70,7 @@ fn source_use(file: &File, object: Object) -> io::Result<Option<String>> {
     }
     match object {
         Object::Device(number) => Ok(holders::mounted(number, Mounts::Writable)
+            .or_else(|| holders::backing(object, Openers::Writers))
             .or_else(|| holders::open_elsewhere(object, Openers::Writers))),
         Object::File { .. } => lease_holder(file, object, Lease::NoWriters, Openers::Writers),
     }
@@ -151,7 +152,7 @@ fn open_target_device(path: &Path) -> Result<TargetPlace> {
     let object = Object::of(&found);
     refuse_if("target", path, ErrorKind::Busy, device_use(object))?;
     let device = OsBlockDevice::open(path, Access::ReadWrite)?;
-    lock("target", path, device.file())?;
+    lock("target", path, device.file(), object)?;
     refuse_other_formats("target", &device)?;
     Ok(TargetPlace::Device(Arc::new(device)))
 }
@@ -162,7 +163,7 @@ fn device_use(object: Object) -> Option<String> {
     };
     holders::mounted(number, Mounts::Any)
         .or_else(|| holders::swapped_on(object))
-        .or_else(|| holders::backing(object))
+        .or_else(|| holders::backing(object, Openers::Any))
         .or_else(|| holders::stacked_on(number))
         .or_else(|| holders::open_elsewhere(object, Openers::Writers))
 }
@@ -203,10 +204,11 @@ fn claim_file(path: &Path, file: File) -> Result<OsFile> {
         ErrorKind::Unsuitable,
         unsuitable_file(&found),
     )?;
-    let used = file_use(&file, path, Object::of(&found))
-        .map_err(|e| failed("check for other users", path, e))?;
+    let object = Object::of(&found);
+    let used =
+        file_use(&file, path, object).map_err(|e| failed("check for other users", path, e))?;
     refuse_if("target", path, ErrorKind::Busy, used)?;
-    lock("target", path, &file)?;
+    lock("target", path, &file, object)?;
     let file = OsFile::from_file(path.display().to_string(), file, WriteMode::default())?;
     refuse_other_formats("target", &file)?;
     Ok(file)
@@ -226,10 +228,10 @@ fn wrong_type(found: &std::fs::Metadata) -> Option<String> {
 fn file_use(file: &File, path: &Path, object: Object) -> io::Result<Option<String>> {
     let known = holders::bound(file, path)
         .or_else(|| holders::swapped_on(object))
-        .or_else(|| holders::backing(object));
+        .or_else(|| holders::backing(object, Openers::Any));
     match known {
         Some(known) => Ok(Some(known)),
-        None => match lock_holder(file)? {
+        None => match lock_holder(file, object)? {
             // A lock says more about its holder than the open file does.
             Some(holder) => Ok(Some(holder)),
             None => lease_holder(file, object, Lease::Alone, Openers::Any),
@@ -237,24 +239,44 @@ fn file_use(file: &File, path: &Path, object: Object) -> io::Result<Option<Strin
     }
 }
 
-fn lock_holder(file: &File) -> io::Result<Option<String>> {
+fn lock_holder(file: &File, object: Object) -> io::Result<Option<String>> {
     let conflict = match sys::find_ofd_conflict(file) {
         Ok(conflict) => conflict,
         Err(error) if has_no_locks(&error) => None,
         Err(error) => return Err(error),
     };
-    Ok(conflict.map(|lock| match (lock.process, lock.start) {
-        (Some(process), _) => format!("it is locked by process {process}"),
-        (None, QEMU_LOCKS..) => "it is locked, by the looks of it by QEMU".to_owned(),
-        (None, _) => "it is locked by another process or session".to_owned(),
-    }))
+    let Some(lock) = conflict else {
+        return Ok(None);
+    };
+    if let Some(process) = lock.process {
+        return Ok(Some(format!("it is locked by process {process}")));
+    }
+    let locked = if is_qemu_lock(lock.start) {
+        "it is locked as QEMU locks the images of its machines"
+    } else {
+        "it is locked by another process or session"
+    };
+    // The lock of an open file description belongs to no process; those that have the file open are known.
+    let opened = holders::open_elsewhere(object, Openers::Any);
+    Ok(Some(opened.map_or_else(
+        || locked.to_owned(),
+        |opened| format!("{locked}; {opened}"),
+    )))
 }
 
-/// First of the bytes that QEMU locks in an image it uses.
-const QEMU_LOCKS: i64 = 100;
+/// QEMU locks one byte for each permission that it uses, from byte 100 on, and one for each that it does not
+/// share, from byte 200 on (`raw_apply_lock_bytes` in QEMU's block/file-posix.c). The lock of a whole target
+/// covers both, so QEMU notices us just as well.
+fn is_qemu_lock(start: i64) -> bool {
+    /// A permission is one bit of a u64.
+    const PERMISSIONS: i64 = 64;
+    [100, 200]
+        .into_iter()
+        .any(|base| (base..base + PERMISSIONS).contains(&start))
+}
 
 /// Takes both kinds of locks; they last as long as the open file description.
-fn lock(role: &str, path: &Path, file: &File) -> Result<()> {
+fn lock(role: &str, path: &Path, file: &File, object: Object) -> Result<()> {
     let ofd = sys::try_ofd_lock(file);
     let flock = || {
         let operation = FlockOperation::NonBlockingLockExclusive;
@@ -264,7 +286,7 @@ fn lock(role: &str, path: &Path, file: &File) -> Result<()> {
         Ok(()) => Ok(()),
         Err(error) if has_no_locks(&error) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            let holder = lock_holder(file).ok().flatten();
+            let holder = lock_holder(file, object).ok().flatten();
             let holder =
                 holder.unwrap_or_else(|| "it is locked by another process or session".to_owned());
             refuse_if(role, path, ErrorKind::Busy, Some(holder))
@@ -318,12 +340,16 @@ fn refuse_other_formats(role: &str, source: &dyn BlockSource) -> Result<()> {
 /// A path cannot be looked at.
 pub fn same_object(a: &Path, b: &Path) -> Result<bool> {
     match (layers(a)?, layers(b)?) {
+        // Two partitions of one disk lie on the same file if that is a loop device, and still share no bytes.
+        (Some(a), Some(b)) if holders::are_of_one_disk(a[0], b[0]) => {
+            Ok(holders::touches(a[0], b[0]))
+        }
         (Some(a), Some(b)) => Ok(a.iter().any(|&x| b.iter().any(|&y| holders::touches(x, y)))),
         _ => Ok(false),
     }
 }
 
-/// What the path leads to, and what loop devices lie on below it.
+/// What the path leads to, and what loop devices lie on below it; `None` if it leads nowhere.
 fn layers(path: &Path) -> Result<Option<Vec<Object>>> {
     /// Loop devices on files on loop devices: nobody stacks them deeper on purpose.
     const MAX_LAYERS: usize = 8;

@@ -11,7 +11,7 @@ use blockferry_device::{
     BlockSource, BlockTarget, Error, ErrorKind, SourceOptions, TargetPlace, open_source,
     open_target, same_object,
 };
-use common::{LoopDevice, disk_directory, noise};
+use common::{LoopDevice, alone, disk_directory, noise};
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
@@ -33,6 +33,7 @@ fn source_refusal(path: &Path) -> (ErrorKind, String) {
 
 #[test]
 fn a_file_at_rest_opens_as_source_and_target() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
 
@@ -50,6 +51,7 @@ fn a_file_at_rest_opens_as_source_and_target() {
 
 #[test]
 fn an_absent_target_is_a_place_and_nothing_is_created() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = directory.path().join("new.raw");
 
@@ -66,6 +68,7 @@ fn an_absent_target_is_a_place_and_nothing_is_created() {
 
 #[test]
 fn a_source_open_for_writing_is_refused_unless_accepted() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
     let writer = OpenOptions::new().write(true).open(&path).unwrap();
@@ -82,6 +85,7 @@ fn a_source_open_for_writing_is_refused_unless_accepted() {
 
 #[test]
 fn the_process_that_has_it_open_is_named() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
     let writer = OpenOptions::new().append(true).open(&path).unwrap();
@@ -106,6 +110,7 @@ fn the_process_that_has_it_open_is_named() {
 
 #[test]
 fn a_target_that_is_open_or_locked_is_refused() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
 
@@ -125,6 +130,7 @@ fn a_target_that_is_open_or_locked_is_refused() {
 
 #[test]
 fn other_names_of_a_target_file_are_refused() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
     let link = directory.path().join("link.raw");
@@ -146,6 +152,7 @@ fn other_names_of_a_target_file_are_refused() {
 
 #[test]
 fn what_is_no_raw_image_is_refused() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.qcow2");
     let file = OpenOptions::new().write(true).open(&path).unwrap();
@@ -176,6 +183,7 @@ fn what_is_no_raw_image_is_refused() {
 
 #[test]
 fn a_loop_device_and_its_file_are_one_object_and_exclude_each_other() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
     let other = image(&directory, "other.raw");
@@ -222,6 +230,7 @@ fn a_loop_device_and_its_file_are_one_object_and_exclude_each_other() {
 
 #[test]
 fn a_mounted_device_is_refused() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = directory.path().join("fs.raw");
     File::create(&path).unwrap().set_len(8 << 20).unwrap();
@@ -288,6 +297,7 @@ fn a_mounted_device_is_refused() {
 
 #[test]
 fn a_bind_mounted_file_is_refused() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
     let point = image(&directory, "point.raw");
@@ -319,6 +329,7 @@ fn a_bind_mounted_file_is_refused() {
 
 #[test]
 fn a_swap_file_is_refused() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "swap.raw");
     let run = |program: &str| {
@@ -342,6 +353,7 @@ fn a_swap_file_is_refused() {
 
 #[test]
 fn the_same_file_is_the_same_by_any_path() {
+    let _alone = alone();
     let directory = disk_directory();
     let path = image(&directory, "disk.raw");
     let (link, hard) = (directory.path().join("link"), directory.path().join("hard"));

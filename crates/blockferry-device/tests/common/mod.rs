@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blockferry_testkit::Random;
 use tempfile::TempDir;
@@ -18,6 +19,13 @@ pub(crate) fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
+/// Held by a test that starts programs or opens targets: until it runs its program, a new process has every
+/// file of this one open, those of other tests as well, and a target that is open elsewhere is refused.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A loop device, detached when dropped.
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
@@ -27,10 +35,14 @@ pub(crate) struct LoopDevice {
 impl LoopDevice {
     /// `None` where loop devices are not to be had: not root, or no losetup.
     pub(crate) fn attach(image: &Path, sector_bytes: u32) -> Option<Self> {
-        let sector_bytes = sector_bytes.to_string();
-        let arguments = ["--find", "--show", "--sector-size", &sector_bytes];
+        Self::attach_with(image, &["--sector-size", &sector_bytes.to_string()])
+    }
+
+    /// The same, with these options of losetup.
+    pub(crate) fn attach_with(image: &Path, options: &[&str]) -> Option<Self> {
         let output = Command::new("losetup")
-            .args(arguments)
+            .args(["--find", "--show"])
+            .args(options)
             .arg(image)
             .output()
             .ok()?;
