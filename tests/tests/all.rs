@@ -6,5 +6,6 @@ mod docs;
 mod failures;
 mod kills;
 mod lab;
+mod names;
 mod targets;
 mod undo;

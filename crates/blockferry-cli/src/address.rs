@@ -1,9 +1,11 @@
-//! Where a disk is: so far a local path. Forms that later versions understand are refused by name, so that
-//! `host:/path` is never mistaken for a file that does not exist.
+//! Where a disk is: so far a local path, also as a `file://` URL. Forms that later versions understand are refused by
+//! name, so that `host:/path` is never mistaken for a file that does not exist.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
+
+use crate::file_url;
 
 /// A local disk image or block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +15,7 @@ pub(crate) struct Address(PathBuf);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum AddressError {
     Empty,
+    Url { what: &'static str },
     Unsupported { what: &'static str },
 }
 
@@ -21,6 +24,9 @@ impl Address {
     pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
         if text.is_empty() {
             return Err(AddressError::Empty);
+        }
+        if let Some(path) = text.to_str().and_then(file_url::path_of) {
+            return path.map(Self).map_err(|what| AddressError::Url { what });
         }
         match unsupported_form(&text.to_string_lossy()) {
             Some(what) => Err(AddressError::Unsupported { what }),
@@ -36,11 +42,16 @@ impl Address {
     pub(crate) fn absolute(&self) -> PathBuf {
         std::path::absolute(&self.0).unwrap_or_else(|_| self.0.clone())
     }
+
+    /// As it is recorded, to be parsed again by a later run wherever that is started.
+    pub(crate) fn recorded(&self) -> String {
+        file_url::text_of(&self.absolute())
+    }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.display().fmt(f)
+        f.write_str(&file_url::text_of(&self.0))
     }
 }
 
@@ -65,6 +76,7 @@ impl fmt::Display for AddressError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Empty => f.write_str("an empty address names no disk"),
+            Self::Url { what } => f.write_str(what),
             Self::Unsupported { what } => write!(
                 f,
                 "{what} is not supported by this version; give a local path (write ./NAME for a file whose \
@@ -112,6 +124,22 @@ mod tests {
                     .contains("is not supported by this version"),
                 "{text}: {error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_recorded_address_is_the_same_disk_again() {
+        use std::os::unix::ffi::OsStringExt;
+        for bytes in [
+            &b"/disks/a b:c%20"[..],
+            b"/disks/\xff%\xc3\xbc",
+            b"relative\xfe",
+        ] {
+            let address = Address::parse(OsString::from_vec(bytes.to_vec())).expect("local");
+
+            let again = parse(&address.recorded()).expect("recorded");
+
+            assert_eq!(again.path(), address.absolute());
         }
     }
 

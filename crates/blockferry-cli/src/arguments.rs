@@ -8,6 +8,7 @@ use clap_complete::Shell;
 
 use crate::address::Address;
 use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
+use crate::file_url;
 
 /// Brings whole disks up to date, block by block, and never leaves one torn.
 ///
@@ -51,7 +52,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, help_heading = "Every verb")]
     pub(crate) json: bool,
     /// Keep log and state in DIR instead of beside the target
-    #[arg(long, global = true, value_name = "DIR", help_heading = "Every verb")]
+    #[arg(long, global = true, value_name = "DIR", value_parser = directory(), help_heading = "Every verb")]
     pub(crate) state: Option<PathBuf>,
 }
 
@@ -328,6 +329,16 @@ impl From<ShellArgument> for Shell {
 
 fn address() -> ValueParser {
     ValueParser::new(OsStringValueParser::new().try_map(Address::parse))
+}
+
+/// A path, or the `file://` URL that printed commands have for one that is no text.
+fn directory() -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(|word| {
+        match word.to_str().and_then(file_url::path_of) {
+            Some(path) => path,
+            None => Ok(PathBuf::from(word)),
+        }
+    }))
 }
 
 fn positive_size(text: &str) -> Result<u64, String> {

@@ -9,6 +9,7 @@ mod demo;
 mod documented;
 mod exit;
 mod failure;
+mod file_url;
 mod output;
 mod progress;
 mod quote;

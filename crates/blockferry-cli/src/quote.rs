@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::file_url;
+
 /// The word as a shell reads it back.
 pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@,%".contains(c);
@@ -12,9 +14,9 @@ pub(crate) fn quoted(word: &str) -> String {
     }
 }
 
-/// The path as a shell reads it back.
+/// The path as a shell, and then this command, read it back.
 pub(crate) fn quoted_path(path: &Path) -> String {
-    quoted(&path.to_string_lossy())
+    quoted(&file_url::text_of(path))
 }
 
 #[cfg(test)]

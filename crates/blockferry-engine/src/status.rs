@@ -209,14 +209,17 @@ fn place_at(path: &Path) -> Result<Place> {
         .unwrap_or(Path::new("."));
     let dir = OsDirectory::open(parent)
         .map_err(|e| Error::target(format!("open {}", parent.display()), e))?;
-    let name = path
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
+    let name = path.file_name().unwrap_or_default().to_str();
+    let name = name.ok_or_else(|| {
+        let reason = "expected a path that ends in a file name in UTF-8";
+        Error::new(
+            ErrorKind::Target,
+            format!("target {}: {reason}", path.display()),
+        )
+    })?;
     Ok(Place::File {
         dir: std::sync::Arc::new(dir),
-        name,
+        name: name.to_owned(),
     })
 }
 

@@ -1,6 +1,8 @@
 //! Opening a target: its place, its locks, its state directory.
 
+use std::ffi::OsString;
 use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -51,17 +53,25 @@ impl TargetOptions {
                 .unwrap_or_else(|_unresolved| path.to_owned());
             return self.device_state_root.join(flat_name(&resolved));
         }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        path.with_file_name(format!(".{name}.blockferry"))
+        let mut name = OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(".blockferry");
+        path.with_file_name(name)
     }
 }
 
-/// `/dev/vg0/root` as one path component.
-fn flat_name(path: &Path) -> String {
-    path.to_string_lossy()
-        .trim_start_matches('/')
-        .replace('%', "%25")
-        .replace('/', "%2F")
+/// `/dev/vg0/root` as one path component, different for different paths.
+fn flat_name(path: &Path) -> OsString {
+    let mut name = Vec::new();
+    let path = path.as_os_str().as_bytes();
+    for byte in path.strip_prefix(b"/").unwrap_or(path) {
+        match byte {
+            b'%' => name.extend(b"%25"),
+            b'/' => name.extend(b"%2F"),
+            other => name.push(*other),
+        }
+    }
+    OsString::from_vec(name)
 }
 
 /// A target with its state directory, both locked. Opening it finishes what an earlier run left decided.
@@ -208,7 +218,7 @@ fn remember(path: &Path, options: &TargetOptions) {
     };
     let entry = index.join(flat_name(&resolved));
     if !entry.exists() && fs::create_dir_all(&index).is_ok() {
-        let _best_effort = fs::write(entry, resolved.to_string_lossy().as_bytes());
+        let _best_effort = fs::write(entry, resolved.as_os_str().as_bytes());
     }
 }
 
@@ -220,8 +230,9 @@ pub fn list_targets(device_state_root: &Path) -> Vec<PathBuf> {
     };
     let paths = entries
         .flatten()
-        .filter_map(|e| fs::read_to_string(e.path()).ok());
-    let mut targets: Vec<PathBuf> = paths.map(PathBuf::from).collect();
+        .filter_map(|e| fs::read(e.path()).ok())
+        .map(|path| PathBuf::from(OsString::from_vec(path)));
+    let mut targets: Vec<PathBuf> = paths.collect();
     targets.sort();
     targets
 }

@@ -8,6 +8,7 @@ use crate::arguments::StatusArguments;
 use crate::engine::{self, PointStatus, SessionStatus, Status, TargetOptions, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::file_url;
 use crate::output::Output;
 use crate::session::{Session, device_state_root};
 use crate::verbs::report::{Facts, age, short};
@@ -150,7 +151,7 @@ struct Known {
 
 #[derive(Serialize)]
 struct Entry {
-    path: PathBuf,
+    path: String,
     #[serde(flatten)]
     status: Option<Status>,
     error: Option<String>,
@@ -159,19 +160,13 @@ struct Entry {
 /// Every target synced from this host, whatever state it is in; one that cannot be read is still listed.
 fn all(session: &Session) {
     let options = session.target_options();
-    let entry = |path: PathBuf| match look(&path, &options, session) {
-        Ok(status) => Entry {
-            path,
-            status: Some(status),
-            error: None,
-        },
-        Err(error) => {
-            let error = session.failure(&error).message().to_owned();
-            Entry {
-                path,
-                status: None,
-                error: Some(error),
-            }
+    let entry = |path: PathBuf| {
+        let found = look(&path, &options, session);
+        let error = found.as_ref().err().map(|error| session.failure(error));
+        Entry {
+            path: file_url::text_of(&path),
+            status: found.ok(),
+            error: error.map(|failure| failure.message().to_owned()),
         }
     };
     let mut targets: Vec<Entry> = engine::list_targets(&device_state_root())
@@ -210,7 +205,7 @@ fn table(targets: &[Entry], output: &Output) {
 }
 
 fn row(entry: &Entry) -> [String; 4] {
-    let path = entry.path.display().to_string();
+    let path = entry.path.clone();
     match (&entry.status, &entry.error) {
         (Some(status), _) => {
             let running = if status.running { ", running" } else { "" };

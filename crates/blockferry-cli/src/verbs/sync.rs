@@ -101,7 +101,7 @@ pub(crate) fn paced(source: &Address, pace: &Pace) -> SyncOptions {
     let mut options = SyncOptions::default();
     options.threads = pace.threads.map(usize::from);
     options.bwlimit_bytes_per_second = pace.bwlimit;
-    options.source_address = source.absolute().to_string_lossy().into_owned();
+    options.source_address = source.recorded();
     options
 }
 
