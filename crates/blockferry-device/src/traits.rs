@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use blockferry_core::Extent;
 
-use crate::Result;
 use crate::evidence::{Evidence, Identity};
+use crate::{ErrorKind, Result};
 
 /// What is known about the content of an extent without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,9 +283,43 @@ pub trait StorageDir: Debug + Send + Sync {
         false
     }
 
+    /// Whether names here can be exchanged: tried on two new files of these names, which are gone afterwards.
+    /// To be asked before anything relies on [`Self::exchange`].
+    ///
+    /// # Errors
+    /// A name is taken, or the file system failed at something else than the exchange.
+    fn supports_exchange(&self, scratch: [&str; 2]) -> Result<bool> {
+        let [one, other] = scratch;
+        let first = self.create(one)?.file_id();
+        let tried = self.create(other).and_then(|second| {
+            let id = second.file_id();
+            // Closed before it is removed: a file system in user space hides a file that is still open.
+            drop(second);
+            let tried = first.and_then(|first| try_exchange(self, scratch, [first, id?]));
+            self.remove(other).and(tried)
+        });
+        self.remove(one).and(tried)
+    }
+
     /// Takes the lock named `name` (created if needed) or fails with `ErrorKind::Busy` naming it.
     ///
     /// # Errors
     /// Another process holds it, or the file system failed.
     fn lock(&self, name: &str) -> Result<Box<dyn LockGuard>>;
+}
+
+/// A file system in user space that ignores the flag renames one over the other and calls it done.
+fn try_exchange<D: StorageDir + ?Sized>(dir: &D, names: [&str; 2], ids: [u64; 2]) -> Result<bool> {
+    match dir.exchange(names[0], names[1]) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    for (name, expected) in names.into_iter().rev().zip(ids) {
+        let found = dir.open(name)?.map(|found| found.file_id()).transpose()?;
+        if found != Some(expected) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

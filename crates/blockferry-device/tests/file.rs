@@ -15,7 +15,7 @@ use blockferry_device::{
     StorageDir, StorageFile, WriteMode, WriteRequest,
 };
 use blockferry_testkit::conformance::{storage_conformance, target_conformance};
-use common::{LoopDevice, MountedFileSystem, disk_directory, noise};
+use common::{LoopDevice, MountedFileSystem, UserFileSystem, disk_directory, noise};
 use rustix::io::Errno;
 
 const MIB: u64 = 1 << 20;
@@ -350,7 +350,12 @@ fn other_file_systems_keep_the_contracts_too() {
         for mode in [WriteMode::Buffered, WriteMode::Direct] {
             target_conformance(&|| new_file(mounted.point(), mode));
         }
-        let may_clone = OsDirectory::open(&place).unwrap().may_clone();
+        let directory = OsDirectory::open(&place).unwrap();
+        assert!(
+            directory.supports_exchange(["one", "other"]).unwrap(),
+            "{kind}"
+        );
+        let may_clone = directory.may_clone();
         assert_eq!(may_clone, kind != "ext4", "{kind}");
         if may_clone {
             let (one, two) = (
@@ -363,6 +368,24 @@ fn other_file_systems_keep_the_contracts_too() {
                 .unwrap_or_else(|e| panic!("{kind} clones: {e}"));
             assert_eq!(clone.size_bytes(), one.size_bytes());
         }
+    }
+}
+
+#[test]
+fn a_file_system_that_cannot_exchange_names_says_so_and_is_a_target() {
+    let directory = disk_directory();
+    let Some(mounted) = UserFileSystem::mount(directory.path()) else {
+        eprintln!("SKIPPED (needs bindfs)");
+        return;
+    };
+    let place = mounted.point().join("storage");
+    let storage = OsDirectory::create(&place).unwrap();
+
+    assert!(!storage.supports_exchange(["one", "other"]).unwrap());
+    assert!(!storage.may_clone());
+    assert_eq!(storage.names().unwrap(), [""; 0]);
+    for mode in [WriteMode::Buffered, WriteMode::Direct] {
+        target_conformance(&|| new_file(mounted.point(), mode));
     }
 }
 

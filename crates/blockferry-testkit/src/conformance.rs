@@ -522,8 +522,10 @@ fn exchanges_names_not_files(directory: &dyn StorageDir) {
     put(directory, "old", b"old point");
     put(directory, "new", b"new point");
     let (old, new) = (id(directory, "old"), id(directory, "new"));
+    let supported = tells_whether_it_exchanges(directory);
     match directory.exchange("old", "new") {
         Ok(()) => {
+            assert!(supported, "a directory that exchanges names says so");
             directory.sync().expect("sync");
             assert_eq!(id(directory, "old"), new, "file ids go with the files");
             assert_eq!(id(directory, "new"), old, "file ids go with the files");
@@ -533,12 +535,29 @@ fn exchanges_names_not_files(directory: &dyn StorageDir) {
                 "contents swap names"
             );
         }
-        Err(refused) => assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}"),
+        Err(refused) => {
+            assert!(!supported, "a directory that says so exchanges names");
+            assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+        }
     }
     directory
         .exchange("old", "absent")
         .expect_err("exchanging with an absent name fails");
     clear(directory);
+}
+
+fn tells_whether_it_exchanges(directory: &dyn StorageDir) -> bool {
+    let before = names(directory);
+    for taken in [["old", "scratch"], ["scratch", "old"]] {
+        let refused = directory
+            .supports_exchange(taken)
+            .expect_err("a file that is there is never tried on");
+        assert_eq!(refused.kind(), ErrorKind::AlreadyExists, "{refused}");
+        assert_eq!(names(directory), before, "nor is anything left or removed");
+    }
+    let tried = directory.supports_exchange(["one scratch", "other scratch"]);
+    assert_eq!(names(directory), before, "what was tried on is gone");
+    tried.expect("trying an exchange works whether or not that does")
 }
 
 fn grows_files_and_gives_them_identity(directory: &dyn StorageDir) {

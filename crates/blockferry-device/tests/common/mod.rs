@@ -100,6 +100,33 @@ impl Drop for MountedFileSystem {
     }
 }
 
+/// A file system in user space, which knows nothing of exchanging names; unmounted when dropped.
+#[derive(Debug)]
+pub(crate) struct UserFileSystem {
+    point: PathBuf,
+}
+
+impl UserFileSystem {
+    /// Shows a directory of `directory` through bindfs. `None` where that is not to be had.
+    pub(crate) fn mount(directory: &Path) -> Option<Self> {
+        let (under, point) = (directory.join("under"), directory.join("over"));
+        std::fs::create_dir(&under).ok()?;
+        std::fs::create_dir(&point).ok()?;
+        run(Command::new("bindfs").arg(&under).arg(&point))?;
+        Some(Self { point })
+    }
+
+    pub(crate) fn point(&self) -> &Path {
+        &self.point
+    }
+}
+
+impl Drop for UserFileSystem {
+    fn drop(&mut self) {
+        let _busy = run(Command::new("umount").arg(&self.point));
+    }
+}
+
 fn run(command: &mut Command) -> Option<()> {
     let output = command.output().ok()?;
     output.status.success().then_some(())
