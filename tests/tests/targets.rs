@@ -182,6 +182,56 @@ fn without_shared_blocks_a_large_change_gets_a_new_file_and_says_why() {
     assert_eq!(small.summary()["strategy"], "redo", "{:#}", small.summary());
 }
 
+/// A directory of the lab through a file system in user space, which cannot exchange names; unmounted when dropped.
+struct UserFileSystem<'l> {
+    lab: &'l Lab,
+}
+
+impl<'l> UserFileSystem<'l> {
+    /// `None` where bindfs is not to be had.
+    fn mount(lab: &'l Lab) -> Option<Self> {
+        fs::create_dir(lab.path("under")).ok()?;
+        fs::create_dir(lab.path("over")).ok()?;
+        let [under, over] = ["under", "over"].map(|name| lab.path(name));
+        tool(&["bindfs", under.to_str()?, over.to_str()?])?;
+        Some(Self { lab })
+    }
+}
+
+impl Drop for UserFileSystem<'_> {
+    fn drop(&mut self) {
+        let over = self.lab.path("over");
+        tool(&["umount", over.to_str().expect("paths of tests are text")]);
+    }
+}
+
+#[test]
+fn where_names_cannot_be_exchanged_shadow_is_refused_before_it_begins_and_redo_works() {
+    let name = "where_names_cannot_be_exchanged_shadow_is_refused";
+    let lab = Lab::new();
+    let Some(_mounted) = UserFileSystem::mount(&lab) else {
+        return skipped(name, "bindfs");
+    };
+    let old = lab.disk("over/target", 63, 4 * MIB);
+    let new = lab.edited("source", 64, &old, 0.8);
+    let before = fs::metadata(lab.path("under/target")).unwrap().ino();
+
+    refused(
+        &lab,
+        "sync source over/target --strategy shadow",
+        4,
+        &["redo"],
+    );
+
+    lab.assert_holds("over/target", &old);
+    lab.must("sync source over/target --strategy redo");
+    lab.assert_holds("over/target", &new);
+    let after = fs::metadata(lab.path("under/target")).unwrap().ino();
+    assert_eq!(after, before, "the file itself was written");
+    lab.must("rollback over/target");
+    lab.assert_holds("over/target", &old);
+}
+
 // --- refusals ------------------------------------------------------------------------------------------------------
 
 /// It is refused with this code and a message that says so, and nothing is left behind.

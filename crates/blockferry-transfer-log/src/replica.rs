@@ -7,7 +7,7 @@ mod recovery;
 pub(crate) use files::{held_bytes, sessions_in};
 use recovery::{LoadedSession, zeroed_extents};
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use blockferry_core::{Geometry, Root};
 use blockferry_device::{BlockTarget, Evidence, LockGuard, StorageDir};
@@ -68,6 +68,8 @@ pub struct Replica {
     epoch: u64,
     /// A session that could not be taken up again through this handle.
     stranded: Option<SessionId>,
+    /// Whether the target's directory exchanges names, once that was tried.
+    exchanges: OnceLock<bool>,
     _lock: Box<dyn LockGuard>,
 }
 
@@ -99,6 +101,7 @@ impl Replica {
             recovered: Recovered::Clean,
             epoch: 0,
             stranded: None,
+            exchanges: OnceLock::new(),
             _lock: lock,
         };
         replica.check_identity()?;
@@ -261,10 +264,41 @@ impl Replica {
         dir.remove(&name).is_ok() && cloned.is_ok()
     }
 
+    /// Tries whether a sibling can be put in the target's place, on two siblings named after `probe`; once for
+    /// this handle. Where it cannot, only redo and direct are possible.
+    #[must_use]
+    pub fn supports_exchange(&self, probe: SessionId) -> bool {
+        let Some((dir, _)) = self.place.file() else {
+            return false;
+        };
+        *self.exchanges.get_or_init(|| {
+            // Named as siblings are: what a crash leaves of them is removed by the next open.
+            let other = probe.as_bytes().map(|byte| !byte);
+            let scratch = [probe, SessionId::from_bytes(other)].map(|id| self.place.sibling(id));
+            let tried = dir.supports_exchange([&scratch[0], &scratch[1]]);
+            tried.unwrap_or(false)
+        })
+    }
+
+    /// An exchange that fails after COMMIT would leave a decision that cannot be carried out.
+    fn refuse_without_exchange(&self, plan: &Plan) -> Result<()> {
+        let exchanges = matches!(plan.strategy, Strategy::Clone | Strategy::Shadow)
+            && matches!(self.content, Content::File(_));
+        if !exchanges || self.supports_exchange(plan.session) {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "{} lies on a file system that cannot exchange two files, which {} needs: use redo",
+            self.label(),
+            plan.strategy
+        )))
+    }
+
     /// Begins a session.
     ///
     /// # Errors
-    /// An unfinished session is there, or the log or target failed.
+    /// An unfinished session is there, the file system cannot do what the strategy needs, or the log or target
+    /// failed.
     pub fn begin(&mut self, plan: &Plan) -> Result<Session<'_>> {
         if let Some(header) = self.unfinished() {
             return Err(Error::refused(format!(
@@ -274,6 +308,7 @@ impl Replica {
         }
         self.refuse_while_group_pending()?;
         self.refuse_while_stranded()?;
+        self.refuse_without_exchange(plan)?;
         Session::begin(self, plan)
     }
 

@@ -1,10 +1,10 @@
 //! What is refused, and that refusing changes nothing.
 
 use blockferry_core::Extent;
-use blockferry_testkit::SimDisk;
+use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{ErrorKind, Old, Strategy, Unwritten};
 
-use crate::harness::{PAGE, Setup, id, image, quiet, root};
+use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 use crate::sessions::stage_some;
 
 fn old() -> Vec<u8> {
@@ -176,4 +176,44 @@ fn a_second_process_is_refused() {
     let _first = setup.open(&disk).unwrap();
 
     assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Busy);
+}
+
+#[test]
+fn nothing_is_staged_where_the_exchange_that_must_follow_is_impossible() {
+    for strategy in [Strategy::Clone, Strategy::Shadow] {
+        let setup = Setup::file(strategy);
+        let disk = SimDisk::new(SimOptions {
+            exchanges: false,
+            ..SimOptions::default()
+        });
+        setup.install(&disk, Some(&old()));
+        let mut replica = setup.open(&disk).unwrap();
+
+        let refused = setup.sync(&mut replica, 1, &new()).unwrap_err();
+
+        assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
+        assert!(refused.to_string().contains("use redo"), "{refused}");
+        assert!(!replica.supports_exchange(id(9)));
+        assert_eq!(setup.content(&disk), Some(old()));
+        assert_eq!(disk.dir("images").names().unwrap(), [TARGET]);
+        assert_eq!(disk.dir("state").names().unwrap(), ["lock", "state"]);
+        let instead = Setup::file(Strategy::Redo);
+        instead.sync(&mut replica, 1, &new()).unwrap();
+        assert_eq!(setup.content(&disk), Some(new()));
+    }
+}
+
+#[test]
+fn an_exchange_is_tried_on_siblings_that_are_gone_afterwards() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    let replica = setup.open(&disk).unwrap();
+
+    assert!(replica.supports_exchange(id(9)));
+
+    assert_eq!(disk.dir("images").names().unwrap(), [TARGET]);
+    assert_eq!(replica.unwritten().unwrap(), Unwritten::Unknown);
+    let tried = disk.operations();
+    assert!(replica.supports_exchange(id(9)));
+    assert_eq!(disk.operations(), tried, "it is tried once");
 }
