@@ -56,9 +56,10 @@ const READ_RULE: JoinRule = JoinRule {
     max_span_bytes: MAX_READ_BYTES,
     max_requests: MAX_VECTORS,
 };
+/// The kernel cuts a gathered write into what the device takes at once and keeps all of that in flight.
 const WRITE_RULE: JoinRule = JoinRule {
     max_gap_bytes: 0,
-    max_span_bytes: MAX_SPAN_BYTES,
+    max_span_bytes: 4 * MAX_SPAN_BYTES,
     ..READ_RULE
 };
 

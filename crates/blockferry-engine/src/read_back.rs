@@ -1,6 +1,6 @@
-//! The thread that reads groups back from the medium while the next ones are staged.
+//! The threads that read groups back from the medium while the next ones are staged.
 
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 
 use blockferry_transfer_log::{ReadBackOutcome, ReadBackTask, Session};
@@ -9,11 +9,13 @@ use crate::error::{Error, Result};
 
 /// Groups that may wait to be read back before staging waits for them.
 const WAITING_GROUPS: usize = 4;
+/// One reads while the other hashes.
+const THREADS: usize = 2;
 
-/// A handle to the thread; it ends when the handle is dropped.
+/// A handle to the threads; they end when the handle is dropped.
 #[derive(Debug)]
-pub(crate) struct ReadBackThread {
-    tasks: SyncSender<ReadBackTask>,
+pub(crate) struct ReadBackThreads {
+    tasks: crossbeam_channel::Sender<ReadBackTask>,
     outcomes: Receiver<ReadBackOutcome>,
 }
 
@@ -26,17 +28,20 @@ pub(crate) enum Collect {
     All,
 }
 
-impl ReadBackThread {
+impl ReadBackThreads {
     pub(crate) fn start<'scope>(scope: &'scope Scope<'scope, '_>) -> Self {
-        let (tasks, waiting) = sync_channel(WAITING_GROUPS);
+        let (tasks, waiting) = crossbeam_channel::bounded(WAITING_GROUPS);
         let (finished, outcomes) = channel();
-        scope.spawn(move || serve(&waiting, &finished));
+        for _ in 0..THREADS {
+            let (waiting, finished) = (waiting.clone(), finished.clone());
+            scope.spawn(move || serve(&waiting, &finished));
+        }
         Self { tasks, outcomes }
     }
 
     /// Hands a group over; waits while too many are waiting.
     pub(crate) fn run(&self, task: ReadBackTask) {
-        // The thread outlives the handle. Were it gone, `prepare` would read the group back itself.
+        // The threads outlive the handle. Were they gone, `prepare` would read the group back itself.
         let _kept_by_prepare = self.tasks.send(task);
     }
 
@@ -61,7 +66,7 @@ impl ReadBackThread {
     }
 }
 
-fn serve(waiting: &Receiver<ReadBackTask>, finished: &Sender<ReadBackOutcome>) {
+fn serve(waiting: &crossbeam_channel::Receiver<ReadBackTask>, finished: &Sender<ReadBackOutcome>) {
     for task in waiting {
         if finished.send(task.run()).is_err() {
             break;

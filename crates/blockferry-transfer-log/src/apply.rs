@@ -1,58 +1,41 @@
 //! Apply and restore: writing staged pages to the target, and pre-images back. Both are idempotent (I6).
+//!
+//! ```text
+//! load a record ──> write it to the target ──> flush ──> read back from the medium
+//! ```
+//! Up to one chunk of pages this happens step by step on the calling thread. What is more is worked on side by side:
+//! one thread loads ahead, one proves the chunk that was flushed last, the caller writes.
 
-use std::collections::HashMap;
+pub(crate) mod pool;
+mod restore;
+
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use blockferry_core::{Extent, ExtentSet, Geometry};
 use blockferry_device::{BlockTarget, WriteRequest};
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::{
-    BatchExtent, NewContent, OldContent, PAGE, RecordHeader, StoredPages, Unit, usize_of,
-};
-use crate::index::{Index, RunContent};
-use crate::log::{LogFiles, RecordPlace};
+use self::pool::Pool;
+use crate::error::{Error, Result};
+use crate::format::{BatchExtent, NewContent, PAGE, RecordHeader, StoredPages, Unit, usize_of};
+use crate::index::{Index, Run, RunContent};
+use crate::log::{LoadedRecord, LogFiles, Pages, RecordPlace};
 use crate::readback::{Check, Expected, ReadBack};
 
 /// Most bytes and requests handed to the target at once.
-const BATCH_BYTES: usize = 8 * 1024 * 1024;
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
 const BATCH_REQUESTS: usize = 1024;
+/// What is written, flushed and read back together.
+const CHUNK_BYTES: u64 = 32 * 1024 * 1024;
+/// Records that wait to be written, and chunks that wait to be proven.
+const LOADED_AHEAD: usize = 8;
+/// Threads that load.
+const LOADERS: usize = 2;
+const UNPROVEN_CHUNKS: usize = 2;
 
 /// Told how many bytes are done, of how many.
 pub type Progress<'a> = &'a dyn Fn(u64, u64);
-
-/// Staged pages that are still in memory, up to a bound; the rest is read from the log again.
-#[derive(Debug)]
-pub(crate) struct Pool {
-    pages: HashMap<u32, Arc<Vec<u8>>>,
-    free_bytes: usize,
-}
-
-impl Pool {
-    /// Most bytes of staged pages kept for apply.
-    pub(crate) const BYTES: usize = 48 * 1024 * 1024;
-
-    pub(crate) fn new() -> Self {
-        Self {
-            pages: HashMap::new(),
-            free_bytes: Self::BYTES,
-        }
-    }
-
-    pub(crate) fn keep(&mut self, record: u32, pages: &[u8]) {
-        if let Some(free) = self.free_bytes.checked_sub(pages.len()) {
-            self.free_bytes = free;
-            self.pages.insert(record, Arc::new(pages.to_vec()));
-        }
-    }
-
-    pub(crate) fn forget(&mut self, record: u32) {
-        if let Some(pages) = self.pages.remove(&record) {
-            self.free_bytes += pages.len();
-        }
-    }
-}
 
 /// What apply and restore read from.
 #[derive(Clone, Copy, Debug)]
@@ -66,213 +49,115 @@ pub(crate) struct Staged<'a> {
     pub(crate) reserved: &'a ExtentSet,
 }
 
+/// Where apply and restore write to, and what they need of their caller.
+pub(crate) struct Destination<'a> {
+    pub(crate) target: &'a dyn BlockTarget,
+    /// A page across the end of the image is written whole up to here, so that no sector is written in part.
+    pub(crate) room_bytes: u64,
+    pub(crate) flush: &'a dyn Fn() -> Result<()>,
+    pub(crate) progress: Progress<'a>,
+}
+
 impl Staged<'_> {
-    /// Writes every staged page to `target`, in offset order; a page across the end of the image is written whole
-    /// up to `room_bytes`, so that no sector is written in part. Not flushed.
-    pub(crate) fn write_to(
+    /// Writes every staged page to the target, about in offset order, calls `finish`, flushes, and reads everything
+    /// back from the medium. Returns the bytes that were read back.
+    pub(crate) fn apply(
         &self,
-        target: &dyn BlockTarget,
-        room_bytes: u64,
-        progress: Progress<'_>,
-    ) -> Result<()> {
-        let total: u64 = self.index.runs().map(|r| r.extent.length()).sum();
-        let mut done = 0;
-        let mut batch = Writes::default();
-        let mut last: Option<(u32, Arc<Vec<u8>>)> = None;
-        for run in self.index.runs() {
-            done += run.extent.length();
-            let RunContent::Data { payload } = run.content else {
-                target
-                    .write_zeroes(run.extent)
-                    .map_err(|e| Error::target(format!("zero {} of the target", run.extent), e))?;
-                continue;
-            };
-            let pages = match &last {
-                Some((record, pages)) if *record == run.record => Arc::clone(pages),
-                _ => self.pages_of(run.record)?,
-            };
-            last = Some((run.record, Arc::clone(&pages)));
-            let start = payload as usize;
-            let length = usize_of(whole_pages(run.extent, room_bytes).length());
-            batch.push(run.extent.start(), pages, start..start + length);
-            if batch.is_full() {
-                batch.write(target)?;
-                progress(done, total);
+        to: &Destination<'_>,
+        finish: impl FnOnce() -> Result<()>,
+    ) -> Result<u64> {
+        let (order, room_bytes) = (self.order().into_iter(), to.room_bytes);
+        let part_of = |number| self.new_part(number, room_bytes);
+        let total = self.index.runs().map(|r| r.extent.length()).sum();
+        carry_out(self.geometry, order, part_of, total, to, finish)
+    }
+
+    /// The records that hold something live, in the order of where they begin.
+    fn order(&self) -> Vec<u32> {
+        let mut seen = vec![false; self.records.len()];
+        let first_seen = |n: &u32| !std::mem::replace(&mut seen[*n as usize], true);
+        self.index
+            .runs()
+            .map(|r| r.record)
+            .filter(first_seen)
+            .collect()
+    }
+
+    fn new_part(&self, number: u32, room_bytes: u64) -> Result<Part> {
+        let record = self.record(number)?;
+        let mut part = Part::default();
+        for live in self.live(number, &record.header) {
+            let extent = live.run.extent;
+            part.bytes += extent.length();
+            part.checks
+                .extend(live.check(&self.geometry, &record.header, &record.new));
+            match live.run.content {
+                RunContent::Zero => part.zeros.push(extent),
+                RunContent::Data { payload } => {
+                    let start = payload as usize;
+                    let length = usize_of(whole_pages(extent, room_bytes).length());
+                    part.writes.push((extent.start(), start..start + length));
+                }
             }
         }
-        batch.write(target)?;
-        progress(total, total);
-        Ok(())
+        part.pages = PartPages::New(record);
+        Ok(part)
     }
 
-    /// Reads every staged extent back from the medium and returns the bytes that were checked.
-    pub(crate) fn prove(&self, target: &dyn BlockTarget, progress: Progress<'_>) -> Result<u64> {
-        let mut checked = 0;
-        let total: u64 = self.index.runs().map(|r| r.extent.length()).sum();
-        let mut read_back = ReadBack::new(target, self.geometry);
-        for (place, number) in self.records.iter().zip(0u32..).filter(|(p, _)| !p.dropped) {
-            let header = self.files.header(place)?;
-            checked += self.add_live(number, &header, &mut |check| read_back.add(check))?;
-            progress(checked, total);
+    fn record(&self, number: u32) -> Result<Arc<LoadedRecord>> {
+        match self.pool.find(number) {
+            Some(record) => Ok(record),
+            None => self
+                .files
+                .load(&self.records[number as usize])
+                .map(Arc::new),
         }
-        read_back.finish()?;
-        Ok(checked)
     }
 
-    /// Hands to `add` what a record says of the new point and no later record replaced; returns how many bytes
-    /// that is.
+    /// Hands to `add` what a record of the working file says of the new point and no later record replaced; returns
+    /// how many bytes that is.
     pub(crate) fn add_live(
         &self,
         number: u32,
         header: &RecordHeader,
         add: &mut dyn FnMut(Check) -> Result<()>,
     ) -> Result<u64> {
-        let step = header.unit.bytes(&self.geometry);
         let mut bytes = 0;
-        let mut first = 0usize;
-        for entry in header
-            .extents
-            .iter()
-            .filter(|e| matches!(e.new, NewContent::Data | NewContent::Zero))
-        {
-            let units = usize_of(entry.extent.length().div_ceil(step));
-            let runs = self.index.within(entry.extent);
-            for run in runs.filter(|r| r.record == number) {
-                bytes += run.extent.length();
-                let RunContent::Data { payload } = run.content else {
-                    add(Check::new(run.extent, header.unit, Expected::Zero))?;
-                    continue;
-                };
-                let skip = run.extent.start() - entry.extent.start();
-                let whole_units = skip.is_multiple_of(step)
-                    && (run.extent.end() == entry.extent.end()
-                        || run.extent.length().is_multiple_of(step));
-                if whole_units {
-                    let from = first + usize_of(skip / step);
-                    let count = usize_of(run.extent.length().div_ceil(step));
-                    let expected = header.new_digests[from..from + count].to_vec();
-                    add(Check::new(
-                        run.extent,
-                        header.unit,
-                        Expected::Digests(expected),
-                    ))?;
-                } else if header.pages != StoredPages::Elsewhere {
-                    // A later record replaced part of a unit: what is left is checked page by page.
-                    let pages = self.pages_of(number)?;
-                    let left = &pages[payload as usize..];
-                    let expected = Unit::Page.digests(&self.geometry, run.extent, left);
-                    let expected = Expected::Digests(expected.collect());
-                    add(Check::new(run.extent, Unit::Page, expected))?;
-                }
-            }
-            if entry.new == NewContent::Data {
-                first += units;
-            }
+        for live in self.live(number, header) {
+            bytes += live.run.extent.length();
+            live.check(&self.geometry, header, &[])
+                .map_or(Ok(()), &mut *add)?;
         }
         Ok(bytes)
     }
 
-    /// Checks every pre-image, before anything is decided that relies on them.
-    pub(crate) fn check_pre_images(&self) -> Result<()> {
-        for place in self.records {
-            let header = self.files.header(place)?;
-            if header.extents.iter().any(|e| e.old == OldContent::Data) {
-                self.files.old_pages(place, &header)?;
+    /// What a record says of the new point and no later record replaced.
+    fn live<'h>(
+        &'h self,
+        number: u32,
+        header: &'h RecordHeader,
+    ) -> impl Iterator<Item = Live<'h>> + 'h {
+        let step = header.unit.bytes(&self.geometry);
+        let staged = header
+            .extents
+            .iter()
+            .filter(|e| matches!(e.new, NewContent::Data | NewContent::Zero));
+        let numbered = staged.scan(0, move |next, entry| {
+            let first_digest = *next;
+            if entry.new == NewContent::Data {
+                *next += usize_of(entry.extent.length().div_ceil(step));
             }
-        }
-        Ok(())
-    }
-
-    /// Whether `target` still holds every pre-image: nobody wrote there since they were taken.
-    pub(crate) fn holds_pre_images(
-        &self,
-        target: &dyn BlockTarget,
-        old_bytes: u64,
-    ) -> Result<bool> {
-        match self.prove_restored(target, old_bytes) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Writes every pre-image back to `target`, as far as it reaches: what lies beyond the old end is cut off
-    /// afterwards. Not flushed.
-    pub(crate) fn restore_to(
-        &self,
-        target: &dyn BlockTarget,
-        room_bytes: u64,
-        progress: Progress<'_>,
-    ) -> Result<()> {
-        let total = self.records.len() as u64;
-        for (place, done) in self.records.iter().zip(1..) {
-            let header = self.files.header(place)?;
-            let has_pages = header.extents.iter().any(|e| e.old == OldContent::Data);
-            let pages = if has_pages {
-                self.files.old_pages(place, &header)?
-            } else {
-                Vec::new()
-            };
-            let pages = Arc::new(pages);
-            let mut batch = Writes::default();
-            for (entry, payload) in old_entries(&header) {
-                let room = Extent::from_range(0..room_bytes);
-                let Some(inside) = whole_pages(entry.extent, room_bytes).intersection(room) else {
-                    continue;
-                };
-                if entry.old == OldContent::Zero {
-                    target.write_zeroes(inside).map_err(|e| {
-                        Error::target(format!("restore zeros at {inside} of the target"), e)
-                    })?;
-                } else {
-                    let range = payload.start..payload.start + usize_of(inside.length());
-                    batch.push(inside.start(), Arc::clone(&pages), range);
-                }
-            }
-            batch.write(target)?;
-            progress(done, total);
-        }
-        Ok(())
-    }
-
-    /// Reads every restored extent back from the medium.
-    pub(crate) fn prove_restored(&self, target: &dyn BlockTarget, old_bytes: u64) -> Result<()> {
-        let mut read_back = ReadBack::new(target, self.geometry);
-        for place in self.records {
-            let header = self.files.header(place)?;
-            let step = header.unit.bytes(&self.geometry);
-            let mut digests = 0usize;
-            for (entry, payload) in old_entries(&header) {
-                let count = usize_of(entry.extent.length().div_ceil(step));
-                let expected = header.old_digests.get(digests..digests + count);
-                digests += if entry.old == OldContent::Data {
-                    count
-                } else {
-                    0
-                };
-                // What lies beyond the old end is cut off by now.
-                let Some(inside) = entry.extent.intersection(Extent::from_range(0..old_bytes))
-                else {
-                    continue;
-                };
-                match (entry.old, expected) {
-                    (OldContent::Data, Some(expected)) if inside == entry.extent => {
-                        let expected = Expected::Digests(expected.to_vec());
-                        read_back.add(Check::new(inside, header.unit, expected))?;
-                    }
-                    (OldContent::Data, _) => {
-                        // Its digests cover the padding too: take new ones of what is inside.
-                        let pages = self.files.old_pages(place, &header)?;
-                        let pages = &pages[payload.start..];
-                        let expected = Unit::Page.digests(&self.geometry, inside, pages);
-                        let expected = Expected::Digests(expected.collect());
-                        read_back.add(Check::new(inside, Unit::Page, expected))?;
-                    }
-                    _ => read_back.add(Check::new(inside, header.unit, Expected::Zero))?,
-                }
-            }
-        }
-        read_back.finish()
+            Some((entry, first_digest))
+        });
+        numbered.flat_map(move |(entry, first_digest)| {
+            let runs = self.index.within(entry.extent);
+            let mine = runs.filter(move |r| r.record == number);
+            mine.map(move |run| Live {
+                run,
+                entry,
+                first_digest,
+            })
+        })
     }
 
     /// The extents that became zero, for giving their space back after `accept`.
@@ -282,14 +167,40 @@ impl Staged<'_> {
             .filter(|r| r.content == RunContent::Zero)
             .map(|r| r.extent)
     }
+}
 
-    fn pages_of(&self, record: u32) -> Result<Arc<Vec<u8>>> {
-        if let Some(pages) = self.pool.pages.get(&record) {
-            return Ok(Arc::clone(pages));
-        }
-        let place = &self.records[record as usize];
-        let header = self.files.header(place)?;
-        self.files.new_pages(place, &header).map(Arc::new)
+/// A live run of a record.
+struct Live<'h> {
+    run: Run,
+    /// What it is part of, and the number of that extent's first digest.
+    entry: &'h BatchExtent,
+    first_digest: usize,
+}
+
+impl Live<'_> {
+    /// What the medium must hold there. `None` if a later record replaced part of a unit of which only the digest is
+    /// known.
+    fn check(&self, geometry: &Geometry, header: &RecordHeader, pages: &[u8]) -> Option<Check> {
+        let extent = self.run.extent;
+        let RunContent::Data { payload } = self.run.content else {
+            return Some(Check::new(extent, header.unit, Expected::Zero));
+        };
+        let step = header.unit.bytes(geometry);
+        let skip = extent.start() - self.entry.extent.start();
+        let whole_units = skip.is_multiple_of(step)
+            && (extent.end() == self.entry.extent.end() || extent.length().is_multiple_of(step));
+        let (unit, digests) = if whole_units {
+            let from = self.first_digest + usize_of(skip / step);
+            let count = usize_of(extent.length().div_ceil(step));
+            (header.unit, header.new_digests[from..from + count].to_vec())
+        } else if header.pages != StoredPages::Elsewhere {
+            let left = &pages[payload as usize..];
+            let digests = Unit::Page.digests(geometry, extent, left);
+            (Unit::Page, digests.collect())
+        } else {
+            return None;
+        };
+        Some(Check::new(extent, unit, Expected::Digests(digests)))
     }
 }
 
@@ -299,29 +210,170 @@ fn whole_pages(extent: Extent, room_bytes: u64) -> Extent {
     Extent::from_range(extent.start()..end.max(extent.end()))
 }
 
-/// The extents with a pre-image, each with its range in the old payload (empty for zeros).
-fn old_entries(header: &RecordHeader) -> impl Iterator<Item = (&BatchExtent, Range<usize>)> + '_ {
-    let old = header.extents.iter().filter(|e| e.old != OldContent::None);
-    old.scan(0usize, |offset, entry| {
-        let start = *offset;
-        if entry.old == OldContent::Zero {
-            return Some((entry, start..start));
+/// What one record has to write, and what the medium must hold afterwards.
+#[derive(Default)]
+struct Part {
+    bytes: u64,
+    /// Offset in the target, and where in the pages.
+    writes: Vec<(u64, Range<usize>)>,
+    pages: PartPages,
+    zeros: Vec<Extent>,
+    checks: Vec<Check>,
+}
+
+/// The pages of a part; clones share them.
+#[derive(Clone, Default)]
+enum PartPages {
+    #[default]
+    None,
+    New(Arc<LoadedRecord>),
+    Old(Arc<Pages>),
+}
+
+impl PartPages {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::None => &[],
+            Self::New(record) => &record.new,
+            Self::Old(pages) => pages,
         }
-        let length = usize_of(entry.extent.length());
-        *offset += length.next_multiple_of(PAGE);
-        Some((entry, start..start + length))
+    }
+}
+
+/// Makes a part of every record, writes it, calls `finish`, flushes, proves. Returns the bytes that were read back.
+fn carry_out(
+    geometry: Geometry,
+    mut records: impl Iterator<Item = u32> + Send,
+    part_of: impl Fn(u32) -> Result<Part> + Sync,
+    total_bytes: u64,
+    to: &Destination<'_>,
+    finish: impl FnOnce() -> Result<()>,
+) -> Result<u64> {
+    if total_bytes <= CHUNK_BYTES {
+        let last = write_chunks(records.map(part_of), total_bytes, to, |_| true)?;
+        return finish_and_prove(geometry, last, to, finish);
+    }
+    let next = Mutex::new(move || records.next());
+    let (next, part_of) = (&next, &part_of);
+    std::thread::scope(|scope| {
+        let (loaded, waiting) = sync_channel(LOADED_AHEAD);
+        let (flushed, unproven) = sync_channel(UNPROVEN_CHUNKS);
+        let target = to.target;
+        for _ in 0..LOADERS {
+            let loaded = loaded.clone();
+            scope.spawn(move || load(next, part_of, &loaded));
+        }
+        drop(loaded);
+        let prover = scope.spawn(move || prove_all(geometry, target, &unproven));
+        // A prover that is gone has found something, and says what when it is asked below.
+        let last = write_chunks(waiting.into_iter(), total_bytes, to, |chunk| {
+            flushed.send(chunk).is_ok()
+        });
+        drop(flushed);
+        let proven = prover
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let (last, proven) = (last?, proven?);
+        Ok(proven + finish_and_prove(geometry, last, to, finish)?)
     })
+}
+
+fn load(
+    next: &Mutex<impl FnMut() -> Option<u32>>,
+    part_of: impl Fn(u32) -> Result<Part>,
+    loaded: &SyncSender<Result<Part>>,
+) {
+    let take = || next.lock().unwrap_or_else(PoisonError::into_inner)();
+    while let Some(number) = take() {
+        let part = part_of(number);
+        let failed = part.is_err();
+        if loaded.send(part).is_err() || failed {
+            break;
+        }
+    }
+}
+
+/// Writes everything and returns the checks of the last chunk, which is not flushed. Every other one is flushed and
+/// handed to `prove`, until that says no.
+fn write_chunks(
+    parts: impl Iterator<Item = Result<Part>>,
+    total_bytes: u64,
+    to: &Destination<'_>,
+    mut prove: impl FnMut(Vec<Check>) -> bool,
+) -> Result<Vec<Check>> {
+    let (mut done, mut chunk_start) = (0, 0);
+    let mut checks = Vec::new();
+    let mut writes = Writes::default();
+    for part in parts {
+        let part = part?;
+        for extent in &part.zeros {
+            to.target
+                .write_zeroes(*extent)
+                .map_err(|e| Error::target(format!("zero {extent} of the target"), e))?;
+        }
+        for (offset, range) in part.writes {
+            writes.push(offset, part.pages.clone(), range);
+            if writes.is_full() {
+                writes.write(to.target)?;
+            }
+        }
+        checks.extend(part.checks);
+        done += part.bytes;
+        (to.progress)(done, total_bytes);
+        if done - chunk_start >= CHUNK_BYTES && done < total_bytes {
+            chunk_start = done;
+            writes.write(to.target)?;
+            (to.flush)()?;
+            if !prove(std::mem::take(&mut checks)) {
+                break;
+            }
+        }
+    }
+    writes.write(to.target)?;
+    Ok(checks)
+}
+
+fn finish_and_prove(
+    geometry: Geometry,
+    checks: Vec<Check>,
+    to: &Destination<'_>,
+    finish: impl FnOnce() -> Result<()>,
+) -> Result<u64> {
+    finish()?;
+    // I4: an outcome follows only on a flush that succeeded and a read-back from the medium.
+    (to.flush)()?;
+    prove(geometry, to.target, checks)
+}
+
+fn prove_all(
+    geometry: Geometry,
+    target: &dyn BlockTarget,
+    unproven: &Receiver<Vec<Check>>,
+) -> Result<u64> {
+    unproven
+        .iter()
+        .map(|checks| prove(geometry, target, checks))
+        .sum()
+}
+
+/// Reads back from the medium what was flushed.
+fn prove(geometry: Geometry, target: &dyn BlockTarget, checks: Vec<Check>) -> Result<u64> {
+    let bytes = checks.iter().map(Check::bytes).sum();
+    let mut read_back = ReadBack::new(target, geometry);
+    checks.into_iter().try_for_each(|c| read_back.add(c))?;
+    read_back.finish()?;
+    Ok(bytes)
 }
 
 /// Writes that go to the target together.
 #[derive(Default)]
 struct Writes {
-    requests: Vec<(u64, Arc<Vec<u8>>, Range<usize>)>,
+    requests: Vec<(u64, PartPages, Range<usize>)>,
     bytes: usize,
 }
 
 impl Writes {
-    fn push(&mut self, offset: u64, pages: Arc<Vec<u8>>, range: Range<usize>) {
+    fn push(&mut self, offset: u64, pages: PartPages, range: Range<usize>) {
         self.bytes += range.len();
         self.requests.push((offset, pages, range));
     }
@@ -336,7 +388,7 @@ impl Writes {
             .iter()
             .map(|(offset, pages, range)| WriteRequest {
                 offset: *offset,
-                bytes: &pages[range.clone()],
+                bytes: &pages.bytes()[range.clone()],
             })
             .collect();
         target

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::format::{
     BatchExtent, MAX_PAYLOAD_BYTES, NewContent, OldContent, PAGE, StoredPages, Unit, usize_of,
 };
-use crate::spare::{Spare, SpareBuffer};
+use crate::spare::{Spare, SpareBuffer, SpareSlice};
 
 /// Most extents of one batch.
 const MAX_EXTENTS: usize = 256;
@@ -182,6 +182,15 @@ impl Batch {
 
     pub(crate) fn new_payload(&self) -> &[u8] {
         self.new.bytes()
+    }
+
+    /// The new pages, where it carries them as they are.
+    pub(crate) fn into_plain_pages(self) -> Option<SpareSlice> {
+        let buffer = self
+            .new
+            .buffer
+            .filter(|_| self.pages == StoredPages::Plain)?;
+        Some(buffer.first(self.new.length))
     }
 
     pub(crate) fn old_payload(&self) -> &[u8] {

@@ -17,7 +17,7 @@ use crate::format::{
     Decision, MAX_DIGESTS, MAX_EXTENTS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, NewContent,
     OldContent, PAGE, RecordHeader, SegmentHeader, SegmentKind, SessionId, StoredPages, usize_of,
 };
-use crate::spare::{Spare, SpareBuffer};
+use crate::spare::{Spare, SpareSlice};
 use crate::stats::Stats;
 
 /// Name of a segment.
@@ -52,24 +52,34 @@ impl RecordPlace {
         u64::from(self.header_bytes) + u64::from(self.stored_new_bytes) + u64::from(self.old_bytes)
     }
 
-    /// Bytes of its payload in the log.
-    pub(crate) fn payload_bytes(&self) -> u64 {
-        u64::from(self.stored_new_bytes) + u64::from(self.old_bytes)
+    /// Bytes of its old pages.
+    pub(crate) fn old_bytes(&self) -> u64 {
+        u64::from(self.old_bytes)
     }
 }
 
-/// Bytes of the log, in a buffer that is used again.
+/// A record in memory: its header and its new pages, unpacked and checked.
 #[derive(Debug)]
-struct Loaded {
-    buffer: SpareBuffer,
-    length: usize,
+pub(crate) struct LoadedRecord {
+    pub(crate) header: RecordHeader,
+    pub(crate) new: Pages,
 }
 
-impl Deref for Loaded {
+/// Pages, in a buffer that is used again where they are stored as they are.
+#[derive(Debug)]
+pub(crate) enum Pages {
+    Stored(SpareSlice),
+    Unpacked(Vec<u8>),
+}
+
+impl Deref for Pages {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.buffer[..self.length]
+        match self {
+            Self::Stored(slice) => slice,
+            Self::Unpacked(bytes) => bytes,
+        }
     }
 }
 
@@ -103,7 +113,11 @@ impl LogFiles {
     /// Reads and checks the header of a record.
     pub(crate) fn header(&self, place: &RecordPlace) -> Result<RecordHeader> {
         let bytes = self.read(place.segment, place.offset, u64::from(place.header_bytes))?;
-        let (header, _) = RecordHeader::decode(&bytes, &self.geometry, self.limit_bytes)
+        self.decode(place, &bytes)
+    }
+
+    fn decode(&self, place: &RecordPlace, bytes: &[u8]) -> Result<RecordHeader> {
+        let (header, _) = RecordHeader::decode(bytes, &self.geometry, self.limit_bytes)
             .map_err(|e| self.at(place, &e))?;
         if header.session != self.session || header.sequence != place.sequence {
             return Err(Error::corrupt(format!(
@@ -114,31 +128,36 @@ impl LogFiles {
         Ok(header)
     }
 
-    /// Reads, unpacks and checks the new pages.
-    pub(crate) fn new_pages(&self, place: &RecordPlace, header: &RecordHeader) -> Result<Vec<u8>> {
-        let offset = place.offset + u64::from(place.header_bytes);
-        let stored = self.read(place.segment, offset, u64::from(place.stored_new_bytes))?;
-        let plain = self.unpack(place, header, &stored)?;
-        self.check(place, header, &plain, Side::New)?;
-        Ok(plain.into_owned())
+    /// Reads, unpacks and checks a record without its old pages.
+    pub(crate) fn load(&self, place: &RecordPlace) -> Result<LoadedRecord> {
+        let header_bytes = place.header_bytes as usize;
+        let length = u64::from(place.header_bytes) + u64::from(place.stored_new_bytes);
+        let mut stored = self.read(place.segment, place.offset, length)?;
+        let header = self.decode(place, &stored[..header_bytes])?;
+        stored.skip(header_bytes);
+        let new = match self.unpack(place, &header, &stored)? {
+            Cow::Borrowed([]) => Pages::Unpacked(Vec::new()),
+            Cow::Borrowed(_) => Pages::Stored(stored),
+            Cow::Owned(plain) => Pages::Unpacked(plain),
+        };
+        self.check(place, &header, &new, Side::New)?;
+        Ok(LoadedRecord { header, new })
     }
 
     /// Reads and checks the old pages.
-    pub(crate) fn old_pages(&self, place: &RecordPlace, header: &RecordHeader) -> Result<Vec<u8>> {
+    pub(crate) fn old_pages(&self, place: &RecordPlace, header: &RecordHeader) -> Result<Pages> {
         let offset =
             place.offset + u64::from(place.header_bytes) + u64::from(place.stored_new_bytes);
-        let old = self
-            .read(place.segment, offset, u64::from(place.old_bytes))?
-            .to_vec();
+        let old = self.read(place.segment, offset, u64::from(place.old_bytes))?;
         self.check(place, header, &old, Side::Old)?;
-        Ok(old)
+        Ok(Pages::Stored(old))
     }
 
     /// Reads a whole record from the medium and checks all of it.
     pub(crate) fn verify(&self, place: &RecordPlace) -> Result<RecordHeader> {
-        let header = self.header(place)?;
-        let offset = place.offset + u64::from(place.header_bytes);
-        let payload = self.read(place.segment, offset, place.payload_bytes())?;
+        let stored = self.read(place.segment, place.offset, place.stored_bytes())?;
+        let (head, payload) = stored.split_at(place.header_bytes as usize);
+        let header = self.decode(place, head)?;
         let (new, old) = payload.split_at(place.stored_new_bytes as usize);
         let new = self.unpack(place, &header, new)?;
         self.check(place, &header, &new, Side::New)?;
@@ -212,7 +231,7 @@ impl LogFiles {
     }
 
     /// Reads from the medium into whole aligned pages.
-    fn read(&self, segment: usize, offset: u64, length: u64) -> Result<Loaded> {
+    fn read(&self, segment: usize, offset: u64, length: u64) -> Result<SpareSlice> {
         let length = usize_of(length);
         let mut buffer = self.spare.take(length);
         if length > 0 {
@@ -224,7 +243,7 @@ impl LogFiles {
             file.read_medium(&mut request)
                 .map_err(|e| Error::log(format!("read {} at {offset}", file.label()), e))?;
         }
-        Ok(Loaded { buffer, length })
+        Ok(buffer.first(length))
     }
 
     fn name_of(&self, place: &RecordPlace) -> String {

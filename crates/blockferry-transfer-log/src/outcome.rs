@@ -3,7 +3,7 @@
 use blockferry_core::{Extent, Root};
 use blockferry_device::BlockTarget;
 
-use crate::apply::{Progress, Staged};
+use crate::apply::{Destination, Progress, Staged};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DecisionKind, Point, Retained, SegmentHeader};
 use crate::place::Content;
@@ -97,19 +97,28 @@ fn apply_redo(
             .resize(image_bytes)
             .map_err(|e| Error::target("grow the target", e))?;
     }
-    let room_bytes = room_of(&replica.content, &*target, header);
-    staged.write_to(&*target, room_bytes, progress)?;
-    if matches!(replica.content, Content::File(_)) && target.size_bytes() > image_bytes {
-        target
-            .resize(image_bytes)
-            .map_err(|e| Error::target("shrink the target", e))?;
-    }
-    // I4: APPLIED follows only on a flush that succeeded and a read-back from the medium.
+    let to = Destination {
+        target: &*target,
+        room_bytes: room_of(&replica.content, &*target, header),
+        flush: &|| flush(&*target, replica),
+        progress,
+    };
+    staged.apply(&to, || {
+        if matches!(replica.content, Content::File(_)) && target.size_bytes() > image_bytes {
+            target
+                .resize(image_bytes)
+                .map_err(|e| Error::target("shrink the target", e))?;
+        }
+        Ok(())
+    })
+}
+
+fn flush(target: &dyn BlockTarget, replica: &Replica) -> Result<()> {
     target
         .flush()
         .map_err(|e| Error::target("flush the target", e))?;
     replica.stats.count_flush();
-    staged.prove(&*target, progress)
+    Ok(())
 }
 
 /// Puts the finished sibling in the target's place; done already if recovery finds it there.
@@ -213,23 +222,25 @@ pub(crate) fn restore_redo(
     if is_file && target.size_bytes() < header.old_bytes {
         resize(header.old_bytes)?;
     }
-    let room_bytes = room_of(&replica.content, &*target, header);
-    staged.restore_to(&*target, room_bytes, progress)?;
-    if is_file && target.size_bytes() != header.old_bytes {
-        resize(header.old_bytes)?;
-    }
-    for extent in staged.reserved.iter() {
-        if let Some(extent) = extent.intersection(Extent::from_range(0..header.old_bytes)) {
-            target
-                .punch(extent)
-                .map_err(|e| Error::target("give reserved space back", e))?;
+    let to = Destination {
+        target: &*target,
+        room_bytes: room_of(&replica.content, &*target, header),
+        flush: &|| flush(&*target, replica),
+        progress,
+    };
+    staged.restore(&to, header.old_bytes, || {
+        if is_file && target.size_bytes() != header.old_bytes {
+            resize(header.old_bytes)?;
         }
-    }
-    target
-        .flush()
-        .map_err(|e| Error::target("flush the target", e))?;
-    replica.stats.count_flush();
-    staged.prove_restored(&*target, header.old_bytes)?;
+        for extent in staged.reserved.iter() {
+            if let Some(extent) = extent.intersection(Extent::from_range(0..header.old_bytes)) {
+                target
+                    .punch(extent)
+                    .map_err(|e| Error::target("give reserved space back", e))?;
+            }
+        }
+        Ok(())
+    })?;
     replica.content = replica.place.open()?;
     replica.publish_rolled_back(header)
 }

@@ -161,6 +161,11 @@ impl Check {
         }
     }
 
+    /// Bytes it covers.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.extent.length()
+    }
+
     fn holds(&self, geometry: &Geometry, bytes: &[u8]) -> bool {
         match &self.expected {
             Expected::Zero => is_zero(bytes),

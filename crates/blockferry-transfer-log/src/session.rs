@@ -22,7 +22,8 @@ use std::sync::Arc;
 use blockferry_core::{Digest, Extent, ExtentSet, Geometry};
 use blockferry_device::{Evidence, WriteRequest};
 
-use crate::apply::{Pool, Staged};
+use crate::apply::Staged;
+use crate::apply::pool::Pool;
 use crate::batch::{Batch, New, Old};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
@@ -353,16 +354,16 @@ impl<'r> Session<'r> {
             return Ok(());
         }
         if self.header.undo == Undo::None {
-            return self.append(&batch, true);
+            return self.append(batch);
         }
         let (pre_images, batch) = batch.keep_first_touch(&self.ledger.touched);
-        for pre_image in &pre_images {
-            self.append(pre_image, false)?;
+        for pre_image in pre_images {
+            self.append(pre_image)?;
         }
         if batch.is_empty() {
             return Ok(());
         }
-        self.append(&batch, true)
+        self.append(batch)
     }
 
     /// Whether the group has reached its size and should be closed.
@@ -548,20 +549,20 @@ impl<'r> Session<'r> {
                 }
                 _ => {
                     if let Some(full) = joined.replace(batch) {
-                        self.append(&full, false)?;
+                        self.append(full)?;
                     }
                 }
             }
         }
-        joined.map_or(Ok(()), |last| self.append(&last, false))
+        joined.map_or(Ok(()), |last| self.append(last))
     }
 
-    fn append(&mut self, batch: &Batch, keep_pages: bool) -> Result<()> {
-        let (place, header) = self.appender.append(self.header.session, batch, false)?;
+    fn append(&mut self, batch: Batch) -> Result<()> {
+        let (place, header) = self.appender.append(self.header.session, &batch, false)?;
         let number = self.ledger.take_in(place, &header);
         self.pending.insert(number);
-        if keep_pages && batch.pages == StoredPages::Plain {
-            self.pool.keep(number, batch.new_payload());
+        if let Some(pages) = batch.into_plain_pages() {
+            self.pool.keep(number, header, pages);
         }
         Ok(())
     }
@@ -583,7 +584,7 @@ impl<'r> Session<'r> {
             let mut batch = Batch::logged(self.header.geometry, Unit::Page);
             some.iter()
                 .for_each(|hole| batch.push(*hole, New::Reserve, Old::None));
-            self.append(&batch, false)?;
+            self.append(batch)?;
         }
         Ok(())
     }

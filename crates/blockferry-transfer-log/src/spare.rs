@@ -2,7 +2,7 @@
 //! every record. Faulting fresh memory in costs more than reading into it.
 
 use std::fmt;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockferry_device::AlignedBuffer;
@@ -65,6 +65,44 @@ impl Deref for SpareBuffer {
 impl DerefMut for SpareBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         self.buffer.as_deref_mut().unwrap_or_default()
+    }
+}
+
+impl SpareBuffer {
+    /// Only its first bytes.
+    pub(crate) fn first(self, length: usize) -> SpareSlice {
+        SpareSlice {
+            range: 0..length.min(self.len()),
+            buffer: self,
+        }
+    }
+}
+
+/// The part of a spare buffer that holds something.
+#[derive(Debug)]
+pub(crate) struct SpareSlice {
+    // Invariant: within the buffer.
+    range: Range<usize>,
+    buffer: SpareBuffer,
+}
+
+impl SpareSlice {
+    /// Leaves the first bytes out.
+    pub(crate) fn skip(&mut self, length: usize) {
+        self.range.start = (self.range.start + length).min(self.range.end);
+    }
+
+    /// Bytes of memory it keeps.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.buffer.len()
+    }
+}
+
+impl Deref for SpareSlice {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[self.range.clone()]
     }
 }
 

@@ -8,10 +8,10 @@ use blockferry_device::WriteRequest;
 
 use crate::batch::{Batch, New, Old};
 use crate::error::{Error, Result};
-use crate::format::{NewContent, PAGE, RecordHeader, StoredPages, Unit, usize_of};
+use crate::format::{NewContent, PAGE, StoredPages, Unit, usize_of};
 use crate::index::{Index, RunContent};
 use crate::ledger::Ledger;
-use crate::log::{LogFiles, RecordPlace};
+use crate::log::{LoadedRecord, LogFiles, RecordPlace};
 use crate::spare::Spare;
 use crate::working::Working;
 
@@ -174,7 +174,7 @@ pub struct StagedView {
     working: Option<Working>,
     basis: Basis,
     /// Records read lately; bounded.
-    recent: Mutex<HashMap<u32, Arc<Loaded>>>,
+    recent: Mutex<HashMap<u32, Arc<LoadedRecord>>>,
 }
 
 /// What lies under the staged extents.
@@ -185,12 +185,6 @@ pub(crate) enum Basis {
     /// The working file of a resumed clone: what a crash left in it without a record is anybody's guess, so
     /// all of it has to be compared.
     Working,
-}
-
-#[derive(Debug)]
-struct Loaded {
-    header: RecordHeader,
-    pages: Vec<u8>,
 }
 
 impl StagedView {
@@ -250,7 +244,7 @@ impl StagedView {
                     .map_err(|e| Error::target(format!("read {}", working.target.label()), e))?,
                 _ => {
                     let from = payload as usize;
-                    part.copy_from_slice(&loaded.pages[from..from + part.len()]);
+                    part.copy_from_slice(&loaded.new[from..from + part.len()]);
                 }
             }
         }
@@ -290,15 +284,13 @@ impl StagedView {
         Ok(None)
     }
 
-    fn load(&self, record: u32) -> Result<Arc<Loaded>> {
+    fn load(&self, record: u32) -> Result<Arc<LoadedRecord>> {
         let locked = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = locked().get(&record) {
             return Ok(Arc::clone(loaded));
         }
         let place = &self.records[record as usize];
-        let header = self.files.header(place)?;
-        let pages = self.files.new_pages(place, &header)?;
-        let loaded = Arc::new(Loaded { header, pages });
+        let loaded = Arc::new(self.files.load(place)?);
         let mut recent = locked();
         if recent.len() >= Self::RECENT {
             recent.clear();

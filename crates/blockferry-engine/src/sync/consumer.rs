@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::handle::{LogHandle, PointFiles};
 use crate::job::RegionDone;
 use crate::knowledge::{Doubt, Doubts};
-use crate::read_back::{Collect, ReadBackThread};
+use crate::read_back::{Collect, ReadBackThreads};
 use crate::recorder::Recorder;
 
 /// A group is closed after this long, so that a kill loses little.
@@ -23,7 +23,7 @@ pub(super) struct Consumer<'c, 'r, 'a> {
     files: &'c PointFiles,
     recorder: &'c mut Recorder,
     group_since: Option<Duration>,
-    read_back: ReadBackThread,
+    read_back: ReadBackThreads,
     doubts: Doubts,
 }
 
@@ -33,7 +33,7 @@ impl<'c, 'r, 'a> Consumer<'c, 'r, 'a> {
         handle: &'c mut LogHandle<'r>,
         files: &'c PointFiles,
         recorder: &'c mut Recorder,
-        read_back: ReadBackThread,
+        read_back: ReadBackThreads,
         doubts: Doubts,
     ) -> Self {
         Self {

@@ -16,7 +16,7 @@ use crate::handle::{LogHandle, PointFiles};
 use crate::job::{Job, JobScratch};
 use crate::knowledge::{Doubt, Doubts};
 use crate::plan::Choice;
-use crate::read_back::ReadBackThread;
+use crate::read_back::ReadBackThreads;
 use crate::recorder::{Recorded, Recorder};
 
 /// How often a scan may be repeated because staged pages did not survive on the medium ...
@@ -145,7 +145,7 @@ impl Run<'_> {
         let cancel = self.context.cancel.clone();
         let walking = WalkOptions::new(job.threads(self.options));
         std::thread::scope(|scope| {
-            let read_back = ReadBackThread::start(scope);
+            let read_back = ReadBackThreads::start(scope);
             let mut consumer =
                 Consumer::new(self, handle, files, recorder, read_back, doubts.clone());
             walk(

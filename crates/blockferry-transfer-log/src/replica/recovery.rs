@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use blockferry_core::{Extent, Root};
 
 use super::{Recovered, Replica};
-use crate::apply::{Pool, Progress, Staged};
+use crate::apply::pool::Pool;
+use crate::apply::{Progress, Staged};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Decision, DecisionKind, Point, Retained, SegmentHeader, SessionId, Slot};
 use crate::group::{GroupId, GroupVerdicts, Verdict};

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::Session;
-use crate::apply::Pool;
+use crate::apply::pool::Pool;
 use crate::batch::{Batch, New, Old};
 use crate::error::{Error, Result};
 use crate::format::{NewContent, OldContent, PAGE, SegmentHeader, SegmentKind, Unit, usize_of};
 use crate::index::RunContent;
 use crate::ledger::Ledger;
-use crate::log::{Appender, LogFiles, RecordPlace, segment_name};
+use crate::log::{Appender, LoadedRecord, LogFiles, RecordPlace, segment_name};
 use crate::plan::Strategy;
 
 /// A log smaller than this is never compacted.
@@ -85,8 +85,7 @@ impl Session<'_> {
     }
 
     fn live_batches_of(&self, place: &RecordPlace, number: u32) -> Result<Vec<Batch>> {
-        let header = self.files.header(place)?;
-        let new = self.files.new_pages(place, &header)?;
+        let LoadedRecord { header, new } = self.files.load(place)?;
         let old = self.files.old_pages(place, &header)?;
         let fresh = || {
             let mut batch = Batch::logged(self.header.geometry, header.unit);

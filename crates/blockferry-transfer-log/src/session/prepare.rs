@@ -275,7 +275,7 @@ impl Session<'_> {
         }
         let mut note = Batch::logged(self.header.geometry, Unit::Page);
         note.evidence = now.clone();
-        self.append(&note, false)?;
+        self.append(note)?;
         self.flush_log()?;
         self.header.target_evidence = now;
         self.verify_pending()
