@@ -9,6 +9,7 @@
 mod explorer;
 mod groups;
 mod harness;
+mod large;
 mod recovery;
 mod refusals;
 mod sessions;
