@@ -261,7 +261,7 @@ struct Payload {
 }
 
 impl Payload {
-    const FIRST: usize = 256 * 1024;
+    const FIRST: usize = 1024 * 1024;
 
     fn len(&self) -> u64 {
         self.length as u64

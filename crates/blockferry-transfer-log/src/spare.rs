@@ -10,7 +10,7 @@ use blockferry_device::AlignedBuffer;
 /// Buffers below this size are not worth keeping.
 const SMALLEST: usize = 128 * 1024;
 /// At most this many wait to be used again, of at most [`LARGEST`] bytes each.
-const MOST_IDLE: usize = 8;
+const MOST_IDLE: usize = 16;
 const LARGEST: usize = 4 * 1024 * 1024;
 
 /// A handle to a stock of idle buffers; clones share it.

@@ -16,7 +16,7 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// Most bytes of staged pages kept.
-    const BYTES: usize = 64 * 1024 * 1024;
+    const BYTES: usize = 48 * 1024 * 1024;
 
     pub(crate) fn new() -> Self {
         Self {
