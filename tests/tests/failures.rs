@@ -26,8 +26,12 @@ struct Disks {
 
 impl Disks {
     fn new() -> Self {
+        Self::of(16 * MIB)
+    }
+
+    fn of(bytes: u64) -> Self {
         let lab = Lab::new();
-        let old = lab.disk("target", 21, 16 * MIB);
+        let old = lab.disk("target", 21, bytes);
         let new = lab.edited("source", 22, &old, 0.8);
         Self { lab, old, new }
     }
@@ -140,9 +144,12 @@ fn a_disk_that_fills_up_under_the_log_leaves_the_old_point_and_the_run_resumes()
     small.fill(0);
     let stopped = run.finish();
 
-    assert_says(&stopped, 4, &["No space left"]);
+    assert_says(&stopped, 5, &["No space left", "still at its old point"]);
     assert_resumable(&stopped);
     disks.lab.assert_holds("target", &disks.old);
+    let still_full = disks.lab.run(&format!("resume target --state {state}"));
+    assert_says(&still_full, 5, &["No space left"]);
+    assert_resumable(&still_full);
     small.empty();
     disks.resumes(&format!("resume target --state {state}"));
     disks.lab.assert_holds("target", &disks.new);
@@ -206,15 +213,16 @@ fn a_target_without_room_for_what_its_holes_become_keeps_its_old_point() {
 #[test]
 fn a_disk_that_fills_up_under_the_new_file_leaves_the_old_one() {
     let name = "a_disk_that_fills_up_under_the_new_file_leaves_the_old_one";
-    let disks = Disks::new();
-    let Some(small) = MountedFileSystem::make(disks.lab.root(), "ext4", 128 * MIB) else {
+    // Space is allocated ahead, region by region.
+    let disks = Disks::of(80 * MIB);
+    let Some(small) = MountedFileSystem::make(disks.lab.root(), "ext4", 256 * MIB) else {
         return skipped(name, "root and mkfs.ext4");
     };
     let target = small.point().join("target");
     write_sparse(&target, &disks.old);
+    let place = format!("{} --state state", target.display());
     let run = disks.start(&format!(
-        "sync source {} --mode full --strategy shadow",
-        target.display()
+        "sync source {place} --mode full --strategy shadow"
     ));
 
     small.fill(0);
@@ -223,7 +231,7 @@ fn a_disk_that_fills_up_under_the_new_file_leaves_the_old_one() {
     assert_says(&stopped, 4, &["No space left"]);
     assert!(same(&target, &disks.old));
     small.empty();
-    disks.resumes(&format!("sync source {}", target.display()));
+    disks.resumes(&format!("sync source {place}"));
     assert!(same(&target, &disks.new));
 }
 
@@ -336,18 +344,102 @@ fn a_read_error_of_the_source_leaves_the_old_point_and_the_run_resumes() {
 // --- limits --------------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_log_limit_is_said_clearly_and_the_session_can_be_cancelled() {
+fn a_log_limit_interrupts_and_the_printed_command_goes_on_without_it() {
     let disks = Disks::new();
 
     let stopped = disks
         .lab
-        .run("sync source target --mode delta --strategy redo --log-limit 4M");
+        .run("sync source target --mode delta --strategy redo --log-limit 4M --threads 2");
 
-    assert_says(&stopped, 4, &["limit"]);
+    assert_says(&stopped, 5, &["limit", "still at its old point"]);
+    assert_resumable(&stopped);
     disks.lab.assert_holds("target", &disks.old);
+    let again = disks.lab.run("resume target --log-limit 5M");
+    assert_says(&again, 5, &["limit"]);
+    let printed = again.complaint();
+    let line = printed.split("blockferry ").last().expect("a command");
+    assert!(
+        line.starts_with("resume ") && !line.contains("limit"),
+        "{printed}"
+    );
+    disks.resumes(line);
+    disks.lab.assert_holds("target", &disks.new);
+}
+
+#[test]
+fn a_session_that_reached_its_limit_can_be_cancelled() {
+    let disks = Disks::new();
+    let limited = "sync source target --mode delta --strategy redo --log-limit 4M";
+    assert_eq!(disks.lab.run(limited).code, Some(5));
+
     let cancelled = disks.lab.must("cancel target");
+
     assert_eq!(cancelled.summary()["outcome"], "cancelled");
     disks.lab.assert_holds("target", &disks.old);
     disks.lab.must("sync source target");
     disks.lab.assert_holds("target", &disks.new);
+}
+
+#[test]
+fn a_log_that_may_not_grow_interrupts_and_resumes_where_it_may() {
+    let disks = Disks::new();
+
+    // Slow enough for a group to be durable before the file is as large as it may be.
+    let stopped = disks.lab.run_with_small_files(
+        16 * MIB,
+        "sync source target --mode delta --strategy redo --bwlimit 4M",
+    );
+
+    assert_says(&stopped, 5, &["File too large", "still at its old point"]);
+    assert_resumable(&stopped);
+    disks.lab.assert_holds("target", &disks.old);
+    disks.resumes("resume target");
+    disks.lab.assert_holds("target", &disks.new);
+}
+
+// --- between commit and apply --------------------------------------------------------------------------------------
+
+/// Disks that differ in a page far behind: small logs, and a write that is refused where files must stay small.
+fn committed_and_stuck() -> (Lab, Vec<u8>) {
+    let lab = Lab::new();
+    let mut image = lab.disk("target", 23, 48 * MIB);
+    image[usize::try_from(40 * MIB).expect("small")..][..8192].fill(b'!');
+    lab.write("source", &image);
+    let line = "sync source target --mode delta --strategy redo --undo none";
+
+    let stopped = lab.run_with_small_files(32 * MIB, line);
+
+    assert_says(
+        &stopped,
+        6,
+        &["committed but not yet in place", "blockferry resume"],
+    );
+    let status = lab.must("status target");
+    assert_eq!(status.summary()["state"], "committed");
+    (lab, image)
+}
+
+#[test]
+fn what_is_committed_and_could_not_be_applied_is_finished_by_the_next_command() {
+    for line in ["resume target", "sync source target", "verify target"] {
+        let (lab, new) = committed_and_stuck();
+        let stuck = lab.run_with_small_files(32 * MIB, line);
+        assert_says(&stuck, 6, &["committed but not yet in place"]);
+
+        lab.must(line);
+
+        lab.assert_holds("target", &new);
+        assert_eq!(lab.must("status target").summary()["state"], "at");
+    }
+}
+
+#[test]
+fn what_is_committed_needs_its_source_no_more() {
+    let (lab, new) = committed_and_stuck();
+    fs::remove_file(lab.path("source")).unwrap();
+
+    let resumed = lab.run("resume target");
+
+    assert_says(&resumed, 3, &["source"]);
+    lab.assert_holds("target", &new);
 }

@@ -144,9 +144,6 @@ pub(crate) struct SyncArguments {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) pace: Pace,
-    /// Most space the transfer log may take
-    #[arg(long, value_name = "SIZE", value_parser = positive_size)]
-    pub(crate) log_limit: Option<u64>,
     /// Make a target file that is larger than the source shorter
     #[arg(long)]
     pub(crate) allow_shrink: bool,
@@ -165,7 +162,7 @@ pub(crate) struct SyncArguments {
 }
 
 /// Options about a run's appetite, also taken when it is resumed.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pace {
     /// Most bytes per second to send, such as 100M or 1.5GiB
     #[arg(long, value_name = "RATE", value_parser = rate)]
@@ -173,9 +170,29 @@ pub(crate) struct Pace {
     /// Worker threads [default: one per processor, within the memory bound]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+    /// Most space the transfer log may take
+    #[arg(long, value_name = "SIZE", value_parser = positive_size)]
+    pub(crate) log_limit: Option<u64>,
     /// Accept a source that is mounted or held open for writing; its point is then only crash-consistent
     #[arg(long)]
     pub(crate) crash_consistent: bool,
+}
+
+impl Pace {
+    /// The options as they are typed, each behind a blank.
+    pub(crate) fn words(&self) -> String {
+        let option = |name, value: Option<u64>| value.map(|value| format!(" --{name} {value}"));
+        let limits = [
+            option("bwlimit", self.bwlimit),
+            option("threads", self.threads.map(u64::from)),
+            option("log-limit", self.log_limit),
+        ];
+        let mut words: String = limits.into_iter().flatten().collect();
+        if self.crash_consistent {
+            words.push_str(" --crash-consistent");
+        }
+        words
+    }
 }
 
 #[derive(Args, Debug)]
@@ -383,6 +400,25 @@ mod tests {
         ] {
             let words = ["blockferry"].into_iter().chain(line.split(' '));
             assert_eq!(Cli::try_parse_from(words).expect(line).verb.name(), name);
+        }
+    }
+
+    #[test]
+    fn a_pace_is_the_same_when_its_words_are_typed_again() {
+        for line in [
+            "resume t",
+            "resume t --bwlimit 1.5M --threads 3 --log-limit 4GiB --crash-consistent",
+        ] {
+            let parse = |line: &str| {
+                let words = ["blockferry"].into_iter().chain(line.split(' '));
+                match Cli::try_parse_from(words).expect(line).verb {
+                    Verb::Resume(arguments) => arguments.pace,
+                    verb => panic!("{verb:?}"),
+                }
+            };
+            let pace = parse(line);
+
+            assert_eq!(parse(&format!("resume t{}", pace.words())), pace);
         }
     }
 

@@ -80,6 +80,16 @@ impl Session {
     }
 }
 
+/// This command again, as it was typed.
+pub(crate) fn same_command() -> String {
+    let words = std::env::args_os().skip(1);
+    let words = words.map(|word| quoted_path(Path::new(&word)));
+    let words: Vec<String> = std::iter::once("blockferry".to_owned())
+        .chain(words)
+        .collect();
+    words.join(" ")
+}
+
 fn verbosity(global: &Global) -> Verbosity {
     match (global.quiet, global.verbose) {
         (true, _) => Verbosity::Quiet,

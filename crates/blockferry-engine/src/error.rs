@@ -1,5 +1,6 @@
 //! The engine's error: its kind is what the caller, and the command line's exit code, need to know.
 
+use std::error::Error as _;
 use std::fmt;
 
 use blockferry_pipeline::{Failure, Side};
@@ -17,7 +18,7 @@ pub enum ErrorKind {
     Source,
     /// The target was refused or failed; it is at its old point.
     Target,
-    /// The run was cut off otherwise than by a signal; it resumes.
+    /// The run was cut off otherwise than by a signal, as by a log that ran full; it resumes.
     Interrupted,
     /// A durable decision waits to be carried out.
     DecisionPending,
@@ -98,6 +99,54 @@ impl Error {
         self.resumable = resumable;
         self
     }
+
+    /// The error that ended a run. A log that ran full is no fault of the target: with room, or a larger limit, the
+    /// run goes on.
+    pub(crate) fn ending_run(mut self, resumable: bool) -> Self {
+        if resumable && self.kind == ErrorKind::Target && is_full_log(&self) {
+            self.kind = ErrorKind::Interrupted;
+        }
+        self.resumable(resumable)
+    }
+}
+
+/// Whether the log, or a manifest beside it, found no more room; one that the target lacks does not count.
+fn is_full_log(error: &Error) -> bool {
+    use blockferry_transfer_log::ErrorKind as K;
+    let causes = || causes_of(error);
+    let mut kinds = causes()
+        .filter_map(|cause| cause.downcast_ref::<blockferry_transfer_log::Error>())
+        .map(blockferry_transfer_log::Error::kind);
+    let is_manifest = || causes().any(|cause| cause.is::<blockferry_core::Error>());
+    match kinds.next() {
+        Some(K::LimitExceeded) => true,
+        Some(K::Log) => causes().any(lacks_room),
+        Some(_) => false,
+        None => is_manifest() && causes().any(lacks_room),
+    }
+}
+
+/// What led to an error, the nearest first.
+fn causes_of<'e>(error: &'e Error) -> impl Iterator<Item = &'e (dyn std::error::Error + 'static)> {
+    let mut next = error.source();
+    std::iter::from_fn(move || {
+        let cause: &'e (dyn std::error::Error + 'static) = next?;
+        next = cause.source();
+        Some(cause)
+    })
+}
+
+fn lacks_room(cause: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind as K;
+    let device = cause.downcast_ref::<blockferry_device::Error>();
+    let system = cause.downcast_ref::<std::io::Error>();
+    device.is_some_and(|e| e.kind() == blockferry_device::ErrorKind::NoSpace)
+        || system.is_some_and(|e| {
+            matches!(
+                e.kind(),
+                K::StorageFull | K::QuotaExceeded | K::FileTooLarge
+            )
+        })
 }
 
 fn device_kind(cause: &blockferry_device::Error, kind: ErrorKind) -> ErrorKind {

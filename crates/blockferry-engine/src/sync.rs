@@ -134,7 +134,7 @@ impl<'a> Run<'a> {
                 target
                     .replica
                     .resume_from(limit, &self.stamp)
-                    .map_err(|e| Error::log("resume the session", e))?,
+                    .map_err(|e| Error::log("resume the session", e).ending_run(true))?,
             ))
         } else {
             LogHandle::Idle(&mut target.replica, plan)
@@ -201,11 +201,13 @@ impl<'a> Run<'a> {
         let LogHandle::Open(mut session) = handle else {
             return error;
         };
-        // The group is closed whatever ended the run; if the log itself failed, its last acknowledgement counts.
-        let durable = session
-            .close_group()
-            .unwrap_or_else(|_dead| session.checkpoint());
-        error.resumable(durable.sequence > 0)
+        // A handle that failed is dead: a later flush through it proves nothing. The log knows that of itself, of a
+        // new file beside the target only the error tells.
+        let may_flush = session.strategy() == Strategy::Redo || error.kind() != ErrorKind::Target;
+        let closed = may_flush.then(|| session.close_group().ok()).flatten();
+        // Where the group cannot be closed the last acknowledgement counts.
+        let durable = closed.unwrap_or_else(|| session.checkpoint());
+        error.ending_run(durable.sequence > 0)
     }
 
     /// Of everything this run draws.

@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use blockferry_testkit::{Random, images};
 
 pub(crate) use places::{LoopDevice, MountedFileSystem, skipped};
-pub(crate) use run::{Answer, Child, command, output, tool, with_files};
+pub(crate) use run::{Answer, Child, command, command_of, output, tool, with_files};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -40,6 +40,19 @@ impl Lab {
     /// Runs `blockferry LINE --json` in the directory.
     pub(crate) fn run(&self, line: &str) -> Answer {
         run::answer(self.command(line).arg("--json"))
+    }
+
+    /// Runs where no file may be written beyond `bytes`, or half of that: such a write fails, as on a full disk.
+    pub(crate) fn run_with_small_files(&self, bytes: u64, line: &str) -> Answer {
+        let run = self.command(line);
+        let mut shell = command_of(self.root(), "sh");
+        // Some shells count in blocks of 1,024 bytes, others in blocks of 512.
+        let limited = format!(
+            "trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"",
+            bytes / 1024
+        );
+        shell.args(["-c", &limited]).arg(run.get_program());
+        run::answer(shell.args(run.get_args()).arg("--json"))
     }
 
     /// Runs what must succeed.

@@ -1,5 +1,6 @@
 //! Running the real command: built once, its answers read, its peak memory watched.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child as Process, ChildStdout, Command, Output, Stdio};
@@ -65,7 +66,12 @@ impl Answer {
 
 /// The command, in this directory, with its state root there.
 pub(crate) fn command(directory: &Path) -> Command {
-    let mut command = Command::new(binary());
+    command_of(directory, binary())
+}
+
+/// Another program that runs the command, in the same surroundings.
+pub(crate) fn command_of(directory: &Path, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
     command.current_dir(directory).stdin(Stdio::null());
     command.env("BLOCKFERRY_STATE_ROOT", directory.join("state-root"));
     command

@@ -5,6 +5,7 @@ use crate::arguments::ResumeArguments;
 use crate::engine;
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::progress::Look;
 use crate::session::Session;
 use crate::verbs::sync::{self, Request, Terms};
 
@@ -12,6 +13,7 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
     let target = &arguments.target;
     let recorded = engine::resume_source(target.path(), &session.target_options())
         .map_err(|error| session.failure(&error))?;
+    finish_decided(target, session)?;
     let source = reopen(&recorded)?;
     session.output.say(format_args!("continuing from {source}"));
     let options = sync::paced(&source, &arguments.pace);
@@ -19,12 +21,27 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
         source: &source,
         target,
         options,
-        crash_consistent: arguments.pace.crash_consistent,
+        pace: &arguments.pace,
         terms: Terms::AsBegun,
     };
     let receipt = sync::bring_up_to_date(request, session)?;
     sync::report("resume", &receipt, &target.absolute(), session);
     Ok(Exit::Done)
+}
+
+/// What is committed needs its source no more: it is carried out whether or not that can still be opened.
+fn finish_decided(target: &Address, session: &Session) -> Result<(), Failure> {
+    let (path, options) = (target.absolute(), session.target_options());
+    let failed = |error: engine::Error| sync::explain_decision(&error, &path, session);
+    if engine::status(&path, &options).map_err(failed)?.state != "committed" {
+        return Ok(());
+    }
+    let mut place = engine::Target::open(&path, &options).map_err(failed)?;
+    let (context, display) = session.context(Look::Bar);
+    let outcome = engine::recover(&mut place, &context);
+    drop(display);
+    session.output.say(outcome.map_err(failed)?.message);
+    Ok(())
 }
 
 fn reopen(recorded: &str) -> Result<Address, Failure> {

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use crate::address::Address;
 use crate::arguments::{Pace, SyncArguments};
-use crate::engine::{self, ErrorKind, Prediction, Receipt, SyncOptions, Target, format_size};
+use crate::engine::{
+    self, ErrorKind, Prediction, Receipt, Strategy, SyncOptions, Target, format_size,
+};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::progress::Look;
-use crate::quote::quoted_path;
-use crate::session::Session;
+use crate::session::{Session, same_command};
 use crate::verbs::report::{Facts, duration, rate, short};
 
 pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, Failure> {
@@ -22,7 +23,7 @@ pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, 
         source: &arguments.source,
         target: &arguments.target,
         options,
-        crash_consistent: arguments.pace.crash_consistent,
+        pace: &arguments.pace,
         terms: Terms::AsAsked,
     };
     let receipt = bring_up_to_date(request, session)?;
@@ -36,7 +37,7 @@ pub(crate) struct Request<'a> {
     pub(crate) source: &'a Address,
     pub(crate) target: &'a Address,
     pub(crate) options: SyncOptions,
-    pub(crate) crash_consistent: bool,
+    pub(crate) pace: &'a Pace,
     pub(crate) terms: Terms,
 }
 
@@ -58,21 +59,21 @@ pub(crate) fn bring_up_to_date(
         source,
         target,
         mut options,
-        crash_consistent,
+        pace,
         terms,
     } = request;
-    let disk = super::open(source.path(), crash_consistent)?;
+    let disk = super::open(source.path(), pace.crash_consistent)?;
     refuse_same(source, target)?;
-    let explain = |error: &engine::Error| explain(error, source, target, session);
-    let mut place = Target::open(&target.absolute(), &session.target_options())
-        .map_err(|error| explain(&error))?;
+    let path = target.absolute();
+    let mut place = Target::open(&path, &session.target_options())
+        .map_err(|error| explain_decision(&error, &path, session))?;
     if terms == Terms::AsBegun {
         keep_terms(&mut place, &mut options);
     }
     let (context, display) = session.context(Look::Bar);
     let outcome = engine::sync(disk, &mut place, &options, &context);
     drop(display);
-    outcome.map_err(|error| explain(&error))
+    outcome.map_err(|error| explain(&error, &path, pace, options.in_place, session))
 }
 
 /// Asked before the target is opened, because its lock would only say that someone holds it: we ourselves.
@@ -92,6 +93,7 @@ fn keep_terms(place: &mut Target, options: &mut SyncOptions) {
     if let Some(header) = place.replica().unfinished() {
         options.block_size = header.geometry.block_size();
         options.undo = header.undo;
+        options.in_place = header.strategy == Strategy::Direct && header.working_file_id.is_none();
         options.allow_shrink = header.old_bytes > header.geometry.image_bytes();
     }
 }
@@ -101,6 +103,7 @@ pub(crate) fn paced(source: &Address, pace: &Pace) -> SyncOptions {
     let mut options = SyncOptions::default();
     options.threads = pace.threads.map(usize::from);
     options.bwlimit_bytes_per_second = pace.bwlimit;
+    options.log_limit_bytes = pace.log_limit;
     options.source_address = source.recorded();
     options
 }
@@ -110,7 +113,6 @@ fn options(arguments: &SyncArguments) -> SyncOptions {
     options.mode = arguments.mode.into();
     options.block_size = arguments.block_size;
     options.undo = arguments.undo.into();
-    options.log_limit_bytes = arguments.log_limit;
     options.allow_shrink = arguments.allow_shrink;
     options.in_place = arguments.in_place;
     options.strict = arguments.strict;
@@ -122,32 +124,57 @@ fn options(arguments: &SyncArguments) -> SyncOptions {
 /// What a failed run leaves, and the command that goes on.
 fn explain(
     error: &engine::Error,
-    source: &Address,
-    target: &Address,
+    target: &Path,
+    pace: &Pace,
+    in_place: bool,
     session: &Session,
 ) -> Failure {
-    let failure = session.failure(error);
-    let path = target.absolute();
-    let again = session.command(&format!("sync {}", quoted_path(&source.absolute())), &path);
+    let failure = explain_decision(error, target, session);
+    let resume = |pace: &Pace| format!("{}{}", session.command("resume", target), pace.words());
+    let left = if in_place {
+        "the target is incomplete, its old content was given up"
+    } else {
+        "the target is still at its old point"
+    };
     match error.kind() {
-        ErrorKind::Cancelled | ErrorKind::Interrupted if error.is_resumable() => failure
-            .with_hint(
-                "the target is still at its old point, and what is durable is not sent again",
-            )
-            .with_hint(format!(
-                "continue with: {}",
-                session.command("resume", &path)
-            )),
+        ErrorKind::DecisionPending | ErrorKind::Corruption => failure,
+        ErrorKind::Cancelled if error.is_resumable() => failure
+            .with_hint(format!("{left}, and what is durable is not sent again"))
+            .with_hint(format!("continue with: {}", resume(pace))),
+        ErrorKind::Interrupted if error.is_resumable() => {
+            let unlimited = Pace {
+                log_limit: None,
+                ..pace.clone()
+            };
+            failure
+                .with_hint(format!("{left}, and what is durable is not sent again"))
+                .with_hint(format!(
+                    "once the transfer log has room, continue with: {}",
+                    resume(&unlimited)
+                ))
+        }
         ErrorKind::Cancelled | ErrorKind::Interrupted => failure
-            .with_hint("the target is still at its old point; nothing was staged yet")
-            .with_hint(format!("start again with: {again}")),
-        ErrorKind::DecisionPending | ErrorKind::Corruption => failure.with_hint(format!(
-            "see where it stands with: {}",
-            session.command("status", &path)
-        )),
+            .with_hint(format!("{left}; nothing was staged yet"))
+            .with_hint(format!("start again with: {}", same_command())),
         _ if error.is_resumable() => failure.with_hint(format!(
             "once that is solved, continue with: {}",
-            session.command("resume", &path)
+            resume(pace)
+        )),
+        _ => failure,
+    }
+}
+
+/// A failure that may leave a decision, or the target, in doubt.
+pub(crate) fn explain_decision(error: &engine::Error, target: &Path, session: &Session) -> Failure {
+    let failure = session.failure(error);
+    match error.kind() {
+        ErrorKind::DecisionPending => failure.with_hint(format!(
+            "once that is solved, finish with: {}",
+            session.command("resume", target)
+        )),
+        ErrorKind::Corruption => failure.with_hint(format!(
+            "see where it stands with: {}",
+            session.command("status", target)
         )),
         _ => failure,
     }

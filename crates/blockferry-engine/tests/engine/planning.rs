@@ -1,10 +1,12 @@
 //! Choosing, predicting, limits: what is decided before the first byte, and what holds a run back.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use blockferry_engine::{Context, ErrorKind, Mode, Strategy, Undo, accept};
+use blockferry_device::Clock;
+use blockferry_engine::{Context, ErrorKind, Mode, Strategy, SyncOptions, Undo, accept};
+use blockferry_pipeline::{Event, Phase};
 
 use crate::harness::{
     Machine, On, Source, VirtualClock, assert_rolls_back_to, assert_synced, block_size, edited,
@@ -130,12 +132,111 @@ fn a_log_limit_that_is_reached_ends_the_run_resumable_at_the_old_point() {
 
     let error = machine.sync(&source, &limited(2 << 20)).unwrap_err();
 
-    assert_eq!(error.kind(), ErrorKind::Target);
+    assert_eq!(error.kind(), ErrorKind::Interrupted);
     assert!(error.is_resumable());
     assert_eq!(machine.content().unwrap(), old);
     let receipt = machine.sync(&source, &limited(64 << 20)).unwrap();
     assert!(receipt.resumed_bytes > 0);
     assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+}
+
+#[test]
+fn a_log_that_cannot_take_even_the_first_record_leaves_nothing_to_resume() {
+    let old = blockferry_testkit::images::random_image(49, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(49, &old, BYTES, 500));
+    let limited = options(|o| {
+        o.mode = Mode::Delta;
+        o.strategy = Some(Strategy::Redo);
+        o.log_limit_bytes = Some(4096);
+    });
+
+    let error = machine.sync(&source, &limited).unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Target);
+    assert!(!error.is_resumable());
+    assert_eq!(machine.content().unwrap(), old);
+}
+
+fn all_of_it(strategy: Strategy) -> SyncOptions {
+    options(|o| {
+        o.block_size = block_size(4096);
+        o.mode = Mode::Delta;
+        o.strategy = Some(strategy);
+        o.threads = Some(1);
+    })
+}
+
+#[test]
+fn a_log_that_runs_full_interrupts_the_run() {
+    let old = blockferry_testkit::images::random_image(50, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(50, &old, BYTES, 900));
+    let clock = Arc::new(VirtualClock::default());
+    let staged = Arc::new(AtomicBool::new(false));
+    let is_full = Arc::new(AtomicBool::new(false));
+    let disk = machine.disk.clone();
+    let (some, full) = (Arc::clone(&staged), Arc::clone(&is_full));
+    let mut context = Context::new().with_observer(move |event: &Event| match event {
+        Event::Progress(progress) if progress.phase == Phase::Scanning => {
+            some.store(true, Ordering::SeqCst);
+        }
+        Event::Checkpoint { .. } => {
+            disk.limit_space("state", 0);
+            full.store(true, Ordering::SeqCst);
+        }
+        _ => {}
+    });
+    context.clock = Arc::clone(&clock) as _;
+    source.on_read(move |_| {
+        // What is staged becomes durable before the rest is read.
+        while staged.load(Ordering::SeqCst) && !is_full.load(Ordering::SeqCst) {
+            clock.sleep(Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(1));
+            let too_long = Duration::from_secs(600);
+            assert!(clock.now() < too_long, "no group was closed");
+        }
+        Ok(())
+    });
+
+    let error = machine
+        .sync_in(&source, &all_of_it(Strategy::Redo), &context)
+        .unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Interrupted, "{error}");
+    assert!(error.is_resumable());
+    assert_eq!(machine.content().unwrap(), old);
+    source.heal();
+    let again = machine.sync(&source, &all_of_it(Strategy::Redo));
+    assert_eq!(again.unwrap_err().kind(), ErrorKind::Interrupted);
+    machine.disk.limit_space("state", u64::MAX);
+    let receipt = machine.sync(&source, &all_of_it(Strategy::Redo)).unwrap();
+    assert!(receipt.resumed_bytes > 0);
+    assert_synced(&machine, &source.bytes(), block_size(4096), &receipt);
+}
+
+#[test]
+fn a_new_file_without_room_is_a_failure_of_the_target_and_never_flushed_again() {
+    let old = blockferry_testkit::images::random_image(51, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(51, &old, BYTES, 900));
+    let disk = machine.disk.clone();
+    let context = Context::new().with_observer(move |event: &Event| {
+        if let Event::Decision(_) = event {
+            disk.limit_space("home", BYTES + (2 << 20));
+        }
+    });
+
+    let error = machine
+        .sync_in(&source, &all_of_it(Strategy::Shadow), &context)
+        .unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Target, "{error}");
+    assert_eq!(machine.content().unwrap(), old);
+    assert_eq!(machine.disk.misuses(), Vec::<String>::new());
+    machine.disk.limit_space("home", u64::MAX);
+    let receipt = machine.sync(&source, &all_of_it(Strategy::Shadow)).unwrap();
+    assert_synced(&machine, &source.bytes(), block_size(4096), &receipt);
 }
 
 #[test]
