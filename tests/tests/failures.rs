@@ -367,10 +367,10 @@ fn a_log_limit_interrupts_and_the_printed_command_goes_on_without_it() {
 }
 
 #[test]
-fn a_session_that_reached_its_limit_can_be_cancelled() {
+fn a_log_limit_is_said_clearly_and_the_session_can_be_cancelled() {
     let disks = Disks::new();
     let limited = "sync source target --mode delta --strategy redo --log-limit 4M";
-    assert_eq!(disks.lab.run(limited).code, Some(5));
+    assert_says(&disks.lab.run(limited), 5, &["limit of 4194304 bytes"]);
 
     let cancelled = disks.lab.must("cancel target");
 
