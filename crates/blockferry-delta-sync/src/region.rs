@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
-use blockferry_pipeline::{BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, read_padded, runs};
+use blockferry_pipeline::{BUFFER_BYTES, BlockRun, DataMap, Failure, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
 use crate::known::{Claim, Known};
@@ -99,16 +99,17 @@ impl Comparison {
         scratch: &mut Scratch,
         emit: &mut dyn FnMut(Batch) -> Result<(), Failure>,
     ) -> Result<RegionDelta, Failure> {
-        let holes =
-            ZeroBlocks::of(&*self.source, &self.geometry, region).map_err(Failure::source)?;
-        let reads_zero = |block| holes.contains(block) || known.claim(block) == Claim::Zero;
-        let target_zero =
-            ZeroBlocks::of(&*self.target, &self.geometry, region).map_err(Failure::target)?;
+        let source_map =
+            DataMap::of(&*self.source, &self.geometry, region).map_err(Failure::source)?;
+        let reads_zero =
+            |block| source_map.is_zero_block(block) || known.claim(block) == Claim::Zero;
+        let target_map =
+            DataMap::of(&*self.target, &self.geometry, region).map_err(Failure::target)?;
         let mut work = Region {
             shared: self,
             region,
             known,
-            target_zero,
+            target_map,
             batch: self.stager.pages(),
             emit,
             delta: RegionDelta {
@@ -123,7 +124,7 @@ impl Comparison {
             .map(|b| work.is_proven_equal(b))
             .collect();
         for run in runs(&self.geometry, region, |b| !reads_zero(b) && !skipped[b]) {
-            work.data_run(run, scratch)?;
+            work.data_run(run, &source_map, scratch)?;
         }
         work.take_known_leaves(&skipped, &reads_zero);
         work.count_lies();
@@ -139,7 +140,7 @@ struct Region<'a> {
     shared: &'a Comparison,
     region: RegionIndex,
     known: &'a Known,
-    target_zero: ZeroBlocks,
+    target_map: DataMap,
     batch: Batch,
     emit: &'a mut dyn FnMut(Batch) -> Result<(), Failure>,
     delta: RegionDelta,
@@ -147,14 +148,17 @@ struct Region<'a> {
 
 impl Region<'_> {
     /// Blocks the source may hold data in: read, digest, compare.
-    fn data_run(&mut self, run: BlockRun, scratch: &mut Scratch) -> Result<(), Failure> {
+    fn data_run(
+        &mut self,
+        run: BlockRun,
+        map: &DataMap,
+        scratch: &mut Scratch,
+    ) -> Result<(), Failure> {
         let length = to_usize(run.extent.length());
         let Scratch { new, old, view } = scratch;
-        self.shared
-            .source
-            .read_at(run.extent.start(), &mut new[..length])
+        self.delta.source_read_bytes += map
+            .read(&*self.shared.source, run.extent, new)
             .map_err(Failure::source)?;
-        self.delta.source_read_bytes += run.extent.length();
         let block = to_usize(self.shared.geometry.block_size().bytes());
         for (bytes, n) in new[..length].chunks(block).zip(run.first..) {
             if self.shared.digests && !is_zero(bytes) {
@@ -180,7 +184,7 @@ impl Region<'_> {
     fn zero_run(&mut self, run: BlockRun, scratch: &mut Scratch) -> Result<(), Failure> {
         let geometry = self.shared.geometry;
         let candidates: Vec<bool> = (run.first..run.first + run.count)
-            .map(|n| self.may_differ(n) && (!self.target_zero.contains(n) || self.is_staged(n)))
+            .map(|n| self.may_differ(n) && (!self.target_map.is_zero_block(n) || self.is_staged(n)))
             .collect();
         let wanted =
             |n: usize| n >= run.first && n < run.first + run.count && candidates[n - run.first];
@@ -219,12 +223,10 @@ impl Region<'_> {
     ) -> Result<(), Failure> {
         let length = to_usize(run.extent.length());
         let old = &mut old[..length];
-        if (run.first..run.first + run.count).all(|n| self.target_zero.contains(n)) {
-            old.fill(0);
-        } else {
-            read_padded(&*self.shared.target, run.extent, old).map_err(Failure::target)?;
-            self.delta.target_read_bytes += run.extent.length();
-        }
+        self.delta.target_read_bytes += self
+            .target_map
+            .read(&*self.shared.target, run.extent, old)
+            .map_err(Failure::target)?;
         let staged = self
             .shared
             .staged

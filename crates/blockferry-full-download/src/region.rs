@@ -5,7 +5,7 @@ use std::sync::Arc;
 use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{
-    BUFFER_BYTES, BlockRun, Failure, ZeroBlocks, block_in, read_padded, runs, runs_of,
+    BUFFER_BYTES, BlockRun, DataMap, Failure, block_in, read_padded, runs, runs_of,
 };
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 
@@ -103,8 +103,7 @@ impl Copying {
         scratch: &mut Scratch,
         emit: &mut dyn FnMut(Batch) -> Result<(), Failure>,
     ) -> Result<RegionCopy, Failure> {
-        let zero =
-            ZeroBlocks::of(&*self.source, &self.geometry, region).map_err(Failure::source)?;
+        let map = DataMap::of(&*self.source, &self.geometry, region).map_err(Failure::source)?;
         let mut work = Region {
             shared: self,
             region,
@@ -116,8 +115,8 @@ impl Copying {
                 target_read_bytes: 0,
             },
         };
-        let durable = work.take_durable_leaves(&zero)?;
-        let copied = |b: usize| !zero.contains(b) && !durable[b];
+        let durable = work.take_durable_leaves(&map)?;
+        let copied = |b: usize| !map.is_zero_block(b) && !durable[b];
         if !self.digests_only {
             // One allocation for each run of the source's data: writes into it need not take turns.
             let whole = runs_of(&self.geometry, region, u64::MAX, copied).map(|run| run.extent);
@@ -126,9 +125,9 @@ impl Copying {
                 .map_err(Failure::log)?;
         }
         for run in runs_of(&self.geometry, region, BUFFER_BYTES, copied) {
-            work.data_run(run, scratch)?;
+            work.data_run(run, &map, scratch)?;
         }
-        for run in runs(&self.geometry, region, |b| zero.contains(b)) {
+        for run in runs(&self.geometry, region, |b| map.is_zero_block(b)) {
             work.zeros(run.extent, scratch)?;
         }
         work.flush()?;
@@ -146,7 +145,7 @@ struct Region<'a> {
 
 impl Region<'_> {
     /// Leaves of blocks that are durable, when the source cannot have changed since.
-    fn take_durable_leaves(&mut self, zero: &ZeroBlocks) -> Result<Vec<bool>, Failure> {
+    fn take_durable_leaves(&mut self, map: &DataMap) -> Result<Vec<bool>, Failure> {
         let mut durable = vec![false; self.copy.leaves.len()];
         if !self.shared.source_unchanged {
             return Ok(durable);
@@ -154,7 +153,7 @@ impl Region<'_> {
         for (block, durable) in durable
             .iter_mut()
             .enumerate()
-            .filter(|(b, _)| !zero.contains(*b))
+            .filter(|(b, _)| !map.is_zero_block(*b))
         {
             if let Some(digest) = self.recorded(block)? {
                 self.copy.leaves.set(block, digest);
@@ -172,14 +171,17 @@ impl Region<'_> {
         }
     }
 
-    fn data_run(&mut self, run: BlockRun, scratch: &mut Scratch) -> Result<(), Failure> {
+    fn data_run(
+        &mut self,
+        run: BlockRun,
+        map: &DataMap,
+        scratch: &mut Scratch,
+    ) -> Result<(), Failure> {
         let length = to_usize(run.extent.length());
         let Scratch { new, old } = scratch;
-        self.shared
-            .source
-            .read_at(run.extent.start(), &mut new[..length])
+        self.copy.source_read_bytes += map
+            .read(&*self.shared.source, run.extent, new)
             .map_err(Failure::source)?;
-        self.copy.source_read_bytes += run.extent.length();
         let block = to_usize(self.shared.geometry.block_size().bytes());
         let mut digests: Vec<Option<Digest>> = Vec::with_capacity(run.count);
         for (bytes, n) in new[..length].chunks(block).zip(run.first..) {

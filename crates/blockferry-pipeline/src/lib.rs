@@ -11,7 +11,6 @@ mod walk;
 pub use failure::{Failure, Side};
 pub use progress::{Event, Observer, Phase, Progress, Silent};
 pub use region::{
-    BUFFER_BYTES, BlockRun, DataRegions, PIECE_BYTES, ZeroBlocks, block_in, read_padded, runs,
-    runs_of,
+    BUFFER_BYTES, BlockRun, DataMap, DataRegions, PIECE_BYTES, block_in, read_padded, runs, runs_of,
 };
 pub use walk::{Emitter, Step, Stopped, WalkOptions, walk};

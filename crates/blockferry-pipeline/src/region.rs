@@ -14,13 +14,18 @@ pub const BUFFER_BYTES: u64 = 1024 * 1024;
 
 const _: () = assert!(PIECE_BYTES <= BUFFER_BYTES, "a piece fits a buffer");
 
-/// The blocks of a region that a device guarantees to read as zeros.
+/// Holes below this size are read like data: another request costs more.
+const MIN_HOLE_BYTES: u64 = 16 * 1024;
+
+/// Where a region of a device may hold data; all else is guaranteed to read as zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ZeroBlocks {
-    zero: Vec<bool>,
+pub struct DataMap {
+    zero_blocks: Vec<bool>,
+    // Invariant: ascending, at least MIN_HOLE_BYTES apart.
+    data: Vec<Extent>,
 }
 
-impl ZeroBlocks {
+impl DataMap {
     /// Asks the device. What lies beyond its end reads as zeros: the target may have to grow.
     ///
     /// # Errors
@@ -28,7 +33,10 @@ impl ZeroBlocks {
     pub fn of(device: &dyn BlockSource, geometry: &Geometry, region: RegionIndex) -> Result<Self> {
         let extent = geometry.region_extent(region);
         let count = to_usize(geometry.region_block_count(region));
-        let mut zero = vec![true; count];
+        let mut map = Self {
+            zero_blocks: vec![true; count],
+            data: Vec::new(),
+        };
         let end = extent.end().min(device.size_bytes());
         let mut offset = extent.start();
         while offset < end {
@@ -38,23 +46,47 @@ impl ZeroBlocks {
                 let block = geometry.block_size().bytes();
                 let first = to_usize((offset - extent.start()) / block);
                 let last = to_usize((run_end - 1 - extent.start()) / block);
-                zero[first..=last].fill(false);
+                map.zero_blocks[first..=last].fill(false);
+                map.add(Extent::from_range(offset..run_end));
             }
             offset = run_end;
         }
-        Ok(Self { zero })
+        Ok(map)
+    }
+
+    fn add(&mut self, run: Extent) {
+        match self.data.last_mut() {
+            Some(last) if run.start() - last.end() < MIN_HOLE_BYTES => {
+                *last = Extent::from_range(last.start()..run.end());
+            }
+            _ => self.data.push(run),
+        }
     }
 
     /// Whether the block reads as zeros for sure.
     #[must_use]
-    pub fn contains(&self, block_in_region: usize) -> bool {
-        self.zero[block_in_region]
+    pub fn is_zero_block(&self, block_in_region: usize) -> bool {
+        self.zero_blocks[block_in_region]
     }
 
-    /// Whether all of them do.
-    #[must_use]
-    pub fn all(&self) -> bool {
-        self.zero.iter().all(|z| *z)
+    /// Reads `extent` of the region from the device; holes are filled in without asking it. Returns the bytes read.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn read(&self, device: &dyn BlockSource, extent: Extent, buffer: &mut [u8]) -> Result<u64> {
+        let first = self.data.partition_point(|run| run.end() <= extent.start());
+        let runs = self.data[first..].iter();
+        let inside = runs.map_while(|run| run.intersection(extent));
+        let (mut filled, mut read_bytes) = (0, 0);
+        for run in inside {
+            let start = to_usize(run.start() - extent.start());
+            let end = start + to_usize(run.length());
+            buffer[filled..start].fill(0);
+            device.read_at(run.start(), &mut buffer[start..end])?;
+            (filled, read_bytes) = (end, read_bytes + run.length());
+        }
+        buffer[filled..to_usize(extent.length())].fill(0);
+        Ok(read_bytes)
     }
 }
 
@@ -230,6 +262,68 @@ mod tests {
         assert_eq!(blocks, (0..=200).filter(|b| wanted(*b)).collect::<Vec<_>>());
         assert!(found.iter().all(|r| r.extent.length() <= PIECE_BYTES));
         assert_eq!(found.last().map(|r| r.extent.end()), Some(200 * 65_536 + 5));
+    }
+
+    /// Data where `data` says so, 4 KiB each; the rest is known to be zero.
+    #[derive(Debug)]
+    struct Sparse {
+        bytes: Vec<u8>,
+        data: Vec<bool>,
+    }
+
+    impl BlockSource for Sparse {
+        fn label(&self) -> &str {
+            "sparse"
+        }
+
+        fn size_bytes(&self) -> u64 {
+            self.bytes.len() as u64
+        }
+
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+            let offset = to_usize(offset);
+            buffer.copy_from_slice(&self.bytes[offset..offset + buffer.len()]);
+            Ok(())
+        }
+
+        fn status_at(&self, offset: u64) -> Result<(Status, u64)> {
+            let page = to_usize(offset / 4096);
+            let status = if self.data[page] {
+                Status::Data
+            } else {
+                Status::Zero
+            };
+            Ok((status, (page as u64 + 1) * 4096))
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn reading_through_the_map_equals_reading_the_device(
+            data in proptest::collection::vec(proptest::bool::weighted(0.3), 16..200),
+            from in 0usize..100, pages in 1usize..60,
+        ) {
+            let fill = |(page, data): (usize, &bool)| {
+                vec![if *data { u8::try_from(page % 255).unwrap() + 1 } else { 0 }; 4096]
+            };
+            let bytes: Vec<u8> = data.iter().enumerate().flat_map(fill).collect();
+            let device = Sparse { bytes: bytes.clone(), data: data.clone() };
+            let geometry = Geometry::new(device.size_bytes(), BlockSize::DEFAULT);
+            let from = from.min(data.len() - 1);
+            let to = (from + pages).min(data.len());
+            let (start, end) = (from * 4096, to * 4096);
+            let map = DataMap::of(&device, &geometry, RegionIndex::new(0)).unwrap();
+            let mut buffer = vec![9; end - start];
+
+            let extent = Extent::from_range(start as u64..end as u64);
+            let read_bytes = map.read(&device, extent, &mut buffer).unwrap();
+
+            proptest::prop_assert_eq!(&buffer[..], &bytes[start..end]);
+            let data_bytes = data[from..to].iter().filter(|d| **d).count() as u64 * 4096;
+            // Up to three pages beside data are no hole worth leaving out.
+            proptest::prop_assert!(read_bytes >= data_bytes);
+            proptest::prop_assert!(read_bytes <= 4 * data_bytes + 6 * 4096);
+        }
     }
 
     #[test]
