@@ -168,7 +168,7 @@ impl Claims {
         }
         let (stretch, place) = (self.claimed / self.stride, self.claimed % self.stride);
         self.claimed += 1;
-        if crate::plan::scramble(self.seed ^ stretch) % self.stride == place {
+        if crate::sample::scramble(self.seed ^ stretch) % self.stride == place {
             Claim::SameToCheck
         } else {
             Claim::Same

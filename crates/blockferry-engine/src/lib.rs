@@ -15,6 +15,7 @@ mod points;
 mod read_back;
 mod receipt;
 mod recorder;
+mod sample;
 mod status;
 mod sync;
 mod target;

@@ -7,7 +7,8 @@ use blockferry_pipeline::Phase;
 
 use super::Run;
 use crate::error::{Error, Result};
-use crate::plan::{Choice, Sample, Situation, check_space, choose};
+use crate::plan::{Choice, Situation, check_space, choose};
+use crate::sample::Sample;
 use crate::target::Target;
 
 impl Run<'_> {
