@@ -46,20 +46,47 @@ impl Choice {
 
 /// Decides mode and strategy. Pure.
 pub(crate) fn choose(options: &SyncOptions, found: Situation, sample: &Sample) -> Choice {
-    let threads = options.threads();
+    let (mode, strategy, why) =
+        decided(options, found).unwrap_or_else(|| predicted(options, found, sample));
+    let reason = if found.target_present {
+        format!("{}; {why}", facts(options, found, sample, strategy))
+    } else {
+        why
+    };
+    with_space(mode, strategy, reason, options, found, sample)
+}
+
+/// The choice where no sample could change it: it is decided, and there is room for the most it can need.
+pub(crate) fn choose_unread(
+    options: &SyncOptions,
+    found: Situation,
+    at_most: &Sample,
+) -> Option<Choice> {
+    let (mode, strategy, why) = decided(options, found)?;
+    let choice = with_space(mode, strategy, why, options, found, at_most);
+    Some(choice).filter(Choice::fits)
+}
+
+/// What the caller and the target leave to choose nothing of.
+fn decided(options: &SyncOptions, found: Situation) -> Option<(Mode, Strategy, String)> {
     if !found.target_present {
-        let reason = "the target is absent: there is nothing to compare with".to_owned();
-        return with_space(Mode::Full, Strategy::Direct, reason, options, found, sample);
+        let why = "the target is absent: there is nothing to compare with".to_owned();
+        return Some((Mode::Full, Strategy::Direct, why));
     }
+    let (strategy, why) = match options.mode {
+        Mode::Auto => return None,
+        Mode::Full => full_strategy(options, found),
+        Mode::Delta => asked_for(options).or_else(|| only_delta_strategy(found))?,
+    };
+    Some((options.mode, strategy, why))
+}
+
+/// What the predictions decide.
+fn predicted(options: &SyncOptions, found: Situation, sample: &Sample) -> (Mode, Strategy, String) {
+    let threads = options.threads();
     let (strategy, why) = delta_strategy(options, found, sample);
     let delta = sample.delta_seconds(threads, strategy, found.target_known);
     let full = sample.full_seconds(threads);
-    let share = sample.changed_share() * 100.0;
-    let facts = format!(
-        "{share:.1} % of the sampled data differs ({} of {}); predicted delta {delta:.2} s, full {full:.2} s",
-        format_size(round(sample.changed_bytes())),
-        format_size(round(sample.data_bytes()))
-    );
     // Only a new file can be written without a comparison; where blocks are shared the clone keeps them shared.
     let room = round(sample.data_bytes()) <= found.target_free_bytes;
     let may_replace = found.is_file && !found.can_clone && room && strategy != Strategy::Direct;
@@ -74,13 +101,18 @@ pub(crate) fn choose(options: &SyncOptions, found: Situation, sample: &Sample) -
     } else {
         (strategy, why)
     };
-    with_space(
-        mode,
-        strategy,
-        format!("{facts}; {why}"),
-        options,
-        found,
-        sample,
+    (mode, strategy, why)
+}
+
+fn facts(options: &SyncOptions, found: Situation, sample: &Sample, strategy: Strategy) -> String {
+    let threads = options.threads();
+    format!(
+        "{:.1} % of the sampled data differs ({} of {}); predicted delta {:.2} s, full {:.2} s",
+        sample.changed_share() * 100.0,
+        format_size(round(sample.changed_bytes())),
+        format_size(round(sample.data_bytes())),
+        sample.delta_seconds(threads, strategy, found.target_known),
+        sample.full_seconds(threads)
     )
 }
 
@@ -96,17 +128,11 @@ fn asked_for(options: &SyncOptions) -> Option<(Strategy, String)> {
 }
 
 fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (Strategy, String) {
-    if let Some(asked) = asked_for(options) {
-        return asked;
-    }
-    if found.can_clone {
-        return (
-            Strategy::Clone,
-            "clone: the file system shares unchanged blocks".to_owned(),
-        );
+    if let Some(decided) = asked_for(options).or_else(|| only_delta_strategy(found)) {
+        return decided;
     }
     let much = sample.changed_share() > SHADOW_SHARE;
-    if found.is_file && much && round(sample.data_bytes()) <= found.target_free_bytes {
+    if much && round(sample.data_bytes()) <= found.target_free_bytes {
         let why = "shadow: more than a third differs, so a new file costs less than log and apply";
         return (Strategy::Shadow, why.to_owned());
     }
@@ -114,6 +140,19 @@ fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (
         Strategy::Redo,
         "redo: little differs, or there is no room for a second file".to_owned(),
     )
+}
+
+/// The strategy of a delta where the target allows one only.
+fn only_delta_strategy(found: Situation) -> Option<(Strategy, String)> {
+    let (strategy, why) = if found.can_clone {
+        let why = "clone: the file system shares unchanged blocks";
+        (Strategy::Clone, why)
+    } else if found.is_file {
+        return None;
+    } else {
+        (Strategy::Redo, "redo: a device cannot be exchanged")
+    };
+    Some((strategy, why.to_owned()))
 }
 
 fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {

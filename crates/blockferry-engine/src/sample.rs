@@ -8,6 +8,7 @@ use blockferry_device::{AlignedBuffer, BlockSource, Clock};
 use blockferry_pipeline::read_padded;
 use blockferry_transfer_log::Strategy;
 
+use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
 use crate::options::Context;
 
@@ -21,6 +22,7 @@ const ASSUMED_WRITE_RATE: f64 = 1.2e9;
 pub(crate) struct Sample {
     pub(crate) blocks: u64,
     pub(crate) data_blocks: u64,
+    /// Pages of blocks that hold data on either side.
     pub(crate) data_pages: u64,
     pub(crate) changed_pages: u64,
     pub(crate) source_seconds: f64,
@@ -32,15 +34,16 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// Reads every n-th block of both sides.
+    /// Reads as many blocks of both sides as say enough, spread evenly over those that may hold data on either.
     pub(crate) fn take(
         source: &dyn BlockSource,
         target: Option<&dyn BlockSource>,
         geometry: &Geometry,
+        data: &DataBlocks,
         seed: u64,
         context: &Context,
     ) -> Result<Self> {
-        let count = geometry.block_count();
+        let count = data.count();
         let blocks = count.min(SAMPLES);
         let mut sample = Self {
             blocks,
@@ -52,10 +55,12 @@ impl Sample {
         let mut buffers = (AlignedBuffer::zeroed(length), AlignedBuffer::zeroed(length));
         for n in 0..blocks {
             context.check_cancelled()?;
-            // One block of each of equal shares of the image, at a place the seed decides.
+            // One block of each of equal shares, at a place the seed decides.
             let (from, to) = (n * count / blocks, (n + 1) * count / blocks);
-            let block = from + scramble(seed ^ n) % (to - from).max(1);
-            let block = BlockIndex::new(block);
+            let number = from + scramble(seed ^ n) % (to - from).max(1);
+            let Some(block) = data.nth(number) else {
+                continue;
+            };
             sample.look(
                 source,
                 target,
@@ -66,6 +71,20 @@ impl Sample {
             )?;
         }
         Ok(sample)
+    }
+
+    /// The most there can be, without reading anything: all of it is data, and all of that differs.
+    pub(crate) fn at_most(data: &DataBlocks, geometry: &Geometry) -> Self {
+        let block_bytes = geometry.block_size().bytes();
+        let pages = data.count() * block_bytes / PAGE_BYTES;
+        Self {
+            data_blocks: data.count(),
+            data_pages: pages,
+            changed_pages: pages,
+            weight: 1.0,
+            block_bytes: block_bytes as f64,
+            ..Self::default()
+        }
     }
 
     fn look(
@@ -97,11 +116,14 @@ impl Sample {
             });
             self.target_seconds += seconds(clock.now().saturating_sub(digested));
         }
+        let was_zero = target.is_none() || is_zero(old);
+        if !(zero && was_zero) {
+            self.data_pages += extent.length().div_ceil(PAGE_BYTES);
+        }
         self.source_seconds += seconds(read.saturating_sub(start));
         self.digest_seconds += seconds(digested.saturating_sub(read));
         if !zero {
             self.data_blocks += 1;
-            self.data_pages += extent.length().div_ceil(PAGE_BYTES);
         }
         Ok(())
     }
@@ -116,7 +138,7 @@ impl Sample {
         self.changed_pages as f64 * self.weight * PAGE_BYTES as f64
     }
 
-    /// Share of the data's pages that differ.
+    /// Share of the pages with data on either side that differ.
     pub(crate) fn changed_share(&self) -> f64 {
         self.changed_pages as f64 / self.data_pages.max(1) as f64
     }

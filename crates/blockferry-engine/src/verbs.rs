@@ -10,6 +10,7 @@ use blockferry_pipeline::Phase;
 use blockferry_transfer_log::{Place, Recovered, Unwritten, inspect};
 
 use crate::compare::scan_leaves;
+use crate::data_blocks::DataBlocks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Context, Mode, SyncOptions};
 use crate::plan::{Situation, choose};
@@ -145,7 +146,9 @@ pub fn predict(
         Err(_absent) => None,
     };
     let device = device_of(&place)?;
-    let sample = Sample::take(&**source, device.as_deref(), &geometry, 0, context)?;
+    let sides: Vec<&dyn BlockSource> = device.as_deref().into_iter().chain([&**source]).collect();
+    let data = DataBlocks::of(&sides, &geometry);
+    let sample = Sample::take(&**source, device.as_deref(), &geometry, &data, 0, context)?;
     let free = |dir: &dyn StorageDir| {
         dir.available_bytes()
             .map_err(|e| Error::target("ask for free space", e))

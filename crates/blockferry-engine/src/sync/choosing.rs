@@ -1,35 +1,45 @@
 //! Mode and strategy, from what the caller asked for, what the target allows and what a sample shows.
 
-use std::sync::Arc;
-
 use blockferry_device::{BlockSource, StorageDir};
 use blockferry_pipeline::Phase;
 
 use super::Run;
+use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
-use crate::plan::{Choice, Situation, check_space, choose};
+use crate::plan::{Choice, Situation, check_space, choose, choose_unread};
 use crate::sample::Sample;
 use crate::target::Target;
 
 impl Run<'_> {
+    /// Reads a sample of both sides only where it can change the choice, or where the space may not suffice.
     pub(super) fn choose(&mut self, target: &mut Target) -> Result<Choice> {
         let start = self.context.clock.now();
         let present = target.replica.target();
-        let target_source = present.clone().map(|t| t as Arc<dyn BlockSource>);
-        let seed = self.seed();
-        self.context
-            .progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
-        let sample = Sample::take(
-            &*self.source,
-            target_source.as_deref(),
-            &self.geometry,
-            seed,
-            self.context,
-        )?;
-        let choice = choose(self.options, self.situation(target)?, &sample);
+        let present = present.as_ref().map(|t| &**t as &dyn BlockSource);
+        let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*self.source]).collect();
+        let data = DataBlocks::of(&sides, &self.geometry);
+        let found = self.situation(target)?;
+        let at_most = Sample::at_most(&data, &self.geometry);
+        let choice = match choose_unread(self.options, found, &at_most) {
+            Some(choice) => choice,
+            None => choose(self.options, found, &self.sample(present, &data)?),
+        };
         self.time("sampling", start);
         check_space(&choice)?;
         Ok(choice)
+    }
+
+    fn sample(&self, target: Option<&dyn BlockSource>, data: &DataBlocks) -> Result<Sample> {
+        let context = self.context;
+        context.progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
+        Sample::take(
+            &*self.source,
+            target,
+            &self.geometry,
+            data,
+            self.seed(),
+            context,
+        )
     }
 
     fn situation(&self, target: &mut Target) -> Result<Situation> {

@@ -218,7 +218,7 @@ fn a_resumed_run_uses_the_map_and_stages_nothing_again() {
     change(&source, &changed);
     let mut resumable = delta(since(&point, all_but(Trust::Trusted, &changed)));
     resumable.threads = Some(1);
-    source.fail_from(256 + 300);
+    source.fail_from(300);
     assert!(
         machine
             .sync(&source, &resumable)

@@ -97,8 +97,9 @@ impl Machine {
         options: &SyncOptions,
         context: &Context,
     ) -> Result<Receipt> {
+        let context = source.counting_from_the_decision(context);
         let source: Arc<dyn BlockSource> = Arc::<Source>::clone(source);
-        sync(source, &mut self.open(), options, context)
+        sync(source, &mut self.open(), options, &context)
     }
 
     pub(crate) fn content(&self) -> Option<Vec<u8>> {
@@ -144,9 +145,12 @@ pub(crate) struct Source {
     is_known: bool,
     reads: Mutex<Vec<Extent>>,
     hook: Mutex<Option<Hook>>,
+    /// How much was read to choose, once the choice is made.
+    sampled_bytes: Mutex<Option<u64>>,
 }
 
-/// Called before every read with its number, from 1; an error fails the read.
+/// Called before every read of a scan with its number, from 1; an error fails the read. What is read to choose mode
+/// and strategy is left alone and not counted: how much that is depends on the case.
 type Hook = Box<dyn FnMut(u64) -> DeviceResult<()> + Send>;
 
 impl fmt::Debug for Source {
@@ -173,7 +177,29 @@ impl Source {
             is_known,
             reads: Mutex::default(),
             hook: Mutex::default(),
+            sampled_bytes: Mutex::default(),
         }
+    }
+
+    /// The context of a run in which reads are counted, and can fail, once mode and strategy are chosen.
+    pub(crate) fn counting_from_the_decision(self: &Arc<Self>, context: &Context) -> Context {
+        *self.sampled_bytes.lock().unwrap() = None;
+        self.take_reads();
+        let (source, inner) = (Arc::clone(self), Arc::clone(&context.observer));
+        let mut counting = context.clone();
+        counting.observer = Arc::new(move |event: &Event| {
+            if let Event::Decision(_) = event {
+                let sampled = source.take_read_bytes();
+                *source.sampled_bytes.lock().unwrap() = Some(sampled);
+            }
+            inner.event(event);
+        });
+        counting
+    }
+
+    /// Bytes read by the last run to choose mode and strategy; nothing if it had nothing to choose.
+    pub(crate) fn sampled_bytes(&self) -> Option<u64> {
+        *self.sampled_bytes.lock().unwrap()
     }
 
     pub(crate) fn hide_holes(&self) {
@@ -236,7 +262,8 @@ impl BlockSource for Source {
             reads.push(Extent::from_range(offset..offset + buffer.len() as u64));
             reads.len() as u64
         };
-        if let Some(hook) = self.hook.lock().unwrap().as_mut() {
+        let is_scan = self.sampled_bytes.lock().unwrap().is_some();
+        if let Some(hook) = self.hook.lock().unwrap().as_mut().filter(|_| is_scan) {
             hook(number)?;
         }
         let bytes = self.bytes.read().unwrap();

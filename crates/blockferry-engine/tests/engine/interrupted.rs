@@ -77,9 +77,7 @@ fn a_read_error_at_any_point_is_resumed_without_staging_anything_durable_again()
         let mut interrupted = 0;
         let receipt = loop {
             match interrupted {
-                // The first run samples 256 blocks, a resumed one does not.
-                0 => source.fail_from(256 + 60 + random.below(40)),
-                1..4 => source.fail_from(60 + random.below(40)),
+                0..4 => source.fail_from(60 + random.below(40)),
                 _ => source.heal(),
             }
             let error = match machine.sync(&source, &options) {
@@ -121,7 +119,7 @@ proptest! {
             let back = random.chance(1, 4);
             let next = edited(seed ^ round, &source.bytes(), BYTES, 100);
             source.change(|bytes| *bytes = if back { old.clone() } else { next });
-            source.fail_from(100 + random.below(350));
+            source.fail_from(20 + random.below(200));
             if let Ok(receipt) = machine.sync(&source, options) {
                 prop_assert_eq!(receipt.restaged_bytes, 0);
             }
@@ -173,7 +171,7 @@ fn a_staged_page_whose_source_went_back_to_the_targets_content_is_not_applied() 
         let old: Vec<u8> = image(22, BYTES);
         let machine = Machine::new(on, clones, present.then_some(&old[..]));
         let source = Source::new(edited(22, &old, BYTES, 300));
-        source.fail_from(330);
+        source.fail_from(74);
         machine.sync(&source, &options).unwrap_err();
         source.heal();
         source.change(|bytes| *bytes = old.clone());
@@ -198,7 +196,7 @@ fn cancelling_begins_no_new_read_and_keeps_what_was_staged() {
             if hook_token.is_cancelled() {
                 after.fetch_add(1, Ordering::SeqCst);
             }
-            if n == 380 {
+            if n == 124 {
                 hook_token.cancel();
             }
             Ok(())
@@ -230,7 +228,7 @@ fn a_source_written_under_way_commits_nothing() {
         let source = Source::new(edited(24, &old, BYTES, 300));
         let writer = Arc::downgrade(&source);
         source.on_read(move |n| {
-            if n == 380 {
+            if n == 124 {
                 writer.upgrade().unwrap().change(|bytes| bytes[100] ^= 1);
             }
             Ok(())
@@ -278,7 +276,7 @@ fn unfinished(options: &SyncOptions) -> (Machine, Arc<Source>, Vec<u8>) {
     let old = image(26, BYTES);
     let machine = Machine::file(&old);
     let source = Source::new(edited(26, &old, BYTES, 300));
-    source.fail_from(330);
+    source.fail_from(74);
     machine.sync(&source, options).unwrap_err();
     source.heal();
     (machine, source, old)
@@ -365,7 +363,7 @@ fn cancel_drops_what_is_staged_and_the_target_keeps_its_point() {
         let old = image(27, BYTES);
         let machine = Machine::new(on, clones, present.then_some(&old[..]));
         let source = Source::new(edited(27, &old, BYTES, 300));
-        source.fail_from(330);
+        source.fail_from(74);
         machine.sync(&source, &options).unwrap_err();
         source.heal();
 

@@ -54,6 +54,86 @@ fn auto_chooses_by_how_much_differs_and_says_so_with_numbers() {
 }
 
 #[test]
+fn where_nothing_is_left_to_choose_nothing_is_read_to_choose_it() {
+    let old = blockferry_testkit::images::random_image(52, BYTES);
+    let named = |mode, strategy| {
+        options(|o| {
+            o.mode = mode;
+            o.strategy = strategy;
+        })
+    };
+    for (on, present, clones, options) in [
+        (
+            On::File,
+            true,
+            false,
+            named(Mode::Delta, Some(Strategy::Redo)),
+        ),
+        (
+            On::File,
+            true,
+            false,
+            named(Mode::Delta, Some(Strategy::Shadow)),
+        ),
+        (On::File, true, true, named(Mode::Delta, None)),
+        (On::File, true, false, named(Mode::Full, None)),
+        (On::Device, true, false, named(Mode::Delta, None)),
+        (On::File, false, false, named(Mode::Auto, None)),
+    ] {
+        let machine = Machine::new(on, clones, present.then_some(&old[..]));
+        let source = Source::new(edited(52, &old, BYTES, 30));
+
+        let receipt = machine.sync(&source, &options).unwrap();
+
+        assert_eq!(source.sampled_bytes(), Some(0), "{options:?}");
+        assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+    }
+}
+
+#[test]
+fn space_that_may_not_suffice_is_worth_a_sample() {
+    let old = blockferry_testkit::images::random_image(53, BYTES);
+    let machine = Machine::file(&old);
+    // Room for what differs, not for everything.
+    machine.disk.limit_space("state", BYTES / 2);
+    let source = Source::new(edited(53, &old, BYTES, 30));
+    let named = options(|o| {
+        o.mode = Mode::Delta;
+        o.strategy = Some(Strategy::Redo);
+    });
+
+    let receipt = machine.sync(&source, &named).unwrap();
+
+    assert_eq!(source.sampled_bytes(), Some(BYTES));
+    assert_synced(&machine, &source.bytes(), block_size(65_536), &receipt);
+}
+
+#[test]
+fn a_sample_of_a_sparse_image_is_taken_where_its_data_is() {
+    const SPARSE: u64 = 48 << 20;
+    let mut old = vec![0; usize::try_from(SPARSE).unwrap()];
+    let mut random = blockferry_testkit::Random::new(54);
+    // One page of 64 holds data, and every fourth of these differs.
+    let pages = old.chunks_mut(4096).step_by(64);
+    pages.for_each(|page| random.fill(page));
+    let mut new = old.clone();
+    let pages = new.chunks_mut(4096).step_by(256);
+    pages.for_each(|page| page[7] ^= 1);
+    let machine = Machine::file(&old);
+    let source = Source::new(new.clone());
+
+    let receipt = machine
+        .sync(&source, &options(|o| o.block_size = block_size(4096)))
+        .unwrap();
+
+    let data = SPARSE / 64;
+    assert_eq!(source.sampled_bytes(), Some(data), "holes were sampled");
+    let share = "25.0 % of the sampled data differs (192.0 KiB of 768.0 KiB)";
+    assert!(receipt.reason.starts_with(share), "{}", receipt.reason);
+    assert_synced(&machine, &new, block_size(4096), &receipt);
+}
+
+#[test]
 fn auto_downloads_an_absent_target_in_full_and_says_why() {
     let machine = Machine::new(On::File, false, None);
     let source = Source::new(image(41, BYTES));

@@ -102,8 +102,10 @@ fn a_run_that_fails_keeps_its_lease_and_the_next_one_takes_it_up_again() {
     let machine = Machine::file(&old);
     let source = Source::new(edited(81, &old, BYTES, 300));
     let provider = Recording::new(&source);
-    source.fail_from(340);
-    assert!(run(&machine, &provider).unwrap_err().is_resumable());
+    source.fail_from(84);
+    let context = source.counting_from_the_decision(&Context::default());
+    let failed = sync_from(&provider, &mut machine.open(), &redo(), &context);
+    assert!(failed.unwrap_err().is_resumable());
     assert_eq!(provider.take_calls(), ["begin lease 1"]);
     source.heal();
 
