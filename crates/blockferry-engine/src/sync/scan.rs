@@ -19,10 +19,10 @@ use crate::plan::Choice;
 use crate::read_back::ReadBackThreads;
 use crate::recorder::{Recorded, Recorder};
 
-/// How often a scan may be repeated because staged pages did not survive on the medium ...
-const PREPARE_ATTEMPTS: u32 = 3;
-/// ... and because what was known turned out wrong: once for a change map, once for a manifest.
-const DOUBTS: u32 = 2;
+/// How often staged pages may turn out not to have survived on the medium: another time would be no better.
+const MOST_LOSSES: u32 = 3;
+/// How often what was known may turn out wrong: a change map once, and a manifest once.
+const MOST_DOUBTS: u32 = 2;
 
 impl Run<'_> {
     /// Scans until everything staged is whole on the medium. Returns the root and whether there is anything to
@@ -38,7 +38,8 @@ impl Run<'_> {
             let cancel = self.context.cancel.clone();
             Arc::new(Cancellable::new(d as Arc<dyn BlockSource>, cancel)) as Arc<dyn BlockSource>
         });
-        for _ in 0..PREPARE_ATTEMPTS + DOUBTS {
+        let (mut losses, mut doubts) = (0, 0);
+        while losses < MOST_LOSSES {
             let start = self.context.clock.now();
             if let Some(device) = &device {
                 self.stage_cut_off(handle, &**device)?;
@@ -49,6 +50,10 @@ impl Run<'_> {
             self.time("scanning", start);
             self.check_source_unchanged()?;
             if let Some(doubt) = doubt {
+                doubts += 1;
+                if doubts > MOST_DOUBTS {
+                    return Err(internal("what is not relied on any more was doubted again"));
+                }
                 self.report_doubt(&doubt)?;
                 files.distrust(&doubt);
                 continue;
@@ -74,6 +79,7 @@ impl Run<'_> {
                     ),
                 )?,
             }
+            losses += 1;
         }
         Err(Error::new(
             ErrorKind::Corruption,

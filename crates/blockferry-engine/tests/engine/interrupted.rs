@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use blockferry_device::CancelToken;
 use blockferry_engine::{Context, ErrorKind, Mode, Strategy, SyncOptions, Undo, cancel};
 use blockferry_pipeline::Event;
-use blockferry_testkit::Random;
+use blockferry_testkit::{Fault, FaultKind, OperationKind, Random, Repeat};
 use proptest::prelude::*;
 
 use crate::harness::{
@@ -424,4 +424,23 @@ fn events_tell_progress_decisions_and_checkpoints() {
             .any(|e| matches!(e, Event::Decision(why) if why.contains("redo")))
     );
     assert_eq!(failure().kind(), blockferry_device::ErrorKind::Io);
+}
+
+#[test]
+fn pages_that_never_survive_are_staged_three_times_and_no_more() {
+    let old = blockferry_testkit::images::random_image(28, BYTES);
+    let machine = Machine::file(&old);
+    // The medium loses a part of every group and says nothing.
+    let forgetting = Fault::on(OperationKind::Flush, ".log.", 1, FaultKind::SilentLoss);
+    machine.disk.inject(forgetting.repeat(Repeat::Forever));
+    let source = Source::new(edited(28, &old, BYTES, 500));
+    let (context, events) = listening();
+
+    let error = machine
+        .sync_in(&source, &with(Mode::Delta, Some(Strategy::Redo)), &context)
+        .unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Corruption, "{error}");
+    assert_eq!(warnings(&events), ["staged_pages_lost"; 3]);
+    assert_eq!(machine.content().unwrap(), old);
 }
