@@ -30,6 +30,6 @@ pub use explore::{
 pub use faults::{FaultySource, FaultyTarget, Gate};
 pub use random::Random;
 pub use sim::{
-    Boundary, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits, Operation,
+    Boundary, Bypass, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits, Operation,
     OperationKind, Repeat, SimDisk, SimOptions, Snapshot,
 };

@@ -13,7 +13,7 @@ use blockferry_device::{
 
 use super::content::{Content, PAGE};
 use super::state::{Inode, Kind, NameChange};
-use super::{Operation, OperationKind, SimDisk, World};
+use super::{Bypass, Operation, OperationKind, SimDisk, World};
 use crate::random::count;
 
 /// An open file or device.
@@ -44,6 +44,10 @@ impl SimFile {
                 .inode(self.number)
                 .expect("inodes outlive their handles"),
         )
+    }
+
+    fn bypass(&self) -> Bypass {
+        self.disk.lock().state.options.bypass
     }
 
     /// Runs a numbered operation on this file; remembers failures to report later use of a dead handle.
@@ -273,13 +277,19 @@ impl BlockTarget for SimFile {
     }
 
     fn read_medium(&self, requests: &mut [ReadRequest<'_>]) -> Result<()> {
+        let view = match self.bypass() {
+            Bypass::All | Bypass::MediumOnly => Inode::medium,
+            Bypass::DropsOnly => |inode: &Inode| inode.cache.clone(),
+        };
         requests
             .iter_mut()
-            .try_for_each(|r| self.read(r.offset, r.buffer, Inode::medium))
+            .try_for_each(|r| self.read(r.offset, r.buffer, view))
     }
 
     fn drop_cache(&self) {
-        self.change(&mut self.disk.lock(), Inode::drop_cache);
+        if self.bypass() != Bypass::MediumOnly {
+            self.change(&mut self.disk.lock(), Inode::drop_cache);
+        }
     }
 
     fn reserve(&self, extents: &[Extent]) -> Result<Vec<Extent>> {

@@ -47,6 +47,8 @@ pub struct SimOptions {
     pub punches: bool,
     /// What reads show after a failed write or flush.
     pub after_failure: CacheAfterFailure,
+    /// Which ways past the cache there are.
+    pub bypass: Bypass,
     /// Decides what is lost when an operation fails.
     pub seed: u64,
 }
@@ -59,6 +61,7 @@ impl Default for SimOptions {
             exchanges: true,
             punches: true,
             after_failure,
+            bypass: Bypass::All,
             seed: 0,
         }
     }
@@ -75,6 +78,18 @@ pub enum CacheAfterFailure {
     LiesAboutSize,
     /// What the medium holds (as on Btrfs).
     Reverts,
+}
+
+/// Ways of reading past a cache that may lie. Blocking one shows who relies on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "there are two ways")]
+pub enum Bypass {
+    /// `read_medium` reads the medium, and `drop_cache` drops the cache.
+    All,
+    /// `read_medium` reads the cache.
+    DropsOnly,
+    /// `drop_cache` does nothing.
+    MediumOnly,
 }
 
 /// A simulated machine's storage. Clones are handles of the same machine.

@@ -228,6 +228,38 @@ fn a_silent_loss_shows_only_when_the_medium_is_read() {
 }
 
 #[test]
+fn with_a_way_past_the_cache_blocked_a_silent_loss_stays_hidden() {
+    for bypass in [Bypass::DropsOnly, Bypass::MediumOnly] {
+        let disk = SimDisk::new(SimOptions {
+            bypass,
+            ..SimOptions::default()
+        });
+        let device = disk.device("v", 64 * 1024);
+        device.write_at(0, &[5; 64 * 1024]).unwrap();
+        disk.inject(Fault::on(
+            OperationKind::Flush,
+            "v",
+            1,
+            FaultKind::SilentLoss,
+        ));
+        device.flush().unwrap();
+        let mut read = vec![0; 64 * 1024];
+        let mut request = [ReadRequest {
+            offset: 0,
+            buffer: &mut read,
+        }];
+
+        device.read_medium(&mut request).unwrap();
+        let medium_shows = read == [5; 64 * 1024];
+        device.drop_cache();
+        let cache_stays = disk.content("v") == Some(vec![5; 64 * 1024]);
+
+        assert_eq!(medium_shows, bypass == Bypass::DropsOnly);
+        assert_eq!(cache_stays, bypass == Bypass::MediumOnly);
+    }
+}
+
+#[test]
 fn a_skipped_flush_leaves_everything_pending() {
     let disk = disk();
     let device = disk.device("v", 512);
