@@ -4,10 +4,13 @@
 //! recovery must keep all of them, the target must be exactly at one of the two images it can be at, and the
 //! work must go on from there to the end.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use blockferry_testkit::{Events, ExploreOptions, ImageLimits, Report, Scenario, SimDisk, explore};
-use blockferry_transfer_log::{Prepared, Recovered, Replica, Strategy, Unwritten, inspect};
+use blockferry_transfer_log::{
+    DecisionKind, Inspection, Prepared, Recovered, Replica, Strategy, Unwritten, inspect,
+};
 
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 
@@ -23,9 +26,28 @@ pub(crate) enum Step {
     Stage(usize, u8, usize),
     /// Go on with the unfinished session, to this image.
     Resume(usize),
+    /// Go on with the unfinished session, towards this image, but do not commit.
+    Restage(usize),
+    /// Write as much as one group of this image, make nothing of it durable, then the process ends.
+    Abandon(usize, u8),
+    /// Find that the target, as it is, holds a point of this number.
+    Adopt(u8),
     Rollback,
     Accept,
     Cancel,
+}
+
+impl Step {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sync(..) | Self::Stage(..) | Self::Abandon(..) => "begin",
+            Self::Resume(_) | Self::Restage(_) => "resume",
+            Self::Adopt(_) => "adopt",
+            Self::Rollback => "roll back",
+            Self::Accept => "accept",
+            Self::Cancel => "cancel",
+        }
+    }
 }
 
 /// What was promised, or begun, before a crash.
@@ -43,6 +65,8 @@ pub(crate) enum Promise {
     Cancelled,
     Accepting,
     Accepted,
+    Adopting,
+    Adopted,
 }
 
 pub(crate) struct Story {
@@ -107,8 +131,8 @@ impl Model {
                 self.given_up = true;
                 self.settle();
             }
-            Promise::Accepting => {}
-            Promise::Accepted => self.way_back = None,
+            Promise::Accepting | Promise::Adopting => {}
+            Promise::Accepted | Promise::Adopted => self.way_back = None,
         }
     }
 
@@ -129,13 +153,21 @@ macro_rules! check {
 }
 
 impl Story {
-    fn image(&self, number: usize) -> &[u8] {
+    pub(crate) fn name(&self) -> String {
+        format!(
+            "{} {:?} after {:?}",
+            self.setup.strategy, self.steps, self.before
+        )
+    }
+
+    pub(crate) fn image(&self, number: usize) -> &[u8] {
         self.images[number].as_deref().unwrap_or_default()
     }
 
     fn do_step(&self, disk: &SimDisk, step: Step, events: &Events<Promise>) -> Result<(), String> {
-        disk.label(&format!("{step:?}"));
+        self.label(disk, "open");
         let mut replica = self.open(disk)?;
+        self.label(disk, step.name());
         let failed = |e: blockferry_transfer_log::Error| format!("{step:?}: {e:?}");
         match step {
             Step::Sync(image, session) => {
@@ -161,6 +193,25 @@ impl Story {
                 self.stage_and_commit(disk, &mut replica, image, None, usize::MAX, events)?;
                 events.push(Promise::At(image));
             }
+            Step::Restage(image) => {
+                let model = Model::after(&events.all());
+                let (_, session) = model.heading.ok_or("the story has no session")?;
+                events.push(Promise::Heading(image, session));
+                self.stage_and_commit(disk, &mut replica, image, None, usize::MAX - 1, events)?;
+            }
+            Step::Abandon(image, session) => {
+                events.push(Promise::Heading(image, session));
+                self.abandon(&mut replica, image, session).map_err(failed)?;
+            }
+            Step::Adopt(point) => {
+                let here = self.image(Model::after(&events.all()).at);
+                let plan = self.setup.plan(point, here);
+                events.push(Promise::Adopting);
+                replica
+                    .adopt(id(point), root(here), plan.geometry, plan.source, 0)
+                    .map_err(failed)?;
+                events.push(Promise::Adopted);
+            }
             Step::Rollback => {
                 let model = Model::after(&events.all());
                 let back = model.way_back.ok_or("the story has no way back")?;
@@ -183,6 +234,25 @@ impl Story {
         Ok(())
     }
 
+    /// Records are written that nobody flushed: a restart finds them in the cache.
+    fn abandon(
+        &self,
+        replica: &mut Replica,
+        image: usize,
+        session: u8,
+    ) -> blockferry_transfer_log::Result<()> {
+        let new = self.image(image);
+        let target = replica.target();
+        let mut session = replica.begin(&self.setup.plan(session, new))?;
+        // The names are durable, the records to come are not.
+        session.close_group()?;
+        let batches = self.setup.batches(&session, target.as_ref(), new)?;
+        batches
+            .into_iter()
+            .take(self.setup.group_batches)
+            .try_for_each(|batch| session.stage(batch))
+    }
+
     fn stage_and_commit(
         &self,
         disk: &SimDisk,
@@ -197,10 +267,11 @@ impl Story {
         let target = replica.target();
         let mut session = match begin {
             Some(number) => replica.begin(&self.setup.plan(number, new)),
-            None => replica.resume(u64::MAX),
+            None => replica.resume(self.setup.log_limit_bytes),
         }
         .map_err(failed)?;
         let manifest = session.create_manifest().map_err(failed)?;
+        self.label(disk, "stage");
         let mut left = groups;
         while left > 0 {
             let before = session.checkpoint();
@@ -224,17 +295,24 @@ impl Story {
         if groups != usize::MAX {
             return Ok(());
         }
+        self.label(disk, "prepare");
         manifest.finish().map_err(failed)?;
         self.setup
             .finish(&mut session, target.as_ref(), new)
             .map_err(failed)?;
         events.push(Promise::Deciding);
-        disk.label("commit");
-        session.commit(root(new), &quiet).map_err(failed)?;
+        self.label(disk, "commit");
+        let applying = |_, _| self.label(disk, "apply");
+        session.commit(root(new), &applying).map_err(failed)?;
         Ok(())
     }
 
-    fn open(&self, disk: &SimDisk) -> Result<Replica, String> {
+    /// Names the protocol step that follows, for the report.
+    fn label(&self, disk: &SimDisk, step: &str) {
+        disk.label(&format!("{} {step}", self.setup.strategy));
+    }
+
+    pub(crate) fn open(&self, disk: &SimDisk) -> Result<Replica, String> {
         self.setup.open(disk).map_err(|e| format!("open: {e:?}"))
     }
 
@@ -247,7 +325,7 @@ impl Story {
         self.is_in_place() && (model.heading.is_some() || model.given_up)
     }
 
-    fn shows(&self, disk: &SimDisk) -> Option<usize> {
+    pub(crate) fn shows(&self, disk: &SimDisk) -> Option<usize> {
         let content = self.setup.content(disk);
         self.images.iter().position(|image| *image == content)
     }
@@ -365,6 +443,7 @@ impl Story {
             let new = self.image(image);
             let target = replica.target();
             let mut session = replica
+                // Without a limit: what compactions that were cut short left counts as well.
                 .resume(u64::MAX)
                 .map_err(|e| format!("resume: {e:?}"))?;
             let resumed = session.totals().resumed_bytes;
@@ -429,6 +508,64 @@ impl Story {
     }
 }
 
+/// What was seen without a lock and without recovering agrees with what opening then found and did.
+pub(crate) fn check_looked(looked: Option<&Inspection>, replica: &Replica) -> Result<(), String> {
+    let recovered = replica.recovered();
+    let Some(looked) = looked else {
+        check!(
+            *recovered == Recovered::Clean && replica.point().is_none(),
+            "no state was seen, but opening recovered {recovered:?}"
+        );
+        return Ok(());
+    };
+    let unfinished = looked.unfinished.as_ref();
+    let seen = unfinished.map(|u| (u.header.session, u.decision));
+    let expected = match (seen, recovered) {
+        (None, Recovered::Clean) => true,
+        // Only the decision that says so had to be written again.
+        (None, Recovered::Applied(done)) => looked.point.as_ref().is_some_and(|p| p.id == *done),
+        (Some((session, None | Some(DecisionKind::GiveUp))), Recovered::Staging) => {
+            replica.unfinished().map(|h| h.session) == Some(session)
+        }
+        // Of a prepared member its group decides, which looking does not ask.
+        (Some((_, Some(DecisionKind::Prepared))), Recovered::Clean) => true,
+        (Some((session, Some(DecisionKind::Prepared))), Recovered::GroupPending(done)) => {
+            session == *done
+        }
+        (Some((session, Some(decision))), Recovered::Applied(done)) => {
+            let carried_out = [
+                DecisionKind::Prepared,
+                DecisionKind::Commit,
+                DecisionKind::Applied,
+            ];
+            session == *done && carried_out.contains(&decision)
+        }
+        (Some((session, Some(decision))), Recovered::RolledBack(done)) => {
+            let carried_out = [DecisionKind::Rollback, DecisionKind::RolledBack];
+            session == *done && carried_out.contains(&decision)
+        }
+        _ => false,
+    };
+    check!(
+        expected,
+        "looking saw {seen:?}, but opening recovered {recovered:?}"
+    );
+    let settled = matches!(recovered, Recovered::Clean | Recovered::Staging);
+    check!(
+        !settled || looked.point.as_ref() == replica.point(),
+        "looking saw the point {:?}, opening found {:?}",
+        looked.point,
+        replica.point()
+    );
+    check!(
+        !settled || looked.retained.as_ref() == replica.retained(),
+        "looking saw {:?} kept, opening found {:?}",
+        looked.retained,
+        replica.retained()
+    );
+    Ok(())
+}
+
 impl Scenario for Story {
     type Event = Promise;
 
@@ -463,9 +600,10 @@ impl Scenario for Story {
     ) -> Result<(), String> {
         let model = Model::after(before);
         self.check_untouched(disk, &model)?;
-        let looked = inspect(&self.setup.place(disk), &*disk.dir("state"));
-        check!(looked.is_ok(), "looking failed: {looked:?}");
+        let looked = inspect(&self.setup.place(disk), &*disk.dir("state"))
+            .map_err(|e| format!("looking failed: {e:?}"))?;
         let replica = self.open(disk)?;
+        check_looked(looked.as_ref(), &replica)?;
         let at = self.check_place(disk, &replica, &model)?;
         if !model.deciding || (at == model.at && replica.unfinished().is_some()) {
             self.check_acknowledged(&replica, &model)?;
@@ -506,6 +644,12 @@ impl Story {
                     let (_, session) = model.heading.expect("the story has a session");
                     vec![Promise::Heading(image, session), Promise::At(image)]
                 }
+                Step::Restage(image) => {
+                    let (_, session) = model.heading.expect("the story has a session");
+                    vec![Promise::Heading(image, session)]
+                }
+                Step::Abandon(image, session) => vec![Promise::Heading(image, session)],
+                Step::Adopt(_) => vec![Promise::Adopted],
                 Step::Rollback => {
                     let back = model.way_back.expect("the story has a way back");
                     vec![Promise::Heading(back, 0), Promise::At(back)]
@@ -520,28 +664,51 @@ impl Story {
     }
 }
 
-fn options(images: ImageLimits) -> ExploreOptions {
+/// Explores as much as the machine's owner has time for instead of a sample.
+fn is_long() -> bool {
+    std::env::var_os("BLOCKFERRY_EXPLORE_LONG").is_some()
+}
+
+/// Another seed draws other samples; every report prints its own.
+pub(crate) fn seed() -> u64 {
+    let wanted = std::env::var("BLOCKFERRY_EXPLORE_SEED").ok();
+    wanted.map_or(1, |text| text.parse().expect("a seed is a number"))
+}
+
+/// Bounded by numbers, not by time: what is explored must not depend on what else the machine is doing.
+pub(crate) fn options() -> ExploreOptions {
+    let long = is_long();
     ExploreOptions {
+        seed: seed(),
         depth: 2,
-        images,
-        crashed_recoveries: 1,
+        images: if long { MANY } else { FEW },
+        crashed_recoveries: if long { 8 } else { 1 },
         recovery_images: ImageLimits {
             exhaustive: 16,
-            samples: 12,
-            damaged: 3,
+            samples: if long { 64 } else { 12 },
+            damaged: if long { 16 } else { 3 },
         },
-        max_time: Duration::from_secs(20),
+        max_recoveries: if long { u64::MAX } else { 20_000 },
+        max_time: if long { HOUR } else { HOUR / 6 },
         ..ExploreOptions::default()
     }
 }
 
+const HOUR: Duration = Duration::from_secs(3600);
+
 const FEW: ImageLimits = ImageLimits {
     exhaustive: 256,
-    samples: 80,
-    damaged: 12,
+    samples: 56,
+    damaged: 10,
 };
 
-fn four_images() -> Vec<Option<Vec<u8>>> {
+const MANY: ImageLimits = ImageLimits {
+    exhaustive: 4096,
+    samples: 256,
+    damaged: 64,
+};
+
+pub(crate) fn four_images() -> Vec<Option<Vec<u8>>> {
     let whole = 6 * PAGE;
     vec![
         Some(image(&[1, 2, 0, 4, 5, 6], whole)),
@@ -551,7 +718,7 @@ fn four_images() -> Vec<Option<Vec<u8>>> {
     ]
 }
 
-fn sizes() -> Vec<Option<Vec<u8>>> {
+pub(crate) fn sizes() -> Vec<Option<Vec<u8>>> {
     vec![
         Some(image(&[1, 2, 0, 4], 4 * PAGE - 50)),
         Some(image(&[1, 9, 3, 4, 5, 0, 7], 7 * PAGE - 3)),
@@ -559,7 +726,12 @@ fn sizes() -> Vec<Option<Vec<u8>>> {
     ]
 }
 
-fn story(setup: Setup, images: Vec<Option<Vec<u8>>>, before: &[Step], steps: &[Step]) -> Story {
+pub(crate) fn story(
+    setup: Setup,
+    images: Vec<Option<Vec<u8>>>,
+    before: &[Step],
+    steps: &[Step],
+) -> Story {
     Story {
         setup,
         images,
@@ -568,11 +740,59 @@ fn story(setup: Setup, images: Vec<Option<Vec<u8>>>, before: &[Step], steps: &[S
     }
 }
 
-fn run(story: &Story) -> Report {
-    let report = explore(&options(FEW), story);
-    println!("{:?} {:?}\n{report}", story.setup.strategy, story.steps);
+/// Explores, prints what was explored, and fails if a promise was broken or a limit was hit.
+pub(crate) fn run_with<S: Scenario>(options: &ExploreOptions, name: &str, scenario: &S) -> Report {
+    let report = explore(options, scenario);
+    println!("{name}\n{report}");
     report.assert_clean();
+    assert!(!report.cut_short, "{name}: not all of it was explored");
     report
+}
+
+pub(crate) fn run_story(story: &Story) -> Report {
+    run_with(&options(), &story.name(), story)
+}
+
+/// Counts of several reports by protocol step.
+#[derive(Default)]
+struct Explored {
+    images: usize,
+    recoveries: u64,
+    steps: BTreeMap<String, u64>,
+}
+
+impl Explored {
+    fn add(&mut self, report: &Report) {
+        self.images += report.distinct_images;
+        self.recoveries += report.recoveries;
+        for (step, counts) in &report.steps {
+            *self.steps.entry(step.clone()).or_default() += counts.recoveries;
+        }
+    }
+
+    /// A step of which nothing is explored would be a hole in the proof.
+    fn assert_covers(&self, strategy: Strategy, steps: &[&str]) {
+        println!(
+            "{strategy}: {} distinct images, {} recoveries",
+            self.images, self.recoveries
+        );
+        for (step, recoveries) in &self.steps {
+            println!("  {step}: {recoveries} recoveries");
+        }
+        for step in steps {
+            for name in [
+                format!("{strategy} {step}"),
+                format!("{strategy} {step}, then in recovery"),
+            ] {
+                let explored = self.steps.get(&name).copied().unwrap_or(0);
+                assert!(
+                    explored > 0,
+                    "nothing was explored of {name:?}: {:?}",
+                    self.steps
+                );
+            }
+        }
+    }
 }
 
 fn stories(setup: Setup) -> Vec<Story> {
@@ -624,44 +844,55 @@ fn stories(setup: Setup) -> Vec<Story> {
     all
 }
 
-fn explore_all(setup: Setup) {
-    let mut images = 0;
-    let mut recoveries = 0;
+fn explore_all(setup: Setup, steps: &[&str]) {
+    let mut explored = Explored::default();
     for story in stories(setup) {
-        let report = run(&story);
-        images += report.distinct_images;
-        recoveries += report.recoveries;
+        explored.add(&run_story(&story));
     }
-    println!(
-        "{:?}: {images} distinct images, {recoveries} recoveries",
-        setup.strategy
-    );
-    assert!(recoveries > 1000);
+    explored.assert_covers(setup.strategy, steps);
+    assert!(explored.recoveries > 1000);
 }
+
+/// Of every strategy.
+const EVERYWHERE: [&str; 7] = [
+    "open", "begin", "stage", "prepare", "commit", "resume", "cancel",
+];
+/// Where an old point is kept.
+const WITH_A_WAY_BACK: [&str; 9] = [
+    "open",
+    "begin",
+    "stage",
+    "prepare",
+    "commit",
+    "resume",
+    "cancel",
+    "roll back",
+    "accept",
+];
 
 #[test]
 fn redo_on_a_file_survives_every_crash() {
-    explore_all(Setup::file(Strategy::Redo));
+    explore_all(Setup::file(Strategy::Redo), &WITH_A_WAY_BACK);
 }
 
 #[test]
 fn redo_on_a_device_survives_every_crash() {
-    explore_all(Setup::device(Strategy::Redo));
+    explore_all(Setup::device(Strategy::Redo), &WITH_A_WAY_BACK);
 }
 
 #[test]
 fn clone_survives_every_crash() {
-    explore_all(Setup::file(Strategy::Clone));
+    explore_all(Setup::file(Strategy::Clone), &WITH_A_WAY_BACK);
 }
 
 #[test]
 fn shadow_survives_every_crash() {
-    explore_all(Setup::file(Strategy::Shadow));
+    explore_all(Setup::file(Strategy::Shadow), &WITH_A_WAY_BACK);
 }
 
 #[test]
 fn direct_in_place_survives_every_crash() {
-    explore_all(Setup::file(Strategy::Direct).without_undo());
+    explore_all(Setup::file(Strategy::Direct).without_undo(), &EVERYWHERE);
 }
 
 #[test]
@@ -669,8 +900,8 @@ fn direct_to_an_absent_file_survives_every_crash() {
     let mut images = four_images();
     images[0] = None;
     let setup = Setup::file(Strategy::Direct).without_undo();
-    run(&story(setup, images.clone(), &[], &[Step::Sync(1, 1)]));
-    run(&story(
+    run_story(&story(setup, images.clone(), &[], &[Step::Sync(1, 1)]));
+    run_story(&story(
         setup,
         images,
         &[],
@@ -681,8 +912,8 @@ fn direct_to_an_absent_file_survives_every_crash() {
 #[test]
 fn redo_without_undo_survives_every_crash() {
     let setup = Setup::file(Strategy::Redo).without_undo();
-    run(&story(setup, four_images(), &[], &[Step::Sync(1, 1)]));
-    run(&story(setup, sizes(), &[], &[Step::Sync(1, 1)]));
+    run_story(&story(setup, four_images(), &[], &[Step::Sync(1, 1)]));
+    run_story(&story(setup, sizes(), &[], &[Step::Sync(1, 1)]));
 }
 
 /// Barriers whose loss this story cannot show, and why.
@@ -694,7 +925,7 @@ fn redo_without_undo_survives_every_crash() {
 /// | state, after apply | COMMIT is durable and its log is still there: recovery reaches the same point again |
 fn is_covered(operation: &str, label: &str, number: usize, of: usize) -> bool {
     let at_open = number == 0;
-    let last = number + 1 == of && label == "commit";
+    let last = number + 1 == of && (label.ends_with(" commit") || label.ends_with(" apply"));
     at_open || last || operation.ends_with(".manifest")
 }
 
@@ -702,9 +933,7 @@ fn is_covered(operation: &str, label: &str, number: usize, of: usize) -> bool {
 fn the_explorer_catches_every_harmful_barrier_that_goes_missing() {
     let options = ExploreOptions {
         depth: 1,
-        images: FEW,
-        max_time: Duration::from_secs(4),
-        ..ExploreOptions::default()
+        ..options()
     };
     let setups = [
         (Setup::file(Strategy::Redo), true),

@@ -1,10 +1,11 @@
 //! Two disks of one machine share one cut (I12).
 
-use blockferry_testkit::{Events, ExploreOptions, ImageLimits, Scenario, SimDisk, explore};
+use blockferry_testkit::{Events, ExploreOptions, Scenario, SimDisk, sensitivity};
 use blockferry_transfer_log::{
-    GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Strategy, Verdict,
+    GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Strategy, Verdict, inspect,
 };
 
+use crate::explorer::{check_looked, options, run_with};
 use crate::harness::{PAGE, Setup, image, quiet, root};
 
 const GROUP: GroupId = GroupId::from_bytes([7; 16]);
@@ -30,19 +31,32 @@ impl Pair {
         image(&[1, 4, 5], 3 * PAGE)
     }
 
-    fn open(disk: &SimDisk, name: &str) -> Result<Replica, String> {
-        let place = Place::File {
+    fn place(disk: &SimDisk, name: &str) -> Place {
+        Place::File {
             dir: disk.dir("images"),
             name: name.to_owned(),
-        };
+        }
+    }
+
+    fn open(disk: &SimDisk, name: &str) -> Result<Replica, String> {
         let groups = GroupDirectory::new(disk.dir("job"));
         Replica::open(
-            place,
+            Self::place(disk, name),
             disk.dir(&format!("state of {name}")),
             Some(&groups),
             &quiet,
         )
         .map_err(|e| format!("open {name}: {e:?}"))
+    }
+
+    /// Opens what was looked at before: both must say the same.
+    fn look_and_open(disk: &SimDisk, name: &str) -> Result<Replica, String> {
+        let state = disk.dir(&format!("state of {name}"));
+        let looked = inspect(&Self::place(disk, name), &*state);
+        let looked = looked.map_err(|e| format!("look at {name}: {e:?}"))?;
+        let replica = Self::open(disk, name)?;
+        check_looked(looked.as_ref(), &replica).map_err(|e| format!("{name}: {e}"))?;
+        Ok(replica)
     }
 
     fn shows(disk: &SimDisk) -> [Option<bool>; 2] {
@@ -74,6 +88,7 @@ impl Scenario for Pair {
     fn run(&self, disk: &SimDisk, events: &Events<Promise>) -> Result<(), String> {
         let failed = |e: blockferry_transfer_log::Error| format!("{e:?}");
         let new = Self::after();
+        disk.label("group stage");
         let mut replicas = [Self::open(disk, DISKS[0])?, Self::open(disk, DISKS[1])?];
         let mut sessions = Vec::new();
         for (replica, number) in replicas.iter_mut().zip(1u8..) {
@@ -89,12 +104,14 @@ impl Scenario for Pair {
                 .map_err(failed)?;
             sessions.push(session);
         }
+        disk.label("group decide");
         events.push(Promise::Deciding);
         let members: Vec<_> = sessions.iter().map(|s| s.id()).collect();
         let committed = GroupDirectory::new(disk.dir("job"))
             .commit(GROUP, &members)
             .map_err(failed)?;
         events.push(Promise::Committed);
+        disk.label("group carry out");
         for session in sessions {
             session
                 .commit_in_group(root(&new), &committed, &quiet)
@@ -113,7 +130,7 @@ impl Scenario for Pair {
             return Err("a member changed before the group was decided".to_owned());
         }
         for name in DISKS {
-            let mut replica = Self::open(disk, name)?;
+            let mut replica = Self::look_and_open(disk, name)?;
             if *replica.recovered() == Recovered::Staging {
                 // It was not prepared yet: the job gives up.
                 replica.cancel().map_err(|e| format!("cancel: {e:?}"))?;
@@ -130,27 +147,41 @@ impl Scenario for Pair {
 #[test]
 fn a_group_ends_at_one_point_after_every_crash() {
     let options = ExploreOptions {
-        depth: 2,
-        images: ImageLimits {
-            exhaustive: 256,
-            samples: 96,
-            damaged: 16,
-        },
         crashed_recoveries: 2,
-        recovery_images: ImageLimits {
-            exhaustive: 16,
-            samples: 8,
-            damaged: 2,
-        },
-        max_time: std::time::Duration::from_secs(15),
-        ..ExploreOptions::default()
+        ..options()
     };
     for strategy in [Strategy::Redo, Strategy::Clone] {
         let setup = Setup::file(strategy).at_once();
-        let report = explore(&options, &Pair { setup });
-        println!("{strategy}\n{report}");
-        report.assert_clean();
+        let report = run_with(&options, &format!("group, {strategy}"), &Pair { setup });
+        for step in ["group stage", "group decide", "group carry out"] {
+            assert!(report.steps.contains_key(step), "{:?}", report.steps);
+        }
     }
+}
+
+#[test]
+fn the_record_of_a_group_and_its_name_must_be_durable_before_a_member_commits() {
+    let setup = Setup::file(Strategy::Redo).at_once();
+    let options = ExploreOptions {
+        depth: 1,
+        ..options()
+    };
+
+    let barriers = sensitivity(&options, &Pair { setup });
+
+    let mut of_the_group = 0;
+    for (barrier, report) in barriers {
+        let caught = !report.violations.is_empty();
+        println!(
+            "group without {barrier} [{}]: caught {caught}",
+            barrier.label
+        );
+        if barrier.subject.starts_with("job") {
+            of_the_group += 1;
+            assert!(caught, "without {barrier}");
+        }
+    }
+    assert_eq!(of_the_group, 2, "the record and its name");
 }
 
 #[test]

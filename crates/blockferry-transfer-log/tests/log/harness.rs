@@ -7,7 +7,7 @@ use blockferry_device::{BlockTarget, Evidence, Identity};
 use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{
     Applied, Batch, Checkpoint, GroupVerdicts, Old, Place, Plan, Prepared, Replica, Result,
-    Session, SessionId, SourceStamp, Strategy, Undo,
+    Session, SessionId, SourceStamp, Strategy, Undo, frame,
 };
 
 pub(crate) const PAGE: usize = 4096;
@@ -23,6 +23,9 @@ pub(crate) struct Setup {
     /// Pages (or blocks) per batch, and batches per group.
     pub(crate) batch_pages: usize,
     pub(crate) group_batches: usize,
+    /// Whether pages come compressed, as over a wire.
+    pub(crate) frames: bool,
+    pub(crate) log_limit_bytes: u64,
 }
 
 impl Setup {
@@ -34,6 +37,8 @@ impl Setup {
             block_bytes: 8192,
             batch_pages: 2,
             group_batches: 1,
+            frames: false,
+            log_limit_bytes: u64::MAX,
         }
     }
 
@@ -49,6 +54,10 @@ impl Setup {
             undo: Undo::None,
             ..self
         }
+    }
+
+    pub(crate) fn is_without_undo(&self) -> bool {
+        self.undo == Undo::None
     }
 
     /// One batch in one group.
@@ -114,6 +123,7 @@ impl Setup {
         let stamp = SourceStamp::new("source.raw", Identity::unknown(), Evidence::unknown());
         let mut plan = Plan::new(id(session), self.strategy, self.geometry(new), stamp);
         plan.undo = self.undo;
+        plan.log_limit_bytes = self.log_limit_bytes;
         plan
     }
 
@@ -148,18 +158,7 @@ impl Setup {
         groups: usize,
         acknowledged: &mut dyn FnMut(&Checkpoint),
     ) -> Result<()> {
-        let batches = match self.strategy {
-            Strategy::Redo | Strategy::Clone => {
-                let size = target.map_or(0, |t| t.size_bytes());
-                let mut old = vec![0; usize::try_from(size).unwrap()];
-                if let Some(target) = target {
-                    target.read_at(0, &mut old).expect("the target is readable");
-                }
-                self.differing(session, &old, new)?
-            }
-            Strategy::Shadow | Strategy::Direct => self.everything(session, new)?,
-        };
-        let mut batches = batches.into_iter();
+        let mut batches = self.batches(session, target, new)?.into_iter();
         for _ in 0..groups {
             let group: Vec<Batch> = batches.by_ref().take(self.group_batches).collect();
             if group.is_empty() {
@@ -173,10 +172,32 @@ impl Setup {
         Ok(())
     }
 
+    /// What differs from `new` in the view of the session.
+    pub(crate) fn batches(
+        &self,
+        session: &Session<'_>,
+        target: Option<&Arc<dyn BlockTarget>>,
+        new: &[u8],
+    ) -> Result<Vec<Batch>> {
+        match self.strategy {
+            Strategy::Redo | Strategy::Clone => {
+                let size = target.map_or(0, |t| t.size_bytes());
+                let mut old = vec![0; usize::try_from(size).unwrap()];
+                if let Some(target) = target {
+                    target.read_at(0, &mut old).expect("the target is readable");
+                }
+                self.differing(session, &old, new)
+            }
+            Strategy::Shadow | Strategy::Direct => self.everything(session, new),
+        }
+    }
+
     fn differing(&self, session: &Session<'_>, old: &[u8], new: &[u8]) -> Result<Vec<Batch>> {
         let (stager, view) = (session.stager(), session.staged_view());
         let keep = session.keeps_old() && stager.wants_old();
         let mut batches = vec![stager.pages()];
+        // The new pages of each batch, one after the other.
+        let mut pages = vec![Vec::new()];
         let mut used = 0;
         let cuts = !self.device && new.len() < old.len() && keep;
         if cuts {
@@ -212,6 +233,7 @@ impl Setup {
             };
             if used == self.batch_pages {
                 batches.push(stager.pages());
+                pages.push(Vec::new());
                 used = 0;
             }
             used += 1;
@@ -220,7 +242,13 @@ impl Setup {
                 stager.add_zero(batch, extent, old);
             } else {
                 stager.add(batch, extent, &new[start..end], old);
+                let pages = pages.last_mut().unwrap();
+                pages.extend_from_slice(&new[start..end]);
+                pages.resize(pages.len().next_multiple_of(PAGE), 0);
             }
+        }
+        if self.frames {
+            store_frames(&mut batches, &pages);
         }
         batches.retain(|b| !b.is_empty());
         Ok(batches)
@@ -247,6 +275,15 @@ impl Setup {
         }
         batches.retain(|b| !b.is_empty());
         Ok(batches)
+    }
+}
+
+/// Stores the new pages of each batch as they come over a wire.
+fn store_frames(batches: &mut [Batch], pages: &[Vec<u8>]) {
+    for (batch, pages) in batches.iter_mut().zip(pages) {
+        if !pages.is_empty() {
+            batch.store_frame(&frame::pack(pages, 1).expect("there is memory"));
+        }
     }
 }
 

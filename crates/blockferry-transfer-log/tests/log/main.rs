@@ -13,3 +13,4 @@ mod large;
 mod recovery;
 mod refusals;
 mod sessions;
+mod stories;
