@@ -12,5 +12,6 @@ mod harness;
 mod large;
 mod recovery;
 mod refusals;
+mod sabotage;
 mod sessions;
 mod stories;
