@@ -173,6 +173,9 @@ pub(crate) struct Pace {
     /// Most space the transfer log may take
     #[arg(long, value_name = "SIZE", value_parser = positive_size)]
     pub(crate) log_limit: Option<u64>,
+    /// Believe the flush: do not read what was written back from the medium before the run counts as done
+    #[arg(long)]
+    pub(crate) no_read_back: bool,
     /// Accept a source that is mounted or held open for writing; its point is then only crash-consistent
     #[arg(long)]
     pub(crate) crash_consistent: bool,
@@ -188,6 +191,9 @@ impl Pace {
             option("log-limit", self.log_limit),
         ];
         let mut words: String = limits.into_iter().flatten().collect();
+        if self.no_read_back {
+            words.push_str(" --no-read-back");
+        }
         if self.crash_consistent {
             words.push_str(" --crash-consistent");
         }

@@ -4,10 +4,12 @@
 mod cancellable;
 mod counting;
 mod forward;
+mod from_medium;
 mod rate_limited;
 mod read_only;
 
 pub use cancellable::Cancellable;
 pub use counting::{Counting, Counts};
+pub use from_medium::FromMedium;
 pub use rate_limited::{RateLimited, RateLimiter};
 pub use read_only::ReadOnly;

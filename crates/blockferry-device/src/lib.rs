@@ -44,7 +44,9 @@ pub use buffer::{AlignedBuffer, BufferPool, PooledBuffer};
 pub use cancel::CancelToken;
 pub use clock::{Clock, SystemClock};
 pub use data_path::WriteMode;
-pub use decorators::{Cancellable, Counting, Counts, RateLimited, RateLimiter, ReadOnly};
+pub use decorators::{
+    Cancellable, Counting, Counts, FromMedium, RateLimited, RateLimiter, ReadOnly,
+};
 pub use directory::OsDirectory;
 pub use error::{Error, ErrorKind, Result};
 pub use evidence::{Evidence, Identity, MAX_EVIDENCE_BYTES};

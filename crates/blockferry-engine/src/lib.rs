@@ -22,7 +22,7 @@ mod sync;
 mod target;
 mod verbs;
 
-pub use blockferry_transfer_log::{Place, Recovered, SessionId, Strategy, Undo};
+pub use blockferry_transfer_log::{Place, Proof, Recovered, SessionId, Strategy, Undo};
 pub use compare::{compare, digest};
 pub use error::{Error, ErrorKind, Result};
 pub use options::{ChangesSince, Context, Mode, SyncOptions};

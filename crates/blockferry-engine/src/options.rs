@@ -7,7 +7,7 @@ use std::sync::Arc;
 use blockferry_core::{BlockSize, ChangeMap};
 use blockferry_device::{CancelToken, Clock, SystemClock};
 use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};
-use blockferry_transfer_log::{Strategy, Undo};
+use blockferry_transfer_log::{Proof, Strategy, Undo};
 use serde::Serialize;
 
 use crate::error::{Error, ErrorKind};
@@ -95,6 +95,8 @@ pub struct SyncOptions {
     pub allow_shrink: bool,
     /// The old content is given up: write in place, keep nothing.
     pub in_place: bool,
+    /// How far the result is proven before the run counts as done.
+    pub proof: Proof,
     /// Fallbacks are errors.
     pub strict: bool,
     /// Trust no saved manifest: read both sides.
@@ -141,6 +143,7 @@ impl Default for SyncOptions {
             log_limit_bytes: None,
             allow_shrink: false,
             in_place: false,
+            proof: Proof::ReadBack,
             strict: false,
             rescan: false,
             strategy: None,

@@ -53,6 +53,8 @@ pub struct Receipt {
     pub log_bytes: u64,
     /// Bytes that became zeros.
     pub zero_bytes: u64,
+    /// `read-back`: what was written was read back from the medium; `flush`: the flush was believed.
+    pub proof: &'static str,
     /// Bytes read back from the target's medium and proven.
     pub proven_bytes: u64,
     /// Root of the source, hexadecimal.

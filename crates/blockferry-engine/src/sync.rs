@@ -130,12 +130,12 @@ impl<'a> Run<'a> {
         let limit = plan.log_limit_bytes;
         let point_before = target.replica.point().map(|p| p.id);
         let mut handle = if resuming {
-            LogHandle::Open(Box::new(
-                target
-                    .replica
-                    .resume_from(limit, &self.stamp)
-                    .map_err(|e| Error::log("resume the session", e).ending_run(true))?,
-            ))
+            let mut session = target
+                .replica
+                .resume_from(limit, &self.stamp)
+                .map_err(|e| Error::log("resume the session", e).ending_run(true))?;
+            session.prove_by(self.options.proof);
+            LogHandle::Open(Box::new(session))
         } else {
             LogHandle::Idle(&mut target.replica, plan)
         };
@@ -193,6 +193,7 @@ impl<'a> Run<'a> {
         };
         plan.started_unix = unix_seconds();
         plan.log_limit_bytes = self.options.log_limit_bytes.unwrap_or(u64::MAX);
+        plan.proof = self.options.proof;
         plan
     }
 

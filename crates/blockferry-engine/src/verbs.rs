@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry_core::Geometry;
-use blockferry_device::{BlockSource, OsDirectory, StorageDir};
+use blockferry_device::{BlockSource, FromMedium, OsDirectory, StorageDir};
 use blockferry_pipeline::Phase;
 use blockferry_transfer_log::{Place, Recovered, Unwritten, inspect};
 
@@ -218,7 +218,7 @@ fn device_of(place: &Place) -> Result<Option<Arc<dyn BlockSource>>> {
     }
 }
 
-/// Checks a target against its recorded point: every block is read and compared with the manifest.
+/// Checks a target against its recorded point: every block is read from the medium and compared with the manifest.
 ///
 /// # Errors
 /// There is no recorded point, or the target cannot be read. A mismatch is not an error: see the report.
@@ -241,7 +241,7 @@ pub fn verify_target(target: &mut Target, context: &Context) -> Result<VerifyRep
         .map(Cursor::new);
     let mut different = Vec::new();
     let geometry = point.geometry;
-    let source: Arc<dyn BlockSource> = device;
+    let source: Arc<dyn BlockSource> = Arc::new(FromMedium::new(device));
     let root = scan_leaves(&source, geometry, context, &mut |leaves| {
         let Some(known) = expected.as_mut() else {
             return Ok(());

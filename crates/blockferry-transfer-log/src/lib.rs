@@ -43,7 +43,7 @@ pub use group::{GroupCommitted, GroupDirectory, GroupId, GroupVerdicts, Verdict}
 pub use inspect::{Inspection, UnfinishedSession, inspect};
 pub use manifest::{ManifestFile, ManifestSource};
 pub use place::Place;
-pub use plan::{Plan, Strategy, Undo};
+pub use plan::{Plan, Proof, Strategy, Undo};
 pub use readback::{ReadBackOutcome, ReadBackTask};
 pub use replica::{Recovered, Replica, Unwritten};
 pub use session::{Applied, Checkpoint, GROUP_BYTES, Prepared, Session, SessionTotals};

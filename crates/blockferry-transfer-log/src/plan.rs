@@ -76,6 +76,17 @@ impl Undo {
     }
 }
 
+/// How far the result is proven before it is reported as done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[expect(clippy::exhaustive_enums, reason = "callers decide for each")]
+pub enum Proof {
+    /// What was written to the target is read back from the medium after its flush.
+    #[default]
+    ReadBack,
+    /// The flush is believed: what the medium lost or misplaced all the same is found by a later verification only.
+    Flush,
+}
+
 /// The plan of one session.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -96,6 +107,8 @@ pub struct Plan {
     pub started_unix: u64,
     /// The log may not grow beyond this many bytes.
     pub log_limit_bytes: u64,
+    /// How far this run proves what it writes; recovery always reads back.
+    pub proof: Proof,
 }
 
 impl Plan {
@@ -116,6 +129,7 @@ impl Plan {
             source,
             started_unix: 0,
             log_limit_bytes: u64::MAX,
+            proof: Proof::ReadBack,
         }
     }
 }

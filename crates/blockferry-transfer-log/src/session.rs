@@ -35,7 +35,7 @@ use crate::ledger::Ledger;
 use crate::log::{Appender, LogFiles, Scan};
 use crate::manifest::ManifestFile;
 use crate::place::Content;
-use crate::plan::{Plan, Strategy, Undo};
+use crate::plan::{Plan, Proof, Strategy, Undo};
 use crate::replica::Replica;
 use crate::staged::{Basis, StagedView, Stager};
 use crate::working::{Working, holes_of};
@@ -82,6 +82,7 @@ pub struct Session<'r> {
     pub(crate) replica: &'r mut Replica,
     pub(crate) header: SegmentHeader,
     log_limit_bytes: u64,
+    proof: Proof,
     files: LogFiles,
     appender: Appender,
     ledger: Ledger,
@@ -149,6 +150,7 @@ impl<'r> Session<'r> {
         let mut session = Self {
             header,
             log_limit_bytes: plan.log_limit_bytes,
+            proof: plan.proof,
             files,
             appender,
             ledger: Ledger::default(),
@@ -206,6 +208,7 @@ impl<'r> Session<'r> {
         let mut session = Self {
             header,
             log_limit_bytes,
+            proof: Proof::ReadBack,
             files,
             appender,
             ledger,
@@ -245,6 +248,11 @@ impl<'r> Session<'r> {
             working.resize(image_bytes)?;
         }
         Ok(())
+    }
+
+    /// How far this run proves what it writes, where not as planned: a resumed session reads back unless told otherwise.
+    pub fn prove_by(&mut self, proof: Proof) {
+        self.proof = proof;
     }
 
     /// The session's id, which is also the id of the point it makes.
@@ -619,7 +627,15 @@ impl<'r> Session<'r> {
             index: &self.ledger.index,
             pool: &self.pool,
             reserved: &self.ledger.reserved,
+            proof: self.proof,
         }
+    }
+
+    /// The working file, where what was written to it is to be read back.
+    fn working_to_prove(&self) -> Option<&Working> {
+        self.working
+            .as_ref()
+            .filter(|_| self.proof == Proof::ReadBack)
     }
 }
 

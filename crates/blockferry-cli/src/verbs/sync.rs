@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::address::Address;
 use crate::arguments::{Pace, SyncArguments};
 use crate::engine::{
-    self, ErrorKind, Prediction, Receipt, Strategy, SyncOptions, Target, format_size,
+    self, ErrorKind, Prediction, Proof, Receipt, Strategy, SyncOptions, Target, format_size,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -105,6 +105,9 @@ pub(crate) fn paced(source: &Address, pace: &Pace) -> SyncOptions {
     options.bwlimit_bytes_per_second = pace.bwlimit;
     options.log_limit_bytes = pace.log_limit;
     options.source_address = source.recorded();
+    if pace.no_read_back {
+        options.proof = Proof::Flush;
+    }
     options
 }
 

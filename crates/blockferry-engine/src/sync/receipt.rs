@@ -1,7 +1,7 @@
 //! What a run leaves to tell.
 
 use blockferry_core::Root;
-use blockferry_transfer_log::{SessionId, SessionTotals, Strategy};
+use blockferry_transfer_log::{Proof, SessionId, SessionTotals, Strategy};
 
 use super::{Run, writes_blocks};
 use crate::plan::Choice;
@@ -49,6 +49,10 @@ impl Run<'_> {
             restaged_bytes: totals.restaged_bytes,
             log_bytes: stats.log_bytes(),
             zero_bytes: totals.zero_bytes,
+            proof: match self.options.proof {
+                Proof::ReadBack => "read-back",
+                Proof::Flush => "flush",
+            },
             proven_bytes,
             source_root: root.to_string(),
             target_root: root.to_string(),

@@ -13,5 +13,6 @@ mod known;
 mod old_point;
 mod planning;
 mod points;
+mod proof;
 mod reading;
 mod real;

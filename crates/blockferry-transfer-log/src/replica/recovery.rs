@@ -13,7 +13,7 @@ use crate::group::{GroupId, GroupVerdicts, Verdict};
 use crate::ledger::Ledger;
 use crate::log::{Scan, ScanDurability, scan};
 use crate::outcome::{applied_point, finish_commit, restore_redo};
-use crate::plan::Strategy;
+use crate::plan::{Proof, Strategy};
 
 impl Replica {
     pub(super) fn check_identity(&self) -> Result<()> {
@@ -328,6 +328,7 @@ impl LoadedSession {
             index: &self.ledger.index,
             pool: &self.pool,
             reserved: &self.ledger.reserved,
+            proof: Proof::ReadBack,
         }
     }
 }

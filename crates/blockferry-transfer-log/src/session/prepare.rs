@@ -191,6 +191,7 @@ impl Session<'_> {
             ledger,
             pool,
             proven_bytes,
+            proof,
             ..
         } = self;
         let staged = Staged {
@@ -200,6 +201,7 @@ impl Session<'_> {
             index: &ledger.index,
             pool: &pool,
             reserved: &ledger.reserved,
+            proof,
         };
         let applied_bytes = finish_commit(replica, &header, root, staged, progress)?;
         Ok(Applied {

@@ -23,7 +23,7 @@ impl Session<'_> {
                 break;
             }
             let mut checks = Vec::new();
-            if self.working.is_some() {
+            if self.working_to_prove().is_some() {
                 let header = self.files.header(place)?;
                 self.staged().add_live(number, &header, &mut |check| {
                     checks.push(check);
@@ -40,7 +40,7 @@ impl Session<'_> {
             generation: self.generation,
             geometry: self.header.geometry,
             files: self.files.clone(),
-            working: self.working.as_ref().map(|w| Arc::clone(&w.target)),
+            working: self.working_to_prove().map(|w| Arc::clone(&w.target)),
             records,
         }))
     }
@@ -92,7 +92,7 @@ impl Session<'_> {
             Ok(header) => header,
             Err(error) => return not_whole(error),
         };
-        let Some(working) = &self.working else {
+        let Some(working) = self.working_to_prove() else {
             return Ok(Some(0));
         };
         let mut read_back = ReadBack::new(&*working.target, self.header.geometry);
