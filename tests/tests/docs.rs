@@ -68,22 +68,47 @@ fn decisions_are_numbered_without_gaps() {
 
 #[test]
 fn every_test_that_a_guarantee_names_exists() {
-    let text = fs::read_to_string(workspace_root().join("docs/guarantees.md"))
-        .expect("docs/guarantees.md is text");
-    let existing = function_names();
+    let text = guarantees();
+    let existing = test_names();
 
     let missing: Vec<&str> = named_tests(&text)
         .filter(|name| !existing.contains(*name))
         .collect();
 
-    assert!(
-        named_tests(&text).count() > 0,
-        "the table of promises was not found"
-    );
+    assert!(named_tests(&text).count() > 100, "few names were found");
     assert!(
         missing.is_empty(),
         "docs/guarantees.md names tests that do not exist: {missing:?}"
     );
+}
+
+#[test]
+fn every_promise_names_a_test_that_proves_it() {
+    let text = guarantees();
+    let promises: Vec<&str> = table_rows(&text, "## Promises and their tests").collect();
+
+    let unproven: Vec<&&str> = promises
+        .iter()
+        .filter(|row| named_tests(row).next().is_none())
+        .collect();
+
+    assert!(promises.len() > 20, "the table of promises was not found");
+    assert!(
+        unproven.is_empty(),
+        "promises without a test: {unproven:#?}"
+    );
+}
+
+#[test]
+fn names_of_tests_are_told_from_other_code_in_a_document() {
+    let text = "| `--dry-run` | `it_holds_at_all_times`, `a_run_2_ends_well` | `SOME_LONG_UPPER_CASE`, `fn_x` |";
+    let code =
+        "#[test]\nfn one_is_one() {}\nfn helper_of_the_tests() {}\n#[test]\n#[ignore]\nfn two() {}";
+
+    let named: Vec<&str> = named_tests(text).collect();
+
+    assert_eq!(named, ["it_holds_at_all_times", "a_run_2_ends_well"]);
+    assert_eq!(tests_in(code), ["one_is_one", "two"]);
 }
 
 #[test]
@@ -117,33 +142,40 @@ fn is_external(link: &str) -> bool {
     link.contains("://") || link.starts_with("mailto:")
 }
 
-/// The names between backticks in the last column of the table "Promises and their tests".
-fn named_tests(text: &str) -> impl Iterator<Item = &str> {
-    let section = text
-        .split("## Promises and their tests")
-        .nth(1)
-        .unwrap_or_default();
-    let table = section.split("\n## ").next().unwrap_or_default();
-    table
-        .lines()
-        .filter_map(|line| line.trim_end().strip_suffix('|'))
-        .filter_map(|row| row.rsplit_once('|').map(|(_, tests)| tests))
-        .flat_map(|tests| tests.split('`').skip(1).step_by(2))
+fn guarantees() -> String {
+    fs::read_to_string(workspace_root().join("docs/guarantees.md"))
+        .expect("docs/guarantees.md is text")
 }
 
-/// The names of all functions in the Rust files of the project.
-fn function_names() -> BTreeSet<String> {
+/// What stands between backticks and is named as tests are: at least four words joined by underscores.
+fn named_tests(text: &str) -> impl Iterator<Item = &str> {
+    let is_part = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    // Code has an odd index.
+    let code = text.split('`').skip(1).step_by(2);
+    code.filter(move |name| name.chars().all(is_part) && name.matches('_').count() >= 3)
+}
+
+/// The rows of the first table below a heading, without the table's own.
+fn table_rows<'t>(text: &'t str, heading: &str) -> impl Iterator<Item = &'t str> {
+    let section = text.split(heading).nth(1).unwrap_or_default();
+    let section = section.split("\n## ").next().unwrap_or_default();
+    section.lines().filter(|line| line.starts_with('|')).skip(2)
+}
+
+/// The names of all tests in the Rust files of the project.
+fn test_names() -> BTreeSet<String> {
     texts_with_extension("rs")
         .iter()
-        .flat_map(|(_, text)| functions_in(text))
+        .flat_map(|(_, text)| tests_in(text))
         .collect()
 }
 
-fn functions_in(text: &str) -> Vec<String> {
-    text.split("fn ")
+fn tests_in(text: &str) -> Vec<String> {
+    text.split("#[test]")
         .skip(1)
-        .filter_map(|rest| {
-            rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter_map(|rest| rest.split_once("fn "))
+        .filter_map(|(_, name)| {
+            name.split(|c: char| !c.is_alphanumeric() && c != '_')
                 .next()
         })
         .map(ToOwned::to_owned)
