@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use blockferry_testkit::images;
 
-use crate::lab::{Answer, Lab, MIB, skipped};
+use crate::lab::{Answer, Lab, MIB, MountedFileSystem, skipped, write_sparse};
 
 const PEAK_BYTES: u64 = 192 * MIB;
 
@@ -136,4 +136,41 @@ fn a_larger_target_is_cut_only_when_that_is_allowed() {
     lab.assert_holds("target", &new);
     lab.must("rollback target");
     lab.assert_holds("target", &old);
+}
+
+#[test]
+fn a_dry_run_knows_whether_blocks_can_be_shared_and_writes_nothing_to_find_out() {
+    for (kind, options, bytes, strategy) in [
+        ("xfs", &[] as &[&str], 320 * MIB, "clone"),
+        ("xfs", &["-m", "reflink=0"], 320 * MIB, "redo"),
+        ("btrfs", &[], 160 * MIB, "clone"),
+        ("ext4", &[], 96 * MIB, "redo"),
+    ] {
+        let lab = Lab::new();
+        let Some(mounted) = MountedFileSystem::make_with(lab.root(), kind, options, bytes) else {
+            skipped(
+                "a_dry_run_knows_whether_blocks_can_be_shared",
+                &format!("root and mkfs.{kind}"),
+            );
+            continue;
+        };
+        let old = lab.disk("old", 66, 8 * MIB);
+        lab.edited("source", 67, &old, 0.05);
+        let target = mounted.point().join("target");
+        write_sparse(&target, &old);
+        let before = lab.footprint(|path| path.starts_with(mounted.point()));
+        let line = format!("sync source {} --mode delta", target.display());
+
+        let foretold = lab.must(&format!("{line} --dry-run"));
+
+        assert_eq!(
+            lab.footprint(|path| path.starts_with(mounted.point())),
+            before,
+            "{kind} {options:?}: something was written"
+        );
+        let done = lab.must(&line);
+        for answer in [foretold, done] {
+            assert_eq!(answer.summary()["strategy"], strategy, "{kind} {options:?}");
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! cancel token and clock, the [`Receipt`] is the proof. [`rollback`], [`accept`] and [`cancel`] decide what
 //! becomes of the points; [`status`] looks; [`digest`], [`compare`] and [`verify_target`] only read.
 
+mod clone_probe;
 mod compare;
 mod data_blocks;
 mod error;

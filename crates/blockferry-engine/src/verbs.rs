@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry_core::Geometry;
-use blockferry_device::{BlockSource, FromMedium, OsDirectory, StorageDir};
+use blockferry_device::{BlockSource, FromMedium, OsDirectory, StorageDir, StorageFile};
 use blockferry_pipeline::Phase;
 use blockferry_transfer_log::{Place, Recovered, Unwritten, inspect};
 
+use crate::clone_probe::shares_blocks;
 use crate::compare::scan_leaves;
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, ErrorKind, Result};
@@ -145,7 +146,11 @@ pub fn predict(
         Ok(dir) => inspect(&place, &dir).map_err(|e| Error::log("look at the state", e))?,
         Err(_absent) => None,
     };
-    let device = device_of(&place)?;
+    let file = file_of(&place)?;
+    let device: Option<Arc<dyn BlockSource>> = match &place {
+        Place::Device(device) => Some(Arc::clone(device) as _),
+        _ => file.clone().map(|f| f.into_target() as _),
+    };
     let sides: Vec<&dyn BlockSource> = device.as_deref().into_iter().chain([&**source]).collect();
     let data = DataBlocks::of(&sides, &geometry);
     let sample = Sample::take(&**source, device.as_deref(), &geometry, &data, 0, context)?;
@@ -160,10 +165,10 @@ pub fn predict(
     let found = Situation {
         target_present: device.is_some(),
         is_file: target_dir.is_some(),
-        can_clone: device.is_some()
-            && options.strategy.is_none()
+        can_clone: options.strategy.is_none()
             && !options.in_place
-            && target_dir.is_some_and(|d| d.may_clone()),
+            && target_dir.is_some_and(|d| d.may_clone())
+            && file.as_ref().is_some_and(|f| shares_blocks(&**f)),
         target_known: inspection.is_some_and(|i| i.evidence.proves_same(&i.recorded_evidence)),
         state_free_bytes: free(&state_dir)?,
         target_free_bytes: match target_dir {
@@ -205,17 +210,12 @@ fn existing_parent(path: &Path) -> Result<OsDirectory> {
         .map_err(|e| Error::target(format!("open {}", existing.display()), e))
 }
 
-fn device_of(place: &Place) -> Result<Option<Arc<dyn BlockSource>>> {
-    match place {
-        Place::Device(device) => Ok(Some(Arc::clone(device) as _)),
-        Place::File { dir, name } => {
-            let file = dir
-                .open(name)
-                .map_err(|e| Error::target("open the target", e))?;
-            Ok(file.map(|f| f.into_target() as _))
-        }
-        _ => Ok(None),
-    }
+fn file_of(place: &Place) -> Result<Option<Arc<dyn StorageFile>>> {
+    let Place::File { dir, name } = place else {
+        return Ok(None);
+    };
+    dir.open(name)
+        .map_err(|e| Error::target("open the target", e))
 }
 
 /// Checks a target against its recorded point: every block is read from the medium and compared with the manifest.

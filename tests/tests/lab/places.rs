@@ -58,9 +58,21 @@ pub(crate) struct MountedFileSystem {
 impl MountedFileSystem {
     /// `None` where it is not to be had: not root, or no such mkfs.
     pub(crate) fn make(directory: &Path, kind: &str, bytes: u64) -> Option<Self> {
+        Self::make_with(directory, kind, &[], bytes)
+    }
+
+    /// With options for mkfs.
+    pub(crate) fn make_with(
+        directory: &Path,
+        kind: &str,
+        options: &[&str],
+        bytes: u64,
+    ) -> Option<Self> {
         let image = directory.join(format!("{kind}.raw"));
         with_files(|| File::create(&image)?.set_len(bytes)).ok()?;
-        tool(&[&format!("mkfs.{kind}"), "-q", image.to_str()?])?;
+        let program = format!("mkfs.{kind}");
+        let words = [&[&*program, "-q"], options, &[image.to_str()?]].concat();
+        tool(&words)?;
         let device = LoopDevice::attach(&image, 512)?;
         let point = directory.join(kind);
         fs::create_dir(&point).ok()?;
