@@ -222,17 +222,32 @@ fn remember(path: &Path, options: &TargetOptions) {
     }
 }
 
-/// Every target that was ever synced from this host and still has a state.
+/// Every target that was synced from this host and still has a state at its usual place.
 #[must_use]
 pub fn list_targets(device_state_root: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(device_state_root.join("targets")) else {
         return Vec::new();
     };
-    let paths = entries
+    let usual = TargetOptions::new(device_state_root);
+    let has_state = |target: &PathBuf| {
+        // A device that is not plugged in looks like a file that is absent.
+        let places = [
+            usual.state_path(target),
+            device_state_root.join(flat_name(target)),
+        ];
+        places.iter().any(|place| !is_absent(place))
+    };
+    let mut targets: Vec<PathBuf> = entries
         .flatten()
         .filter_map(|e| fs::read(e.path()).ok())
-        .map(|path| PathBuf::from(OsString::from_vec(path)));
-    let mut targets: Vec<PathBuf> = paths.collect();
+        .map(|path| PathBuf::from(OsString::from_vec(path)))
+        .filter(has_state)
+        .collect();
     targets.sort();
     targets
+}
+
+/// Provably: what cannot be looked at may be there.
+fn is_absent(path: &Path) -> bool {
+    fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }

@@ -212,10 +212,21 @@ fn status_tells_each_state_and_the_commands_that_lead_on_and_back() {
         .set_len(1)
         .unwrap();
     assert_eq!(commands(&look()), ["accept"]);
-    assert_eq!(
-        list_targets(&place.path("root")),
-        [path.canonicalize().unwrap()]
-    );
+}
+
+#[test]
+fn targets_are_listed_as_long_as_they_have_a_state() {
+    let place = Place::new(75, 30);
+    let path = place.path("old.raw");
+    place.sync(&options(|_| ()));
+    let list = || list_targets(&place.path("root"));
+
+    assert_eq!(list(), [path.canonicalize().unwrap()]);
+    // A target that is gone for now still has one.
+    fs::rename(&path, place.path("away")).unwrap();
+    assert_eq!(list(), [path]);
+    fs::remove_dir_all(place.path(".old.raw.blockferry")).unwrap();
+    assert_eq!(list(), Vec::<PathBuf>::new());
 }
 
 #[test]
