@@ -77,7 +77,8 @@ pub struct Receipt {
     pub elapsed_seconds: f64,
     /// Only a live cutover has one.
     pub downtime_seconds: Option<f64>,
-    /// Seconds of each phase.
+    /// Seconds of each phase the run had: `sampling`, `scanning`, `preparing`, `committing`, `applying`, `proving`. The
+    /// last counts what was not proven beside the writing.
     pub phases: BTreeMap<String, f64>,
 }
 

@@ -12,14 +12,15 @@ mod receipt;
 mod scan;
 mod settle;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blockferry_core::Geometry;
+use blockferry_core::{Geometry, Root};
 use blockferry_device::{BlockSource, Cancellable};
 use blockferry_pipeline::{Event, Phase};
-use blockferry_transfer_log::{Plan, SessionId, SourceStamp, Strategy, Undo};
+use blockferry_transfer_log::{Applied, Plan, Session, SessionId, SourceStamp, Strategy, Undo};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::LogHandle;
@@ -157,15 +158,7 @@ impl<'a> Run<'a> {
         let session = handle.into_session()?;
         let totals = session.totals();
         let strategy = session.strategy();
-        let start = self.context.clock.now();
-        let context = self.context;
-        context.progress(Phase::Applying, 0, totals.live_bytes, totals.live_bytes);
-        let applied = session
-            .commit(root, &|done, total| {
-                context.progress(Phase::Applying, done, total, total);
-            })
-            .map_err(|e| Error::log("commit and apply", e))?;
-        self.time("applying", start);
+        let applied = self.commit(session, root)?;
         let choice = Choice {
             strategy,
             ..choice.clone()
@@ -181,6 +174,33 @@ impl<'a> Run<'a> {
         );
         receipt.previous_point = point_before.map(|p| p.to_string());
         Ok(receipt)
+    }
+
+    /// Commits and applies. When writing reports tells deciding, writing and proving apart; a strategy that writes
+    /// no page after its decision only commits.
+    fn commit(&mut self, session: Session<'_>, root: Root) -> Result<Applied> {
+        let context = self.context;
+        let (live, start) = (session.totals().live_bytes, context.clock.now());
+        context.progress(Phase::Applying, 0, live, live);
+        let written = Cell::new(None);
+        let applied = session
+            .commit(root, &|done, total| {
+                let now = context.clock.now();
+                let (first, _) = written.get().unwrap_or((now, now));
+                written.set(Some((first, now)));
+                context.progress(Phase::Applying, done, total, total);
+            })
+            .map_err(|e| Error::log("commit and apply", e))?;
+        let end = context.clock.now();
+        match written.get() {
+            Some((first, last)) => {
+                self.took("committing", first.saturating_sub(start));
+                self.took("applying", last.saturating_sub(first));
+                self.took("proving", end.saturating_sub(last));
+            }
+            None => self.took("committing", end.saturating_sub(start)),
+        }
+        Ok(applied)
     }
 
     fn plan(&self, choice: &Choice) -> Plan {
@@ -238,7 +258,11 @@ impl<'a> Run<'a> {
     }
 
     fn time(&mut self, phase: &str, start: Duration) {
-        *self.phases.entry(phase.to_owned()).or_default() += self.elapsed(start);
+        self.took(phase, self.context.clock.now().saturating_sub(start));
+    }
+
+    fn took(&mut self, phase: &str, time: Duration) {
+        *self.phases.entry(phase.to_owned()).or_default() += time.as_secs_f64();
     }
 
     fn elapsed(&self, start: Duration) -> f64 {

@@ -533,3 +533,56 @@ fn a_device_that_is_too_small_is_refused_with_both_sizes() {
         "{error}"
     );
 }
+
+/// Every look at it takes a millisecond.
+#[derive(Debug, Default)]
+struct TickingClock(AtomicU64);
+
+impl Clock for TickingClock {
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.0.fetch_add(1, Ordering::SeqCst))
+    }
+
+    fn sleep(&self, _: Duration) {}
+}
+
+#[test]
+fn the_receipt_tells_how_long_each_phase_took() {
+    for (strategy, expected) in [
+        (
+            Strategy::Redo,
+            &[
+                "applying",
+                "committing",
+                "preparing",
+                "proving",
+                "sampling",
+                "scanning",
+            ][..],
+        ),
+        (
+            Strategy::Shadow,
+            &["committing", "preparing", "sampling", "scanning"][..],
+        ),
+    ] {
+        let old = blockferry_testkit::images::random_image(55, BYTES);
+        let machine = Machine::file(&old);
+        let source = Source::new(edited(55, &old, BYTES, 900));
+        let mut context = Context::new();
+        context.clock = Arc::new(TickingClock::default());
+
+        let receipt = machine
+            .sync_in(&source, &all_of_it(strategy), &context)
+            .unwrap();
+
+        let phases: Vec<&str> = receipt.phases.keys().map(String::as_str).collect();
+        assert_eq!(phases, expected, "{strategy}");
+        assert!(
+            receipt.phases.values().all(|seconds| *seconds > 0.0),
+            "{:?}",
+            receipt.phases
+        );
+        let sum: f64 = receipt.phases.values().sum();
+        assert!(sum <= receipt.elapsed_seconds, "{receipt:?}");
+    }
+}
