@@ -24,12 +24,12 @@ mod random;
 mod sim;
 
 pub use explore::{
-    Events, ExploreOptions, Report, Scenario, StepCounts, Violation, explore, explore_faults,
-    explore_with, sensitivity,
+    Crash, Events, ExploreOptions, Report, Scenario, StepCounts, Violation, explore,
+    explore_faults, explore_with, reproduce, sensitivity,
 };
 pub use faults::{FaultySource, FaultyTarget, Gate};
 pub use random::Random;
 pub use sim::{
-    Boundary, Bypass, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits, Operation,
-    OperationKind, Repeat, SimDisk, SimOptions, Snapshot,
+    Boundary, Bypass, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits,
+    Operation, OperationKind, Repeat, SimDisk, SimOptions, Snapshot,
 };

@@ -4,12 +4,14 @@
 //!
 //! A [`Scenario`] is production code on a [`SimDisk`] plus a model of what must hold. What it promised to
 //! anyone (an acknowledgement, an outcome) it pushes to [`Events`] at the moment of the promise; recovery
-//! is then checked against exactly the promises made before the crash.
+//! is then checked against exactly the promises made before the crash. A violation is made as small as it can be
+//! and printed with a test that goes straight there ([`reproduce`]).
 //!
 //! Everything follows from [`ExploreOptions::seed`]; only the time limit makes two runs differ, and the
 //! report says when it was hit.
 
 mod report;
+mod reproduce;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +23,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use report::{Report, StepCounts, Violation};
+pub use reproduce::{Crash, reproduce};
 
 use crate::random::mix;
 use crate::sim::{
@@ -108,7 +111,7 @@ pub struct ExploreOptions {
     pub sim: SimOptions,
     /// Decides every sample.
     pub seed: u64,
-    /// 1: crash the run. 2: crash the recoveries as well.
+    /// 1: crash the run. 2: crash the recoveries as well. 3: and the recoveries from that.
     pub depth: u32,
     /// Images per boundary of the run.
     pub images: ImageLimits,
@@ -302,10 +305,13 @@ struct Moment<'a, E> {
     events_hash: u64,
     step: String,
     path: Vec<String>,
+    faults: &'a [Fault],
+    /// The crashes that led into the recovery this is a moment of.
+    crashes: Vec<Crash>,
 }
 
 impl<'a, E: Clone + Hash> Moment<'a, E> {
-    fn of_run(run: &Events<E>, boundary: &'a Boundary, faults: &[Fault]) -> Self {
+    fn of_run(run: &Events<E>, boundary: &'a Boundary, faults: &'a [Fault]) -> Self {
         let operation = boundary.operation.as_ref();
         let label = operation.map_or("", |operation| &operation.label);
         let step = if label.is_empty() {
@@ -318,20 +324,37 @@ impl<'a, E: Clone + Hash> Moment<'a, E> {
             .map(|fault| format!("fault: {fault:?}"))
             .collect();
         path.push(after(operation));
-        Self::new(boundary, run.until(boundary.number), step.to_owned(), path)
+        let mut moment = Self::new(boundary, run.until(boundary.number), step.to_owned(), path);
+        moment.faults = faults;
+        moment
     }
 
-    fn of_recovery(&self, run: &Events<E>, boundary: &'a Boundary, how: &str) -> Self {
+    fn of_recovery<'b>(
+        &self,
+        run: &Events<E>,
+        boundary: &'b Boundary,
+        start: &Start,
+    ) -> Moment<'b, E>
+    where
+        'a: 'b,
+    {
         let mut events = self.events.clone();
         events.extend(run.until(boundary.number));
         let mut path = self.path.clone();
-        path.push(how.to_owned());
+        path.push(match start {
+            Start::Kill(_) => "the process is killed".to_owned(),
+            Start::PowerLoss(image) => format!("the power is lost, left: {:?}", image.survivors()),
+        });
         path.push(format!(
             "in recovery {}",
             after(boundary.operation.as_ref())
         ));
         let step = self.step.strip_suffix(RECOVERY).unwrap_or(&self.step);
-        Self::new(boundary, events, format!("{step}{RECOVERY}"), path)
+        let mut moment = Moment::new(boundary, events, format!("{step}{RECOVERY}"), path);
+        moment.faults = self.faults;
+        moment.crashes.clone_from(&self.crashes);
+        moment.crashes.push(Crash::of(self.boundary.number, start));
+        moment
     }
 
     fn new(boundary: &'a Boundary, events: Vec<E>, step: String, path: Vec<String>) -> Self {
@@ -343,6 +366,8 @@ impl<'a, E: Clone + Hash> Moment<'a, E> {
             events_hash: hasher.finish(),
             step,
             path,
+            faults: &[],
+            crashes: Vec::new(),
         }
     }
 }
@@ -385,8 +410,8 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         self.report.cut_short || self.report.violations.len() >= self.options.max_violations
     }
 
-    /// Explores the boundaries from operation `first` on: all of them at depth 1, then all at depth 2, so
-    /// that a limit cuts off the deep end and not the last boundaries.
+    /// Explores the boundaries from operation `first` on: all of them at depth 1, then all deeper, so that a limit
+    /// cuts off the deep end and not the last boundaries.
     fn explore_run(&mut self, faults: &[Fault], first: u64) {
         let run = Run::record(self.options, faults, self.scenario);
         self.note_run(&run, faults);
@@ -400,11 +425,9 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         for moment in &moments {
             self.check_moment(moment, self.options.images);
         }
-        if self.options.depth > 1 {
-            moments
-                .iter()
-                .for_each(|moment| self.crash_recoveries(moment));
-        }
+        moments
+            .iter()
+            .for_each(|moment| self.crash_recoveries(moment, self.options.depth));
     }
 
     fn note_run(&mut self, run: &Run<S::Event>, faults: &[Fault]) {
@@ -471,15 +494,20 @@ impl<'a, S: Scenario> Explorer<'a, S> {
     }
 
     fn note_violation(&mut self, start: &Start, moment: &Moment<'_, S::Event>, message: String) {
-        let mut path = moment.path.clone();
+        let (mut path, mut crashes) = (moment.path.clone(), moment.crashes.clone());
+        let number = moment.boundary.number;
         let (mut survivors, mut lost) = (Vec::new(), 0);
         match start {
-            Start::Kill(_) => path.push("the process is killed".to_owned()),
+            Start::Kill(_) => {
+                path.push("the process is killed".to_owned());
+                crashes.push(Crash::kill(number));
+            }
             Start::PowerLoss(image) => {
                 let smallest =
                     image.minimised(|image| self.recover(&image.disk(), moment).is_err());
                 path.push("the power is lost".to_owned());
                 (survivors, lost) = (smallest.survivors(), smallest.lost());
+                crashes.push(Crash::of(number, &Start::PowerLoss(smallest)));
             }
         }
         self.report.step(&moment.step).violations += 1;
@@ -494,11 +522,17 @@ impl<'a, S: Scenario> Explorer<'a, S> {
             promises,
             survivors,
             lost,
+            faults: moment.faults.to_vec(),
+            crashes,
         });
     }
 
-    /// Runs recovery from a few starts of this moment again, recorded, and crashes it at every boundary.
-    fn crash_recoveries(&mut self, moment: &Moment<'_, S::Event>) {
+    /// Runs recovery from a few starts of this moment again, recorded, and crashes it at every boundary, as long as
+    /// `depth` is more than 1.
+    fn crash_recoveries(&mut self, moment: &Moment<'_, S::Event>, depth: u32) {
+        if depth <= 1 {
+            return;
+        }
         let snapshot = &moment.boundary.snapshot;
         let images = snapshot.crash_images(self.seed(moment), self.options.images);
         let images = spread(images, self.options.crashed_recoveries);
@@ -511,22 +545,19 @@ impl<'a, S: Scenario> Explorer<'a, S> {
                 .crashed
                 .insert((start.fingerprint(), moment.events_hash))
             {
-                self.crash_recovery(&start, moment);
+                self.crash_recovery(&start, moment, depth - 1);
             }
         }
     }
 
-    fn crash_recovery(&mut self, start: &Start, moment: &Moment<'_, S::Event>) {
+    fn crash_recovery(&mut self, start: &Start, moment: &Moment<'_, S::Event>, depth: u32) {
         let run = Run::observe(&start.disk(), |disk, events| {
             self.scenario.recover(disk, &moment.events, events)
         });
-        let how = match start {
-            Start::Kill(_) => "the process is killed".to_owned(),
-            Start::PowerLoss(image) => format!("the power is lost, left: {:?}", image.survivors()),
-        };
-        for boundary in &run.trace {
-            let inner = moment.of_recovery(&run.events, boundary, &how);
-            self.check_moment(&inner, self.options.recovery_images);
+        let inner = |boundary| moment.of_recovery(&run.events, boundary, start);
+        for moment in run.trace.iter().map(inner) {
+            self.check_moment(&moment, self.options.recovery_images);
+            self.crash_recoveries(&moment, depth);
         }
     }
 }

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use super::reproduce::{Crash, as_test};
+use crate::sim::Fault;
+
 /// What an exploration did and found. Its display form is meant for people.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
@@ -54,6 +57,11 @@ pub struct Violation {
     pub survivors: Vec<String>,
     /// How many unflushed changes did not survive it.
     pub lost: usize,
+    /// The faults of the run.
+    pub faults: Vec<Fault>,
+    /// The crashes, in order: with the faults all that [`reproduce`](super::reproduce) needs. Empty if the run itself
+    /// went wrong.
+    pub crashes: Vec<Crash>,
 }
 
 impl Violation {
@@ -64,6 +72,8 @@ impl Violation {
             promises: Vec::new(),
             survivors: Vec::new(),
             lost: 0,
+            faults: Vec::new(),
+            crashes: Vec::new(),
         }
     }
 }
@@ -142,6 +152,14 @@ impl fmt::Display for Violation {
         self.survivors
             .iter()
             .try_for_each(|change| writeln!(f, "    survived: {change}"))?;
-        writeln!(f, "    lost: {} unflushed changes", self.lost)
+        writeln!(f, "    lost: {} unflushed changes", self.lost)?;
+        if self.crashes.is_empty() {
+            return Ok(());
+        }
+        writeln!(
+            f,
+            "  as a test, where `options` and `scenario` are at hand:\n"
+        )?;
+        writeln!(f, "{}", as_test(&self.faults, &self.crashes))
     }
 }

@@ -362,3 +362,54 @@ fn a_panic_in_recovery_is_a_violation() {
         "{report}"
     );
 }
+
+#[test]
+fn a_violation_is_reproduced_from_what_it_prints() {
+    let broken = [Without::Order, Without::LogFlush, Without::RecoveryLogFlush];
+    for without in broken {
+        let report = report(without, 2);
+        let violation = &report.violations[0];
+
+        let again = |toy: &Toy| {
+            reproduce(
+                &ExploreOptions::default(),
+                &violation.faults,
+                &violation.crashes,
+                toy,
+            )
+        };
+
+        assert_eq!(again(&Toy { without }), Err(violation.message.clone()));
+        let mended = Toy {
+            without: Without::Nothing,
+        };
+        // Without the barrier the operations have other numbers, but the right protocol stands any crash.
+        let stands = |outcome: &Result<(), String>| match outcome {
+            Ok(()) => true,
+            Err(message) => message.contains("any more"),
+        };
+        assert!(stands(&again(&mended)));
+        let printed = report.to_string();
+        assert!(printed.contains("let crashes = [Crash::"), "{printed}");
+        assert!(printed.contains("reproduce(&options, &faults"), "{printed}");
+    }
+}
+
+#[test]
+fn a_crash_that_cannot_happen_any_more_is_said_to_be_gone() {
+    let toy = Toy {
+        without: Without::Nothing,
+    };
+
+    let gone = reproduce(&ExploreOptions::default(), &[], &[Crash::kill(1000)], &toy);
+
+    assert!(gone.unwrap_err().contains("no operation 1000"));
+}
+
+#[test]
+fn depth_three_crashes_the_recovery_from_a_crashed_recovery() {
+    let (two, three) = (report(Without::Nothing, 2), report(Without::Nothing, 3));
+
+    three.assert_clean();
+    assert!(three.recoveries > two.recoveries, "{three}");
+}

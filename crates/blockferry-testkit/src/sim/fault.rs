@@ -149,6 +149,28 @@ impl Fault {
         Self { repeat, ..self }
     }
 
+    /// As it is written in a test.
+    pub(crate) fn code(&self) -> String {
+        let kind = self.kind;
+        let aim = match &self.aim {
+            Aim::Number(number) => format!("Fault::at({number}, FaultKind::{kind:?})"),
+            Aim::Matching {
+                kind: operation,
+                subject,
+                skip,
+            } => {
+                let nth = skip + 1;
+                format!(
+                    "Fault::on(OperationKind::{operation:?}, {subject:?}, {nth}, FaultKind::{kind:?})"
+                )
+            }
+        };
+        match self.repeat {
+            Repeat::Once => aim,
+            Repeat::Forever => format!("{aim}.repeat(Repeat::Forever)"),
+        }
+    }
+
     pub(crate) fn hits(&mut self, operation: &Operation) -> bool {
         if self.spent || !self.is_aimed_at(operation) {
             return false;

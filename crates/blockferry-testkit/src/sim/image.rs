@@ -618,6 +618,35 @@ impl CrashImage {
         self.plan.describe(&self.choices)
     }
 
+    /// What survived, by number of the unflushed change and of what became of it: with [`Self::noise`] enough to
+    /// form this image again.
+    pub(crate) fn outcomes(&self) -> Vec<(usize, u16)> {
+        let survived = self.choices.iter().copied().enumerate();
+        survived.filter(|(_, outcome)| *outcome > 0).collect()
+    }
+
+    /// Decides what garbage looks like.
+    pub(crate) fn noise(&self) -> u64 {
+        self.noise
+    }
+
+    /// The image of `state` in which exactly this survived; changes that the state does not have are left out.
+    pub(crate) fn with_outcomes(state: &State, outcomes: &[(usize, u16)], noise: u64) -> Self {
+        let plan = Arc::new(CrashPlan::new(state));
+        let mut choices = vec![0; plan.units.len()];
+        for (number, outcome) in outcomes {
+            if let Some(unit) = plan.units.get(*number) {
+                let damages = if matches!(unit, Unit::Sector { .. }) {
+                    DAMAGES
+                } else {
+                    0
+                };
+                choices[*number] = (*outcome).min(unit.outcomes() + damages - 1);
+            }
+        }
+        Self::new(&plan, choices, noise)
+    }
+
     /// How many unflushed sectors, sizes, allocations and names were lost.
     #[must_use]
     pub fn lost(&self) -> usize {

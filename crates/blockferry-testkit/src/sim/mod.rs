@@ -143,6 +143,11 @@ impl Snapshot {
         CrashImages::new(&self.state, seed, limits)
     }
 
+    /// One of them again.
+    pub(crate) fn crash_image(&self, outcomes: &[(usize, u16)], noise: u64) -> CrashImage {
+        CrashImage::with_outcomes(&self.state, outcomes, noise)
+    }
+
     /// The machine lives on but the process died: the cache stays, locks and handles are gone.
     #[must_use]
     pub fn after_kill(&self) -> SimDisk {
