@@ -5,8 +5,9 @@ use blockferry_transfer_log::{
     GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Strategy, Verdict, inspect,
 };
 
-use crate::explorer::{check_looked, options, run_with};
+use crate::explorer::{options, run_with};
 use crate::harness::{PAGE, Setup, image, quiet, root};
+use crate::looked::check_looked;
 
 const GROUP: GroupId = GroupId::from_bytes([7; 16]);
 const DISKS: [&str; 2] = ["one", "two"];

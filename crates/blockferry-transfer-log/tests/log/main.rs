@@ -6,12 +6,16 @@
     reason = "helpers of tests fail as tests do; what was explored is printed for people"
 )]
 
+mod bitrot;
 mod explorer;
 mod groups;
 mod harness;
 mod large;
+mod looked;
+mod model;
 mod recovery;
 mod refusals;
 mod sabotage;
 mod sessions;
 mod stories;
+mod story;

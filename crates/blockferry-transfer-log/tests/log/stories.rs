@@ -8,10 +8,10 @@ use blockferry_testkit::{
 };
 use blockferry_transfer_log::Strategy;
 
-use crate::explorer::{
-    Promise, Step, Story, four_images, options, run_story, run_with, seed, sizes, story,
-};
+use crate::explorer::{four_images, options, run_story, run_with, seed, sizes, story};
 use crate::harness::{PAGE, Setup, TARGET, id, image};
+use crate::model::Promise;
+use crate::story::{Step, Story};
 
 /// Every page of every image is another one.
 fn busy_images() -> Vec<Option<Vec<u8>>> {
