@@ -36,7 +36,7 @@ Exit codes:
 /// Options of every verb.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Global {
-    /// Only errors and warnings
+    /// Only errors, warnings and what was asked for
     #[arg(
         short,
         long,
@@ -413,7 +413,7 @@ mod tests {
     fn a_pace_is_the_same_when_its_words_are_typed_again() {
         for line in [
             "resume t",
-            "resume t --bwlimit 1.5M --threads 3 --log-limit 4GiB --crash-consistent",
+            "resume t --bwlimit 1.5M --threads 3 --log-limit 4GiB --no-read-back --crash-consistent",
         ] {
             let parse = |line: &str| {
                 let words = ["blockferry"].into_iter().chain(line.split(' '));

@@ -1,10 +1,12 @@
 //! The command line contract, tested on the real binary: exit codes, streams, JSON lines, signals.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -148,6 +150,65 @@ fn wait_for(lines: &mut impl Iterator<Item = std::io::Result<String>>, event: &s
 
 // --- streams -------------------------------------------------------------------------------------------------------
 
+/// The page that scripts rely on.
+fn page() -> &'static str {
+    static PAGE: OnceLock<String> = OnceLock::new();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/command-line.md");
+    PAGE.get_or_init(|| fs::read_to_string(path).expect("the page is in the repository"))
+}
+
+/// Every second piece between backticks.
+fn code_words(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// The fields that a table of the page gives for `name`, in its first column.
+fn documented_fields(table: &str, name: &str) -> BTreeSet<String> {
+    let (_, rows) = page().split_once(table).expect(table);
+    let mut rows = rows
+        .lines()
+        .skip(1)
+        .take_while(|line| line.starts_with('|'));
+    let row = rows.find_map(|line| line.strip_prefix(&format!("| `{name}` | ")));
+    let row = row.unwrap_or_else(|| panic!("{name} is not documented"));
+    // What comes behind a colon or in brackets is said about a field.
+    let fields = row.split(": ").next().unwrap_or(row);
+    let fields = fields
+        .split(',')
+        .filter_map(|field| code_words(field).next());
+    fields.map(str::to_owned).collect()
+}
+
+/// The fields that the page promises for the summary of a sync.
+fn promised_in_the_summary() -> impl Iterator<Item = &'static str> {
+    let (_, behind) = page().split_once("It has at least").expect("the promise");
+    let promised = code_words(behind).next().expect("a list");
+    promised.split_whitespace()
+}
+
+/// A line has exactly the fields that are documented for it.
+fn check_documented(line: &Value) {
+    let kind = line["type"].as_str().expect("every line has a type");
+    let mut expected = match kind {
+        "summary" => return,
+        "event" => {
+            let event = line["event"].as_str().expect("every event has a name");
+            let mut fields = documented_fields("| event | fields |", event);
+            fields.insert("event".to_owned());
+            fields
+        }
+        other => documented_fields("| type | fields |", other),
+    };
+    expected.insert("type".to_owned());
+    let found: BTreeSet<String> = line
+        .as_object()
+        .expect("an object")
+        .keys()
+        .cloned()
+        .collect();
+    assert_eq!(found, expected, "{line}");
+}
+
 /// The shape every JSON stream has, whatever the verb.
 fn check_stream(line: &str, code: i32, lines: &[Value]) {
     assert_eq!(lines[0]["version"], 1, "{line}: a version heads the stream");
@@ -157,6 +218,7 @@ fn check_stream(line: &str, code: i32, lines: &[Value]) {
             ["event", "progress", "warning", "summary", "error"].contains(&kind),
             "{line}: {kind}"
         );
+        check_documented(value);
     }
     let endings: Vec<&Value> = lines
         .iter()
@@ -196,6 +258,7 @@ fn every_verb_speaks_valid_json_lines() {
         ("verify t", 0),
         ("rollback t", 0),
         ("sync b t", 0),
+        ("sync b t --block-size 4KiB", 0),
         ("accept t", 0),
         ("diff a b", 1),
         ("digest a --manifest m", 0),
@@ -318,22 +381,7 @@ fn the_summary_of_sync_has_every_field_of_the_contract() {
         .expect("a line")
         .as_object()
         .expect("an object");
-    for field in [
-        "mode",
-        "strategy",
-        "source_bytes",
-        "scanned_bytes",
-        "changed_bytes",
-        "sent_bytes",
-        "staged_bytes",
-        "resumed_bytes",
-        "zero_bytes",
-        "source_root",
-        "target_root",
-        "sync_point",
-        "elapsed_seconds",
-        "downtime_seconds",
-    ] {
+    for field in promised_in_the_summary() {
         assert!(
             summary.contains_key(field),
             "{field} is missing: {summary:?}"
@@ -512,6 +560,7 @@ fn a_signal_stops_cleanly_and_the_command_that_resumes_is_printed() {
             .map(|line| serde_json::from_str(&line.expect("readable")).expect("JSON"))
             .collect();
         let status = child.wait().expect("ends");
+        rest.iter().for_each(check_documented);
         let error = rest.last().expect("an error line");
         assert_eq!(status.code(), Some(expected), "{rest:?}");
         assert_eq!(

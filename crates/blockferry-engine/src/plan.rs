@@ -1,5 +1,7 @@
 //! Choosing: predict both modes from a sample, decide mode and strategy, check the space.
 
+use std::fmt;
+
 use blockferry_core::format_size;
 use blockferry_transfer_log::{Strategy, Undo};
 
@@ -41,6 +43,23 @@ pub(crate) struct Choice {
 impl Choice {
     pub(crate) fn fits(&self) -> bool {
         self.required_bytes <= self.available_bytes
+    }
+}
+
+impl fmt::Display for Choice {
+    /// The choice and its reason, which may begin with the strategy.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            mode,
+            strategy,
+            reason,
+            ..
+        } = self;
+        if reason.starts_with(&strategy.to_string()) {
+            write!(f, "{mode}, {reason}")
+        } else {
+            write!(f, "{mode}, {strategy}: {reason}")
+        }
     }
 }
 
@@ -300,6 +319,25 @@ mod tests {
         let (mode, strategy, _) = chosen(file(100 * GIB), &sample(0.01, 1e6));
 
         assert_eq!((mode, strategy), (Mode::Full, Strategy::Shadow));
+    }
+
+    #[test]
+    fn a_choice_names_its_strategy_once_at_the_front() {
+        let full = SyncOptions {
+            mode: Mode::Full,
+            ..SyncOptions::default()
+        };
+        let sample = sample(0.1, 0.01);
+
+        let unread = choose_unread(&full, file(100 * GIB), &sample).expect("nothing to choose");
+        let sampled = choose(&full, file(100 * GIB), &sample);
+
+        assert_eq!(
+            unread.to_string(),
+            "full, shadow: a complete new file beside the old one"
+        );
+        let front = "full, shadow: 10.0 % of the sampled data differs";
+        assert!(sampled.to_string().starts_with(front), "{sampled}");
     }
 
     #[test]

@@ -50,10 +50,7 @@ pub fn sync(
         Some(choice) => choice,
         None => run.choose(target)?,
     };
-    run.say(&Event::Decision(format!(
-        "{}, {}: {}",
-        choice.mode, choice.strategy, choice.reason
-    )));
+    run.say(&Event::Decision(choice.to_string()));
     let receipt = run.execute(target, &choice)?;
     target.leave_receipt(&receipt);
     Ok(receipt)
