@@ -267,7 +267,7 @@ fn a_full_download_leaves_a_manifest_that_spares_the_next_delta_the_target() {
 }
 
 #[test]
-fn another_block_size_makes_a_new_point_that_is_compared_in_full() {
+fn a_manifest_in_blocks_of_another_size_is_not_used_and_that_is_said() {
     let (machine, source) = synced(15);
     let other = options(|o| o.mode = Mode::Delta);
 
