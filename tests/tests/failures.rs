@@ -443,3 +443,33 @@ fn what_is_committed_needs_its_source_no_more() {
     assert_says(&resumed, 3, &["source"]);
     lab.assert_holds("target", &new);
 }
+
+#[test]
+fn a_way_back_that_was_cut_short_is_finished_and_goes_no_further() {
+    let lab = Lab::new();
+    let image = lab.disk("target", 24, 48 * MIB);
+    let first = lab.edited("source", 25, &image, 0.01);
+    lab.must("sync source target --mode delta --strategy redo");
+    let mut second = first.clone();
+    second[usize::try_from(40 * MIB).expect("small")..][..8192].fill(b'!');
+    lab.write("source", &second);
+
+    // Neither the new pages nor the old ones can be written there.
+    let stopped = lab.run_with_small_files(32 * MIB, "sync source target --strategy redo");
+
+    assert_says(
+        &stopped,
+        6,
+        &["returned to its old point", "blockferry rollback"],
+    );
+    let status = lab.must("status target");
+    assert_eq!(status.summary()["state"], "rolling_back");
+    let resumed = lab.run("resume target");
+    assert_says(&resumed, 2, &["on its way back", "blockferry rollback"]);
+    let finished = lab.must("rollback target");
+    assert_eq!(finished.summary()["outcome"], "rolled_back");
+    // Not at the point before that, which is kept as well.
+    lab.assert_holds("target", &first);
+    lab.must("rollback target");
+    lab.assert_holds("target", &image);
+}

@@ -36,7 +36,7 @@ pub(crate) fn open(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockS
 /// Opens a target that has a history here. Opening any other would leave an empty state beside it.
 fn open_known(path: &Path, session: &Session) -> Result<Target, Failure> {
     let options = session.target_options();
-    let failure = |error: engine::Error| session.failure(&error);
+    let failure = |error: engine::Error| sync::explain_decision(&error, path, session);
     let status = engine::status(path, &options).map_err(failure)?;
     if status.state == "unknown" && status.held_bytes == 0 {
         let message = format!(

@@ -1,29 +1,33 @@
 //! `cancel`, `rollback` and `accept`: the three decisions a user takes about a target.
 
 use crate::arguments::TargetArguments;
-use crate::engine::{self, format_size};
+use crate::engine::{self, Recovered, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::progress::Look;
 use crate::session::Session;
 use crate::verbs::report::{Facts, duration, short};
+use crate::verbs::sync;
 
 pub(crate) fn run(
     verb: &'static str,
     arguments: &TargetArguments,
     session: &Session,
 ) -> Result<Exit, Failure> {
-    let failure = |error: engine::Error| session.failure(&error);
-    let mut target = super::open_known(&arguments.target.absolute(), session)?;
+    let path = arguments.target.absolute();
+    let mut target = super::open_known(&path, session)?;
     let (context, display) = session.context(Look::Bar);
-    let decide = match verb {
-        "cancel" => engine::cancel,
-        "rollback" => engine::rollback,
+    let decide = match (verb, target.recovered()) {
+        // Opening it has just finished the one that was decided; there may be an older point behind.
+        ("rollback", Recovered::RolledBack(_)) => engine::recover,
+        ("rollback", _) => engine::rollback,
+        ("cancel", _) => engine::cancel,
         _ => engine::accept,
     };
     let outcome = decide(&mut target, &context);
     drop(display);
-    report(verb, &outcome.map_err(failure)?, session);
+    let outcome = outcome.map_err(|error| sync::explain_decision(&error, &path, session))?;
+    report(verb, &outcome, session);
     Ok(Exit::Done)
 }
 

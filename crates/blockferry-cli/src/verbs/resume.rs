@@ -1,5 +1,7 @@
 //! `resume TARGET`: reopens the recorded source and goes on; nothing that was durable is sent again.
 
+use std::path::Path;
+
 use crate::address::Address;
 use crate::arguments::ResumeArguments;
 use crate::engine;
@@ -29,12 +31,15 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
     Ok(Exit::Done)
 }
 
-/// What is committed needs its source no more: it is carried out whether or not that can still be opened.
+/// What is committed needs its source no more: it is carried out whether or not that can still be opened. What is on
+/// its way back does not go forward again.
 fn finish_decided(target: &Address, session: &Session) -> Result<(), Failure> {
     let (path, options) = (target.absolute(), session.target_options());
     let failed = |error: engine::Error| sync::explain_decision(&error, &path, session);
-    if engine::status(&path, &options).map_err(failed)?.state != "committed" {
-        return Ok(());
+    match &*engine::status(&path, &options).map_err(failed)?.state {
+        "committed" => {}
+        "rolling_back" => return Err(on_its_way_back(&path, session)),
+        _ => return Ok(()),
     }
     let mut place = engine::Target::open(&path, &options).map_err(failed)?;
     let (context, display) = session.context(Look::Bar);
@@ -42,6 +47,17 @@ fn finish_decided(target: &Address, session: &Session) -> Result<(), Failure> {
     drop(display);
     session.output.say(outcome.map_err(failed)?.message);
     Ok(())
+}
+
+fn on_its_way_back(target: &Path, session: &Session) -> Failure {
+    let message = format!(
+        "{} is on its way back to its old point: there is no run to resume",
+        target.display()
+    );
+    Failure::new(Exit::Usage, message).with_hint(format!(
+        "finish with: {}",
+        session.command("rollback", target)
+    ))
 }
 
 fn reopen(recorded: &str) -> Result<Address, Failure> {

@@ -171,10 +171,15 @@ fn explain(
 pub(crate) fn explain_decision(error: &engine::Error, target: &Path, session: &Session) -> Failure {
     let failure = session.failure(error);
     match error.kind() {
-        ErrorKind::DecisionPending => failure.with_hint(format!(
-            "once that is solved, finish with: {}",
-            session.command("resume", target)
-        )),
+        ErrorKind::DecisionPending => {
+            let status = engine::status(target, &session.target_options());
+            let back = status.is_ok_and(|status| status.state == "rolling_back");
+            let verb = if back { "rollback" } else { "resume" };
+            failure.with_hint(format!(
+                "once that is solved, finish with: {}",
+                session.command(verb, target)
+            ))
+        }
         ErrorKind::Corruption => failure.with_hint(format!(
             "see where it stands with: {}",
             session.command("status", target)
