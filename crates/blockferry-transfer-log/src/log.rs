@@ -470,8 +470,10 @@ pub(crate) struct Scan {
     pub(crate) next_segment: u32,
     pub(crate) next_sequence: u64,
     pub(crate) chain: Digest,
-    /// Bytes of all segments.
+    /// Bytes of all segments that count.
     pub(crate) held_bytes: u64,
+    /// Segments that never count again: compacted into a later one, or compactions that were cut short.
+    pub(crate) superseded: Vec<u32>,
 }
 
 impl Scan {
@@ -509,7 +511,8 @@ pub(crate) fn scan(
     stats: &Stats,
 ) -> Result<Option<Scan>> {
     let mut found: Option<Scan> = None;
-    let mut held_bytes = 0;
+    let mut held: Vec<(u32, u64)> = Vec::new();
+    let mut superseded = Vec::new();
     for number in segments {
         let name = segment_name(session, *number);
         let open = dir
@@ -524,19 +527,29 @@ pub(crate) fn scan(
             stats.count_flush();
             file.drop_cache();
         }
-        held_bytes += file.size_bytes();
-        let segment = match scan_segment(file, session, &name) {
+        let segment = match scan_segment(Arc::clone(&file), session, &name) {
             Ok(Some(segment)) => segment,
             Ok(None) => continue,
             Err(error) if error.kind() == ErrorKind::UnknownVersion => return Err(error),
             Err(_) => continue,
         };
+        match segment.compaction() {
+            Some(Compaction::Complete) => superseded.extend(held.drain(..).map(|(n, _)| n)),
+            // Where nothing counts before it, it may be what is left of a complete one: that is evidence.
+            Some(Compaction::CutShort) if found.is_some() => superseded.push(*number),
+            Some(Compaction::CutShort) | None => {}
+        }
         found = join(found, segment, *number);
+        let last = found.as_ref().and_then(|scan| scan.files.files.last());
+        if last.is_some_and(|last| Arc::ptr_eq(last, &file)) {
+            held.push((*number, file.size_bytes()));
+        }
     }
     // A segment that does not count still has its name.
     let next_segment = segments.iter().max().map_or(0, |last| last + 1);
     Ok(found.map(|scan| Scan {
-        held_bytes,
+        held_bytes: held.iter().map(|(_, bytes)| bytes).sum(),
+        superseded,
         next_segment,
         ..scan
     }))
@@ -559,12 +572,30 @@ struct SegmentScan {
     chains: Vec<Digest>,
 }
 
+/// How far a segment got that was begun to replace those before it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Compaction {
+    Complete,
+    /// The segments before still count, this one never does.
+    CutShort,
+}
+
+impl SegmentScan {
+    fn compaction(&self) -> Option<Compaction> {
+        let complete = || self.records.iter().any(|(_, h)| h.compaction_end);
+        match self.header.kind {
+            SegmentKind::Compacted if complete() => Some(Compaction::Complete),
+            SegmentKind::Compacted => Some(Compaction::CutShort),
+            SegmentKind::Continues => None,
+        }
+    }
+}
+
 /// Appends a segment to what was found before it, if it builds on it.
 fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<Scan> {
-    let complete = segment.records.iter().any(|(_, h)| h.compaction_end);
-    let starts_over = segment.header.kind == SegmentKind::Compacted;
-    if starts_over && !complete {
-        // A compaction that never finished: the segments before still count, this one never does.
+    let compaction = segment.compaction();
+    let starts_over = compaction.is_some();
+    if compaction == Some(Compaction::CutShort) {
         return before;
     }
     let mut scan = match before {
@@ -591,6 +622,7 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
                 next_sequence: 0,
                 chain: segment.chains[0],
                 held_bytes: 0,
+                superseded: Vec::new(),
             }
         }
     };

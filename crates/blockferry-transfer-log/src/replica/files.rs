@@ -110,6 +110,25 @@ impl Replica {
         self.remove_siblings(&[retained, staged])
     }
 
+    /// Removes the segments of the unfinished session that never count again: their bytes would count against the
+    /// limit of its log.
+    pub(super) fn remove_superseded(&mut self) -> Result<()> {
+        let Some(scan) = self.staged.as_mut().filter(|s| !s.superseded.is_empty()) else {
+            return Ok(());
+        };
+        let session = scan.header.session;
+        let superseded = std::mem::take(&mut scan.superseded);
+        // The name of what replaces them must be durable before theirs go.
+        self.sync_dir()?;
+        for segment in superseded {
+            let name = segment_name(session, segment);
+            self.dir
+                .remove(&name)
+                .map_err(|e| Error::log(format!("remove {name}"), e))?;
+        }
+        Ok(())
+    }
+
     pub(super) fn remove_siblings(&self, needed: &[Option<SessionId>]) -> Result<()> {
         let Some((dir, name)) = self.place.file() else {
             return Ok(());

@@ -64,6 +64,7 @@ impl Replica {
                 None => self.refuse_lost_log(session, last.as_ref(), groups)?,
             }
         }
+        self.remove_superseded()?;
         self.remove_leftovers()
     }
 

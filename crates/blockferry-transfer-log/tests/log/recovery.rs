@@ -201,6 +201,59 @@ fn a_full_log_leaves_a_session_that_resumes() {
 }
 
 #[test]
+fn a_compaction_that_was_cut_short_leaves_no_segment_that_does_not_count() {
+    let setup = Setup {
+        log_limit_bytes: 192 * 1024,
+        ..Setup::file(Strategy::Redo)
+    };
+    let pages = |round: u8| image(&[round, round + 1, round + 2, round + 3], 4 * PAGE);
+    let (old_segment, new_segment) = (log_of(1), log_of(1).replace("0000", "0001"));
+    // Cut short before the new segment counts, and after it does.
+    for (operation, segment, nth, kept, gone) in [
+        (
+            OperationKind::Write,
+            ".log.0001",
+            4,
+            &old_segment,
+            &new_segment,
+        ),
+        (
+            OperationKind::Remove,
+            ".log.0000",
+            1,
+            &new_segment,
+            &old_segment,
+        ),
+    ] {
+        let disk = setup.machine(Some(&old()));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+        disk.inject(Fault::on(operation, segment, nth, FaultKind::PowerLoss));
+        let mut rounds = (10u8..40)
+            .map(|round| setup.stage(&mut session, target.as_ref(), &pages(round), 9, &mut |_| {}));
+        assert!(
+            rounds.any(|staged| staged.is_err()),
+            "nothing was compacted"
+        );
+        let disk = disk.snapshot().after_kill();
+        let is_there = |name: &str| disk.content(name).is_some();
+        assert!(is_there(kept) && is_there(gone));
+
+        let mut replica = setup.open(&disk).unwrap();
+
+        assert!(is_there(kept) && !is_there(gone), "{operation:?}");
+        let target = replica.target();
+        let mut session = replica.resume(192 * 1024).unwrap();
+        assert!(session.totals().resumed_bytes > 0);
+        setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+        session.commit(root(&new()), &quiet).unwrap();
+        replica.rollback(&quiet).unwrap();
+        assert_eq!(setup.content(&disk), Some(old()));
+    }
+}
+
+#[test]
 fn a_failed_flush_of_the_sibling_is_never_taken_back() {
     let setup = Setup::file(Strategy::Clone);
     let disk = setup.machine(Some(&old()));

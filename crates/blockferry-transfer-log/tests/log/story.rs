@@ -9,6 +9,8 @@ use crate::harness::{Setup, TARGET, id, quiet, root};
 use crate::looked::check_looked;
 use crate::model::{Model, Promise, check};
 
+/// As much as one run of a story may write.
+const SEGMENT_BYTES: u64 = 64 * 1024;
 /// Owner, mode and the like of the first target.
 const ATTRIBUTES: u64 = 77;
 
@@ -344,8 +346,8 @@ impl Story {
             let new = self.image(image);
             let target = replica.target();
             let mut session = replica
-                // Without a limit: what compactions that were cut short left counts as well.
-                .resume(u64::MAX)
+                // Another run needs another segment; what a compaction that was cut short left does not count.
+                .resume(self.setup.log_limit_bytes.saturating_add(SEGMENT_BYTES))
                 .map_err(|e| format!("resume: {e:?}"))?;
             let resumed = session.totals().resumed_bytes;
             let watermark = session.checkpoint().sequence;
