@@ -488,12 +488,13 @@ impl Replica {
                 self.label()
             )));
         }
-        let scan = self.scan_session(current.id)?.ok_or_else(|| {
+        let mut scan = self.scan_session(current.id)?.ok_or_else(|| {
             Error::corrupt(format!(
                 "the log of session {}, which holds the old point, is gone",
                 current.id
             ))
         })?;
+        self.keep_applied(&mut scan)?;
         // A session whose removal was cut short must not come back beside the old point.
         self.sync_dir()?;
         // A decision that cannot be carried out would leave neither point: everything it needs is checked first.
@@ -502,6 +503,19 @@ impl Replica {
             .and_then(|()| self.carry_rollback_out(&scan, progress))
             .map_err(|e| Error::pending("the way back is decided but not finished", e))?;
         Ok(retained.point)
+    }
+
+    /// A log that lost records still is a log: only what was applied says how many pre-images there must be.
+    fn keep_applied(&self, scan: &mut Scan) -> Result<()> {
+        let session = scan.header.session;
+        match self.state.last_decision(session).cloned() {
+            _ if scan.header.strategy != Strategy::Redo => Ok(()),
+            Some(decision) => scan.keep_decided(&decision),
+            None => Err(Error::corrupt(format!(
+                "the decisions of session {session} are gone: nothing says whether its log still has every \
+                 pre-image"
+            ))),
+        }
     }
 
     fn check_way_back(&self, scan: &Scan) -> Result<()> {

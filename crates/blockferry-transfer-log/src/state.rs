@@ -260,6 +260,14 @@ struct StateRead {
 
 /// Reads slots and decisions without changing anything: for `open` after its flush, and for looking only.
 fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
+    // It was whole before it had its name: decisions that are cut off must not pass for none.
+    let expected_bytes = (PAGES * PAGE) as u64;
+    if file.size_bytes() < expected_bytes {
+        return Err(Error::corrupt(format!(
+            "{attempt}: expected {expected_bytes} bytes, found {}",
+            file.size_bytes()
+        )));
+    }
     let mut bytes = vec![0; PAGES * PAGE];
     let mut whole = [ReadRequest {
         offset: 0,
