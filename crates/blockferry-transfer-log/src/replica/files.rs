@@ -6,8 +6,8 @@ use std::sync::Arc;
 use blockferry_core::{Extent, PAGE_BYTES};
 use blockferry_device::{StorageDir, StorageFile};
 
-use super::Replica;
 use super::recovery::LoadedSession;
+use super::{Recovered, Replica};
 use crate::error::{Error, Result};
 use crate::format::{SegmentHeader, SessionId};
 use crate::log::{Scan, ScanDurability, parse_segment_name, scan, segment_name};
@@ -113,7 +113,10 @@ impl Replica {
     /// Removes the segments of the unfinished session that never count again: their bytes would count against the
     /// limit of its log.
     pub(super) fn remove_superseded(&mut self) -> Result<()> {
-        let Some(scan) = self.staged.as_mut().filter(|s| !s.superseded.is_empty()) else {
+        // Of a prepared member nothing goes before its group has decided.
+        let staging = self.recovered == Recovered::Staging;
+        let staged = self.staged.as_mut().filter(|_| staging);
+        let Some(scan) = staged.filter(|s| !s.superseded.is_empty()) else {
             return Ok(());
         };
         let session = scan.header.session;
