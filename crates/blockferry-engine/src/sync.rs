@@ -20,7 +20,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use blockferry_core::{Geometry, Root};
 use blockferry_device::{BlockSource, Cancellable};
 use blockferry_pipeline::{Event, Phase};
-use blockferry_transfer_log::{Applied, Plan, Session, SessionId, SourceStamp, Strategy, Undo};
+use blockferry_transfer_log::{
+    Applied, Plan, Retained, Session, SessionId, SourceStamp, Strategy, Undo,
+};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::LogHandle;
@@ -127,6 +129,7 @@ impl<'a> Run<'a> {
         let plan = self.plan(choice);
         let limit = plan.log_limit_bytes;
         let point_before = target.replica.point().map(|p| p.id);
+        let kept_before = target.replica.retained().cloned();
         let mut handle = if resuming {
             let mut session = target
                 .replica
@@ -170,7 +173,26 @@ impl<'a> Run<'a> {
             applied.proven_bytes,
         );
         receipt.previous_point = point_before.map(|p| p.to_string());
+        if let Some(kept) = kept_before {
+            self.say_accepted(&kept, receipt.rollback_available);
+        }
         Ok(receipt)
+    }
+
+    /// Only one point is kept: what was kept until now went with this run's commit.
+    fn say_accepted(&self, kept: &Retained, keeps_another: bool) {
+        let older = match &kept.point {
+            Some(point) => format!("the older point {}", point.id),
+            None => "the older content".to_owned(),
+        };
+        let now = if keeps_another {
+            "rollback now returns to what this run replaced"
+        } else {
+            "there is nothing to roll back to any more"
+        };
+        self.say(&Event::Decision(format!(
+            "{older} is accepted with this run: {now}"
+        )));
     }
 
     /// Commits and applies. When writing reports tells deciding, writing and proving apart; a strategy that writes

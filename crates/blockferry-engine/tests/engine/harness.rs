@@ -462,6 +462,16 @@ pub(crate) fn warnings(events: &Mutex<Vec<Event>>) -> Vec<&'static str> {
     events.iter().filter_map(code).collect()
 }
 
+/// The decisions that were told, in words.
+pub(crate) fn decisions(events: &Mutex<Vec<Event>>) -> Vec<String> {
+    let events = events.lock().unwrap();
+    let told = |e: &Event| match e {
+        Event::Decision(text) => Some(text.clone()),
+        _ => None,
+    };
+    events.iter().filter_map(told).collect()
+}
+
 /// A context with this token.
 pub(crate) fn cancelled_by(token: &CancelToken) -> Context {
     let mut context = Context::default();

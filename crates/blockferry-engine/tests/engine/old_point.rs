@@ -8,7 +8,7 @@ use blockferry_testkit::{Events, ExploreOptions, Scenario, SimDisk, explore};
 
 use crate::harness::{
     Machine, On, Source, assert_rolls_back_to, assert_second_is_identical, assert_synced,
-    block_size, edited, image, listening, options, warnings,
+    block_size, decisions, edited, image, listening, options, warnings,
 };
 
 const BYTES: u64 = (1 << 20) + 512;
@@ -149,4 +149,29 @@ fn a_crash_at_any_write_of_the_other_digests_keeps_the_way_back() {
 
     report.assert_clean();
     assert!(report.distinct_images > 20, "{report:?}");
+}
+
+#[test]
+fn a_later_sync_says_that_it_accepts_the_older_point() {
+    let old = image(1, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(1, &old, BYTES, 50));
+    let first = machine.sync(&source, &in_default_blocks()).unwrap();
+    let (context, heard) = listening();
+
+    source.change(|bytes| *bytes = edited(2, &old, BYTES, 80));
+    machine
+        .sync_in(&source, &in_default_blocks(), &context)
+        .unwrap();
+
+    let said = decisions(&heard);
+    assert!(
+        said.iter()
+            .any(|text| text.contains("is accepted with this run")),
+        "{said:?}"
+    );
+    // What the second run replaced is what the first one made.
+    rollback(&mut machine.open(), &context).unwrap();
+    let point = machine.open().replica().point().map(|p| p.id.to_string());
+    assert_eq!(point, Some(first.sync_point));
 }
