@@ -8,5 +8,6 @@ mod fixtures;
 mod kills;
 mod lab;
 mod names;
+mod syscalls;
 mod targets;
 mod undo;

@@ -2,6 +2,7 @@
 
 mod places;
 mod run;
+mod traced;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -12,6 +13,7 @@ use blockferry_testkit::{Random, images};
 
 pub(crate) use places::{LoopDevice, MountedFileSystem, skipped};
 pub(crate) use run::{Answer, Child, command, command_of, output, tool, with_files};
+pub(crate) use traced::{Position, all_positions, some_positions};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -217,4 +219,9 @@ pub(crate) fn seeded(test: &str) -> Random {
         eprintln!("{test}: BLOCKFERRY_TEST_SEED={seed}");
     }
     Random::new(seed)
+}
+
+/// Whether everything is to be tried that is there to try, however long it takes: `BLOCKFERRY_TEST_LONG` is set.
+pub(crate) fn thorough() -> bool {
+    std::env::var_os("BLOCKFERRY_TEST_LONG").is_some()
 }
