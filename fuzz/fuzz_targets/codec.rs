@@ -1,0 +1,100 @@
+//! The bounded codec: what is encoded is decoded, and no bytes make a decoder panic or read past its end.
+#![no_main]
+
+use arbitrary::Arbitrary;
+use blockferry::core::{Decoder, Digest, Encoder, Extent, Result};
+use libfuzzer_sys::fuzz_target;
+
+#[derive(Arbitrary, Debug)]
+enum Field {
+    U8(u8),
+    U16(u16),
+    U32(u32),
+    U64(u64),
+    Short(Vec<u8>),
+    Long(Vec<u8>),
+    Count(u16),
+    Digest([u8; 32]),
+    Extent(u64, u64),
+}
+
+#[derive(Arbitrary, Debug)]
+struct Input<'a> {
+    fields: Vec<Field>,
+    limit: u16,
+    bytes: &'a [u8],
+}
+
+fuzz_target!(|input: Input<'_>| {
+    let mut bytes = Vec::new();
+    let mut encoder = Encoder::new(&mut bytes);
+    input
+        .fields
+        .iter()
+        .for_each(|field| encode(&mut encoder, field));
+    let mut decoder = Decoder::new(&bytes);
+    for field in &input.fields {
+        assert!(
+            decode(&mut decoder, field, usize::MAX).expect("it was encoded"),
+            "{field:?}"
+        );
+    }
+    decoder.finish().expect("nothing else was encoded");
+
+    let mut decoder = Decoder::new(input.bytes);
+    for field in &input.fields {
+        let before = decoder.position();
+        let decoded = decode(&mut decoder, field, usize::from(input.limit));
+        assert!(decoder.position() >= before);
+        assert_eq!(decoder.position() + decoder.remaining(), input.bytes.len());
+        if decoded.is_err() {
+            break;
+        }
+    }
+    let left = decoder.remaining();
+    assert_eq!(decoder.finish().is_ok(), left == 0);
+});
+
+fn extent_of(start: u64, length: u64) -> Extent {
+    Extent::new(start, length).unwrap_or_else(|| Extent::from_range(start..u64::MAX))
+}
+
+fn encode(encoder: &mut Encoder<'_>, field: &Field) {
+    match field {
+        Field::U8(value) => encoder.u8(*value),
+        Field::U16(value) => encoder.u16(*value),
+        Field::U32(value) => encoder.u32(*value),
+        Field::U64(value) => encoder.u64(*value),
+        Field::Short(bytes) => encoder.bytes_u16(&bytes[..bytes.len().min(65535)]),
+        Field::Long(bytes) => encoder.bytes_u32(bytes),
+        Field::Count(count) => encoder.count(usize::from(*count)),
+        Field::Digest(bytes) => encoder.digest(&Digest::from_bytes(*bytes)),
+        Field::Extent(start, length) => encoder.extent(extent_of(*start, *length)),
+    };
+}
+
+/// Whether the value found is that of `field`. Nothing longer than `limit` is ever handed out.
+fn decode(decoder: &mut Decoder<'_>, field: &Field, limit: usize) -> Result<bool> {
+    Ok(match field {
+        Field::U8(value) => decoder.u8()? == *value,
+        Field::U16(value) => decoder.u16()? == *value,
+        Field::U32(value) => decoder.u32()? == *value,
+        Field::U64(value) => decoder.u64()? == *value,
+        Field::Short(bytes) => {
+            within(decoder.bytes_u16(limit)?, limit) == &bytes[..bytes.len().min(65535)]
+        }
+        Field::Long(bytes) => within(decoder.bytes_u32(limit)?, limit) == bytes,
+        Field::Count(count) => {
+            let found = decoder.count(limit)?;
+            assert!(found <= limit);
+            found == usize::from(*count)
+        }
+        Field::Digest(bytes) => decoder.digest()?.as_bytes() == bytes,
+        Field::Extent(start, length) => decoder.extent()? == extent_of(*start, *length),
+    })
+}
+
+fn within(bytes: &[u8], limit: usize) -> &[u8] {
+    assert!(bytes.len() <= limit);
+    bytes
+}
