@@ -4,6 +4,7 @@ mod arrows;
 mod bounds;
 mod docs;
 mod failures;
+mod full_disks;
 mod fixtures;
 mod kills;
 mod lab;
