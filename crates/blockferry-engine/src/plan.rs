@@ -22,7 +22,9 @@ const LOG_MARGIN: f64 = 1.1;
 )]
 pub(crate) struct Situation {
     pub(crate) target_present: bool,
-    pub(crate) is_file: bool,
+    /// A new file can be put in the target's place.
+    pub(crate) can_replace: bool,
+    /// And that file may begin as a clone of it.
     pub(crate) can_clone: bool,
     /// The target's content is proven and its manifest is at hand.
     pub(crate) target_known: bool,
@@ -108,7 +110,7 @@ fn predicted(options: &SyncOptions, found: Situation, sample: &Sample) -> (Mode,
     let full = sample.full_seconds(threads);
     // Only a new file can be written without a comparison; where blocks are shared the clone keeps them shared.
     let room = round(sample.data_bytes()) <= found.target_free_bytes;
-    let may_replace = found.is_file && !found.can_clone && room && strategy != Strategy::Direct;
+    let may_replace = found.can_replace && !found.can_clone && room && strategy != Strategy::Direct;
     let mode = match options.mode {
         Mode::Auto if strategy == Strategy::Shadow || full < delta && may_replace => Mode::Full,
         Mode::Auto => Mode::Delta,
@@ -166,28 +168,27 @@ fn only_delta_strategy(found: Situation) -> Option<(Strategy, String)> {
     let (strategy, why) = if found.can_clone {
         let why = "clone: the file system shares unchanged blocks";
         (Strategy::Clone, why)
-    } else if found.is_file {
+    } else if found.can_replace {
         return None;
     } else {
-        (Strategy::Redo, "redo: a device cannot be exchanged")
+        (Strategy::Redo, NOT_REPLACED)
     };
     Some((strategy, why.to_owned()))
 }
+
+const NOT_REPLACED: &str = "redo: nothing can be put in the target's place, as it is a device or its file system exchanges no names";
 
 fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {
     if let Some(asked) = asked_for(options) {
         return asked;
     }
-    if found.is_file {
+    if found.can_replace {
         return (
             Strategy::Shadow,
             "shadow: a complete new file beside the old one".to_owned(),
         );
     }
-    (
-        Strategy::Redo,
-        "redo: a device cannot be exchanged".to_owned(),
-    )
+    (Strategy::Redo, NOT_REPLACED.to_owned())
 }
 
 fn with_space(
@@ -267,7 +268,7 @@ mod tests {
     fn file(target_free_bytes: u64) -> Situation {
         Situation {
             target_present: true,
-            is_file: true,
+            can_replace: true,
             can_clone: false,
             target_known: false,
             state_free_bytes: 100 * GIB,
@@ -343,7 +344,7 @@ mod tests {
     #[test]
     fn a_device_is_never_exchanged() {
         let found = Situation {
-            is_file: false,
+            can_replace: false,
             ..file(0)
         };
 

@@ -190,7 +190,7 @@ impl<'a> Run<'a> {
         } else {
             "there is nothing to roll back to any more"
         };
-        self.say(&Event::Decision(format!(
+        self.say(&Event::Accepted(format!(
             "{older} is accepted with this run: {now}"
         )));
     }

@@ -164,7 +164,8 @@ pub fn predict(
     };
     let found = Situation {
         target_present: device.is_some(),
-        is_file: target_dir.is_some(),
+        // Trying it would write: a file system that exchanges no names is found by the run itself.
+        can_replace: target_dir.is_some(),
         can_clone: options.strategy.is_none()
             && !options.in_place
             && target_dir.is_some_and(|d| d.may_clone())

@@ -88,6 +88,8 @@ pub enum Event {
         /// For people.
         message: String,
     },
+    /// An older point that was kept until now went with this run's commit, in words.
+    Accepted(String),
     /// A group became durable: everything up to it is never sent again.
     Checkpoint {
         /// Last durable record.

@@ -59,6 +59,7 @@ struct ProgressLine {
 #[serde(tag = "event", rename_all = "snake_case")]
 enum EventLine<'a> {
     Decision { message: &'a str },
+    Accepted { message: &'a str },
     Checkpoint { sequence: u64, durable_bytes: u64 },
     Phase { phase: String },
     Stopping { signal: u8 },
@@ -90,6 +91,11 @@ impl Renderer {
     pub(crate) fn event(&self, event: &Event) {
         match event {
             Event::Decision(message) => self.aloud(&EventLine::Decision { message }, |output| {
+                if self.tells_decisions {
+                    output.say(message);
+                }
+            }),
+            Event::Accepted(message) => self.aloud(&EventLine::Accepted { message }, |output| {
                 if self.tells_decisions {
                     output.say(message);
                 }

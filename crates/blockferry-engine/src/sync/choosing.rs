@@ -49,12 +49,15 @@ impl Run<'_> {
                 .map_err(|e| Error::target("ask for free space", e))
         };
         let may_clone = replica.target_dir().is_some_and(|d| d.may_clone());
-        let wants_clone = self.options.strategy.is_none() && !self.options.in_place;
+        let is_open = self.options.strategy.is_none() && !self.options.in_place;
         let present = replica.target().is_some();
-        let can_clone = may_clone && wants_clone && present && replica.supports_clone(self.id);
+        let can_replace =
+            replica.is_file() && !(present && is_open && !replica.supports_exchange(self.id));
+        let can_clone =
+            may_clone && is_open && present && can_replace && replica.supports_clone(self.id);
         Ok(Situation {
             target_present: present,
-            is_file: replica.is_file(),
+            can_replace,
             can_clone,
             target_known: !self.options.rescan && self.target_is_proven(target)?,
             state_free_bytes: free(&**replica.state_dir())?,

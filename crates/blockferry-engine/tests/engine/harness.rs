@@ -56,6 +56,18 @@ impl Machine {
         }
     }
 
+    /// A file on a file system that can exchange no names.
+    pub(crate) fn without_exchange(old: &[u8]) -> Self {
+        let options = SimOptions {
+            exchanges: false,
+            ..SimOptions::default()
+        };
+        let disk = SimDisk::new(options);
+        disk.install_sparse("home", "disk", old);
+        drop(disk.dir("state"));
+        Self::on(&disk)
+    }
+
     /// On a disk that exists, with a file as its target.
     pub(crate) fn on(disk: &SimDisk) -> Self {
         Self {
@@ -462,11 +474,11 @@ pub(crate) fn warnings(events: &Mutex<Vec<Event>>) -> Vec<&'static str> {
     events.iter().filter_map(code).collect()
 }
 
-/// The decisions that were told, in words.
-pub(crate) fn decisions(events: &Mutex<Vec<Event>>) -> Vec<String> {
+/// What was said of older points that went with a commit.
+pub(crate) fn accepted(events: &Mutex<Vec<Event>>) -> Vec<String> {
     let events = events.lock().unwrap();
     let told = |e: &Event| match e {
-        Event::Decision(text) => Some(text.clone()),
+        Event::Accepted(text) => Some(text.clone()),
         _ => None,
     };
     events.iter().filter_map(told).collect()

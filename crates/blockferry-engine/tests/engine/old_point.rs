@@ -7,8 +7,8 @@ use blockferry_engine::{Mode, Strategy, SyncOptions, rollback};
 use blockferry_testkit::{Events, ExploreOptions, Scenario, SimDisk, explore};
 
 use crate::harness::{
-    Machine, On, Source, assert_rolls_back_to, assert_second_is_identical, assert_synced,
-    block_size, decisions, edited, image, listening, options, warnings,
+    Machine, On, Source, accepted, assert_rolls_back_to, assert_second_is_identical, assert_synced,
+    block_size, edited, image, listening, options, warnings,
 };
 
 const BYTES: u64 = (1 << 20) + 512;
@@ -164,12 +164,8 @@ fn a_later_sync_says_that_it_accepts_the_older_point() {
         .sync_in(&source, &in_default_blocks(), &context)
         .unwrap();
 
-    let said = decisions(&heard);
-    assert!(
-        said.iter()
-            .any(|text| text.contains("is accepted with this run")),
-        "{said:?}"
-    );
+    let said = accepted(&heard);
+    assert!(said[0].contains("is accepted with this run"), "{said:?}");
     // What the second run replaced is what the first one made.
     rollback(&mut machine.open(), &context).unwrap();
     let point = machine.open().replica().point().map(|p| p.id.to_string());

@@ -586,3 +586,17 @@ fn the_receipt_tells_how_long_each_phase_took() {
         assert!(sum <= receipt.elapsed_seconds, "{receipt:?}");
     }
 }
+
+#[test]
+fn a_file_system_that_exchanges_no_names_gets_a_log_whatever_changed() {
+    let old = image(1, 1 << 20);
+    for mode in [Mode::Auto, Mode::Full, Mode::Delta] {
+        let machine = Machine::without_exchange(&old);
+        let source = Source::new(edited(2, &old, 1 << 20, 900));
+
+        let receipt = machine.sync(&source, &options(|o| o.mode = mode)).unwrap();
+
+        assert_eq!(receipt.strategy, Some(Strategy::Redo), "{}", receipt.reason);
+        assert!(machine.content() == Some(source.bytes()), "{mode}");
+    }
+}
