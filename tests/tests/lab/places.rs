@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 
@@ -19,11 +20,16 @@ pub(crate) struct LoopDevice {
     path: String,
 }
 
+/// Held while a device is looked for: of two that find the same free one the loser has the winner's open for a moment,
+/// and a target that somebody has open is refused.
+static FINDING: Mutex<()> = Mutex::new(());
+
 impl LoopDevice {
     /// `None` where loop devices are not to be had: not root, or no losetup.
     pub(crate) fn attach(image: &Path, sector_bytes: u32) -> Option<Self> {
         let sector = sector_bytes.to_string();
         let image = image.to_str().expect("paths of tests are text");
+        let _alone = FINDING.lock().unwrap_or_else(PoisonError::into_inner);
         let path = tool(&[
             "losetup",
             "--find",
