@@ -3,6 +3,7 @@
 mod arrows;
 mod bounds;
 mod docs;
+mod failing_devices;
 mod failures;
 mod full_disks;
 mod fixtures;
