@@ -18,7 +18,7 @@ pub(crate) use record::{RecordHeader, StoredPages};
 pub(crate) use slot::Slot;
 pub use slot::{Point, Retained};
 
-use blockferry_core::{Digest, checksum};
+use blockferry_core::{Decoder, Digest, checksum};
 
 /// The only version of all formats of this crate.
 pub const FORMAT_VERSION: u32 = 1;
@@ -69,6 +69,19 @@ impl std::fmt::Debug for SessionId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "SessionId({self})")
     }
+}
+
+/// A count that is stored. Nothing ever counts as far as 2^63, so that the next one always fits.
+fn decode_count(d: &mut Decoder<'_>) -> blockferry_core::Result<u64> {
+    const LIMIT: u64 = 1 << 63;
+    let count = d.u64()?;
+    if count < LIMIT {
+        return Ok(count);
+    }
+    Err(blockferry_core::Error::new(
+        blockferry_core::ErrorKind::LimitExceeded,
+        format!("expected a count below 2^63, found {count}"),
+    ))
 }
 
 /// Pads `bytes` to a multiple of [`PAGE`] with room for the checksum, and puts the checksum at its end.

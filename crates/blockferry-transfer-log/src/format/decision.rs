@@ -4,7 +4,7 @@ use blockferry_core::{Decoder, Digest, Encoder};
 use blockferry_device::Evidence;
 
 use super::header::decode_evidence;
-use super::{FORMAT_VERSION, PAGE, SessionId, seal, unseal};
+use super::{FORMAT_VERSION, PAGE, SessionId, decode_count, seal, unseal};
 
 const MAGIC: &[u8; 8] = b"BFRYDEC\0";
 
@@ -108,15 +108,15 @@ impl Decision {
             return None;
         }
         let session = SessionId::from_bytes(d.array().ok()?);
-        let epoch = d.u64().ok()?;
-        let ordinal = d.u32().ok()?;
+        let epoch = decode_count(&mut d).ok()?;
+        let ordinal = d.u32().ok().filter(|o| *o < u32::MAX)?;
         let code = d.u8().ok()?;
         Some(Self {
             session,
             epoch,
             ordinal,
             kind: DecisionKind::ALL.into_iter().find(|k| k.code() == code)?,
-            records: d.u64().ok()?,
+            records: decode_count(&mut d).ok()?,
             chain: Digest::from_bytes(d.array().ok()?),
             root: Digest::from_bytes(d.array().ok()?),
             group: d.array().ok()?,

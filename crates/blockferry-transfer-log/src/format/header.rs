@@ -3,7 +3,7 @@
 use blockferry_core::{BlockSize, Decoder, Digest, Encoder, Geometry};
 use blockferry_device::{Evidence, Identity};
 
-use super::{FORMAT_VERSION, PAGE, SessionId, seal, unseal};
+use super::{FORMAT_VERSION, PAGE, SessionId, decode_count, seal, unseal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Strategy, Undo};
 
@@ -184,7 +184,7 @@ impl SegmentHeader {
         let invalid =
             |what: &str| blockferry_core::Error::new(blockferry_core::ErrorKind::Invalid, what);
         let session = SessionId::from_bytes(d.array()?);
-        let epoch = d.u64()?;
+        let epoch = decode_count(d)?;
         let strategy = Strategy::from_code(d.u8()?).ok_or_else(|| invalid("unknown strategy"))?;
         let undo = Undo::from_code(d.u8()?).ok_or_else(|| invalid("unknown undo"))?;
         let mode = d.u8()?;

@@ -4,7 +4,7 @@ use blockferry_core::{BlockSize, Decoder, Encoder, Geometry, Root};
 use blockferry_device::{Evidence, Identity};
 
 use super::header::{decode_evidence, decode_identity, decode_option, encode_option};
-use super::{FORMAT_VERSION, PAGE, SessionId, SourceStamp, seal, unseal};
+use super::{FORMAT_VERSION, PAGE, SessionId, SourceStamp, decode_count, seal, unseal};
 use crate::plan::Strategy;
 
 const MAGIC: &[u8; 8] = b"BFRYSLT\0";
@@ -100,8 +100,8 @@ impl Slot {
 
     fn decode_fields(d: &mut Decoder<'_>) -> blockferry_core::Result<Self> {
         Ok(Self {
-            sequence: d.u64()?,
-            epoch: d.u64()?,
+            sequence: decode_count(d)?,
+            epoch: decode_count(d)?,
             identity: decode_identity(d)?,
             evidence: decode_evidence(d)?,
             point: decode_option(d, decode_point)?,

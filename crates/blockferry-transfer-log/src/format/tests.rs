@@ -178,3 +178,43 @@ fn an_extent_outside_of_the_image_is_refused() {
 
     assert!(RecordHeader::decode(&bytes, &geometry(1 << 40), 4096).is_err());
 }
+
+#[test]
+fn a_count_that_has_no_next_one_is_refused() {
+    let (slot, decision, segment) = (slot(1, 1), decision(1, 1), segment(1, 1));
+    let count = u64::MAX;
+
+    for slot in [
+        Slot {
+            sequence: count,
+            ..slot.clone()
+        },
+        Slot {
+            epoch: count,
+            ..slot
+        },
+    ] {
+        assert_eq!(Slot::decode(&slot.encode()), None);
+    }
+    for decision in [
+        Decision {
+            epoch: count,
+            ..decision.clone()
+        },
+        Decision {
+            records: count,
+            ..decision.clone()
+        },
+        Decision {
+            ordinal: u32::MAX,
+            ..decision
+        },
+    ] {
+        assert_eq!(Decision::decode(&decision.encode()), None);
+    }
+    let segment = SegmentHeader {
+        epoch: count,
+        ..segment
+    };
+    assert!(SegmentHeader::decode(&segment.encode().0, "test").is_err());
+}
