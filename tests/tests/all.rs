@@ -10,6 +10,7 @@ mod fixtures;
 mod kills;
 mod lab;
 mod names;
+mod recorded_writes;
 mod syscalls;
 mod targets;
 mod undo;
