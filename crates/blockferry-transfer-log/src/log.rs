@@ -9,7 +9,9 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use blockferry_core::{Digest, Geometry};
-use blockferry_device::{AlignedBuffer, ReadRequest, StorageDir, StorageFile, WriteRequest};
+use blockferry_device::{
+    AlignedBuffer, Evidence, ReadRequest, StorageDir, StorageFile, WriteRequest,
+};
 
 use crate::batch::Batch;
 use crate::error::{Error, ErrorKind, Result};
@@ -472,11 +474,19 @@ pub(crate) struct Scan {
     pub(crate) chain: Digest,
     /// Bytes of all segments that count.
     pub(crate) held_bytes: u64,
+    /// What the target's evidence was each time the session looked. Space that is reserved changes it, and a power
+    /// loss may take that back: any of them proves that nobody else wrote.
+    evidences: Vec<Evidence>,
     /// Segments that never count again: compacted into a later one, or compactions that were cut short.
     pub(crate) superseded: Vec<u32>,
 }
 
 impl Scan {
+    /// Whether a target with this evidence is provably unwritten since the session looked at it.
+    pub(crate) fn is_target_unwritten(&self, now: &Evidence) -> bool {
+        self.evidences.iter().any(|seen| now.proves_same(seen))
+    }
+
     /// Keeps exactly the records a decision counts.
     ///
     /// # Errors
@@ -622,6 +632,7 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
                 next_sequence: 0,
                 chain: segment.chains[0],
                 held_bytes: 0,
+                evidences: Vec::new(),
                 superseded: Vec::new(),
             }
         }
@@ -633,6 +644,8 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
     }
     // The later segment knows better what the target looked like; a record may know still better.
     let noted = segment.records.iter().rev().map(|(_, h)| &h.evidence);
+    scan.evidences.push(segment.header.target_evidence.clone());
+    scan.evidences.extend(noted.clone().cloned());
     scan.header.target_evidence = noted
         .chain([&segment.header.target_evidence])
         .find(|e| e.is_known())

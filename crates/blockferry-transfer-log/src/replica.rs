@@ -202,9 +202,10 @@ impl Replica {
     /// # Errors
     /// The target cannot be examined.
     pub fn can_resume(&self) -> Result<bool> {
-        let Some(header) = self.unfinished() else {
+        let Some(scan) = &self.staged else {
             return Ok(false);
         };
+        let header = &scan.header;
         let in_place = header.strategy == Strategy::Direct && header.working_file_id.is_none();
         if in_place {
             return Ok(self.content.target().is_some());
@@ -218,12 +219,11 @@ impl Replica {
                 return Ok(false);
             }
         }
-        let before = &header.target_evidence;
         let absent = !matches!(self.place, Place::Device(_)) && header.old_file_id.is_none();
         if absent {
             return Ok(self.content.target().is_none());
         }
-        if self.content.evidence()?.proves_same(before) {
+        if scan.is_target_unwritten(&self.content.evidence()?) {
             return Ok(true);
         }
         self.still_holds_pre_images()
@@ -266,25 +266,32 @@ impl Replica {
 
     /// Tries whether a sibling can be put in the target's place, on two siblings named after `probe`; once for
     /// this handle. Where it cannot, only redo and direct are possible.
-    #[must_use]
-    pub fn supports_exchange(&self, probe: SessionId) -> bool {
+    ///
+    /// # Errors
+    /// The directory failed while it was tried.
+    pub fn supports_exchange(&self, probe: SessionId) -> Result<bool> {
         let Some((dir, _)) = self.place.file() else {
-            return false;
+            return Ok(false);
         };
-        *self.exchanges.get_or_init(|| {
-            // Named as siblings are: what a crash leaves of them is removed by the next open.
-            let other = probe.as_bytes().map(|byte| !byte);
-            let scratch = [probe, SessionId::from_bytes(other)].map(|id| self.place.sibling(id));
-            let tried = dir.supports_exchange([&scratch[0], &scratch[1]]);
-            tried.unwrap_or(false)
-        })
+        if let Some(known) = self.exchanges.get() {
+            return Ok(*known);
+        }
+        // Named as siblings are: what a crash leaves of them is removed by the next open.
+        let other = probe.as_bytes().map(|byte| !byte);
+        let scratch = [probe, SessionId::from_bytes(other)].map(|id| self.place.sibling(id));
+        let tried = dir
+            .supports_exchange([&scratch[0], &scratch[1]])
+            .map_err(|e| {
+                Error::target("try whether names can be exchanged beside the target", e)
+            })?;
+        Ok(*self.exchanges.get_or_init(|| tried))
     }
 
     /// An exchange that fails after COMMIT would leave a decision that cannot be carried out.
     fn refuse_without_exchange(&self, plan: &Plan) -> Result<()> {
         let exchanges = matches!(plan.strategy, Strategy::Clone | Strategy::Shadow)
             && matches!(self.content, Content::File(_));
-        if !exchanges || self.supports_exchange(plan.session) {
+        if !exchanges || self.supports_exchange(plan.session)? {
             return Ok(());
         }
         Err(Error::refused(format!(
@@ -444,7 +451,7 @@ impl Replica {
             return Ok(0);
         };
         let header = scan.header.clone();
-        let unwritten = self.is_as_recorded(&header)?;
+        let unwritten = self.is_unwritten_since(&scan)?;
         if header.strategy == Strategy::Redo && unwritten {
             self.give_back(&scan)?;
         }

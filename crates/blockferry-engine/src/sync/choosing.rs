@@ -51,8 +51,11 @@ impl Run<'_> {
         let may_clone = replica.target_dir().is_some_and(|d| d.may_clone());
         let is_open = self.options.strategy.is_none() && !self.options.in_place;
         let present = replica.target().is_some();
-        let can_replace =
-            replica.is_file() && !(present && is_open && !replica.supports_exchange(self.id));
+        let exchanges = !(present && is_open && replica.is_file())
+            || replica
+                .supports_exchange(self.id)
+                .map_err(|e| Error::log("look at the target's file system", e))?;
+        let can_replace = replica.is_file() && exchanges;
         let can_clone =
             may_clone && is_open && present && can_replace && replica.supports_clone(self.id);
         Ok(Situation {

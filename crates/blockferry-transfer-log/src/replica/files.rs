@@ -9,7 +9,7 @@ use blockferry_device::{StorageDir, StorageFile};
 use super::recovery::LoadedSession;
 use super::{Recovered, Replica};
 use crate::error::{Error, Result};
-use crate::format::{SegmentHeader, SessionId};
+use crate::format::SessionId;
 use crate::log::{Scan, ScanDurability, parse_segment_name, scan, segment_name};
 use crate::manifest::manifest_name;
 use crate::place::Place;
@@ -31,10 +31,9 @@ impl Replica {
         )
     }
 
-    /// Whether the target is provably what it was when the session last looked at it.
-    pub(super) fn is_as_recorded(&self, header: &SegmentHeader) -> Result<bool> {
-        let now = self.place.open()?.evidence()?;
-        Ok(now.proves_same(&header.target_evidence))
+    /// Whether the target is provably what it was when the session looked at it.
+    pub(super) fn is_unwritten_since(&self, found: &Scan) -> Result<bool> {
+        Ok(found.is_target_unwritten(&self.place.open()?.evidence()?))
     }
 
     pub(super) fn give_back(&self, found: &Scan) -> Result<()> {

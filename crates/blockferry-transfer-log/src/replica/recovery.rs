@@ -202,7 +202,7 @@ impl Replica {
             }
             Verdict::Aborted => {
                 let header = found.header.clone();
-                let unwritten = self.is_as_recorded(&header)?;
+                let unwritten = self.is_unwritten_since(&found)?;
                 if header.strategy == Strategy::Redo && unwritten {
                     self.give_back(&found)?;
                     self.keep_point_proven(&header, unwritten)?;

@@ -8,6 +8,7 @@
 
 mod bitrot;
 mod explorer;
+mod faults;
 mod groups;
 mod harness;
 mod large;

@@ -193,7 +193,7 @@ fn nothing_is_staged_where_the_exchange_that_must_follow_is_impossible() {
 
         assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
         assert!(refused.to_string().contains("use redo"), "{refused}");
-        assert!(!replica.supports_exchange(id(9)));
+        assert!(!replica.supports_exchange(id(9)).unwrap());
         assert_eq!(setup.content(&disk), Some(old()));
         assert_eq!(disk.dir("images").names().unwrap(), [TARGET]);
         assert_eq!(disk.dir("state").names().unwrap(), ["lock", "state"]);
@@ -209,11 +209,11 @@ fn an_exchange_is_tried_on_siblings_that_are_gone_afterwards() {
     let disk = setup.machine(Some(&old()));
     let replica = setup.open(&disk).unwrap();
 
-    assert!(replica.supports_exchange(id(9)));
+    assert!(replica.supports_exchange(id(9)).unwrap());
 
     assert_eq!(disk.dir("images").names().unwrap(), [TARGET]);
     assert_eq!(replica.unwritten().unwrap(), Unwritten::Unknown);
     let tried = disk.operations();
-    assert!(replica.supports_exchange(id(9)));
+    assert!(replica.supports_exchange(id(9)).unwrap());
     assert_eq!(disk.operations(), tried, "it is tried once");
 }
