@@ -67,7 +67,13 @@ impl FailingDevice {
 impl Drop for FailingDevice {
     fn drop(&mut self) {
         drop(self.device.take());
-        tool(&["umount", &self.mount]);
+        // The kernel lets go of what lies under a loop device a moment after it was detached.
+        for _ in 0..100 {
+            if tool(&["umount", &self.mount]).is_some() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 

@@ -32,7 +32,14 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        tool(&["umount", self.point.to_str().expect("text")]);
+        let point = self.point.to_str().expect("paths of tests are text");
+        // The kernel lets go of what lies under a loop device a moment after it was detached.
+        for _ in 0..100 {
+            if tool(&["umount", point]).is_some() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
