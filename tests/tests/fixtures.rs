@@ -397,7 +397,11 @@ fn a_torn_record_of_a_staged_session_is_staged_again() {
         .expect("nothing fails");
 
     assert_eq!(scene.device.to_vec(), new());
-    assert_eq!(staged_bytes, 2 * PAGE as u64, "nothing of the two records counts");
+    assert_eq!(
+        staged_bytes,
+        2 * PAGE as u64,
+        "nothing of the two records counts"
+    );
 }
 
 #[test]
