@@ -644,13 +644,15 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
     }
     // The later segment knows better what the target looked like; a record may know still better.
     let noted = segment.records.iter().rev().map(|(_, h)| &h.evidence);
-    scan.evidences.push(segment.header.target_evidence.clone());
-    scan.evidences.extend(noted.clone().cloned());
-    scan.header.target_evidence = noted
+    let mut known = noted
         .chain([&segment.header.target_evidence])
-        .find(|e| e.is_known())
-        .unwrap_or(&segment.header.target_evidence)
+        .filter(|e| e.is_known())
+        .peekable();
+    scan.header.target_evidence = known
+        .peek()
+        .map_or(&segment.header.target_evidence, |latest| *latest)
         .clone();
+    scan.evidences.extend(known.cloned());
     // A later run may have found the source changed.
     scan.header.source = segment.header.source.clone();
     scan.next_sequence = segment.header.first_sequence + segment.records.len() as u64;
