@@ -4,7 +4,7 @@
 //! load a record ──> write it to the target ──> flush ──> read back from the medium
 //! ```
 //! Up to one chunk of pages this happens step by step on the calling thread. What is more is worked on side by side:
-//! one thread loads ahead, one proves the chunk that was flushed last, the caller writes.
+//! two threads load ahead, one proves the chunk that was flushed last, the caller writes.
 
 pub(crate) mod pool;
 mod restore;
@@ -29,10 +29,10 @@ const BATCH_BYTES: usize = 4 * 1024 * 1024;
 const BATCH_REQUESTS: usize = 1024;
 /// What is written, flushed and read back together.
 const CHUNK_BYTES: u64 = 32 * 1024 * 1024;
+/// Threads that load: one reads while the other checks.
+const LOADERS: usize = 2;
 /// Records that wait to be written, and chunks that wait to be proven.
 const LOADED_AHEAD: usize = 8;
-/// Threads that load.
-const LOADERS: usize = 2;
 const UNPROVEN_CHUNKS: usize = 2;
 
 /// Told how many bytes are done, of how many.
