@@ -91,14 +91,7 @@ fn operations(story: &Story) -> Vec<Operation> {
 
 #[test]
 fn any_failure_at_any_operation_leaves_old_new_or_resumable() {
-    for setup in [
-        Setup::file(Strategy::Redo),
-        Setup::device(Strategy::Redo),
-        Setup::file(Strategy::Redo).without_undo(),
-        Setup::file(Strategy::Clone),
-        Setup::file(Strategy::Shadow),
-        Setup::file(Strategy::Direct).without_undo(),
-    ] {
+    for setup in Setup::of_every_kind() {
         let mut outcomes = Outcomes::default();
         let mut stories = vec![story(setup, four_images(), &[], &[Step::Sync(1, 1)])];
         if setup.strategy != Strategy::Direct && !setup.is_without_undo() {

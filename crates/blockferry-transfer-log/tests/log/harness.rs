@@ -49,6 +49,18 @@ impl Setup {
         }
     }
 
+    /// Every strategy, on the targets and with the ways back it has.
+    pub(crate) fn of_every_kind() -> [Self; 6] {
+        [
+            Self::file(Strategy::Redo),
+            Self::device(Strategy::Redo),
+            Self::file(Strategy::Redo).without_undo(),
+            Self::file(Strategy::Clone),
+            Self::file(Strategy::Shadow),
+            Self::file(Strategy::Direct).without_undo(),
+        ]
+    }
+
     pub(crate) fn without_undo(self) -> Self {
         Self {
             undo: Undo::None,

@@ -201,14 +201,7 @@ fn a_fault_while_recovering_leaves_a_target_that_the_next_open_recovers() {
         },
         ..options()
     };
-    for setup in [
-        Setup::file(Strategy::Redo),
-        Setup::device(Strategy::Redo),
-        Setup::file(Strategy::Redo).without_undo(),
-        Setup::file(Strategy::Clone),
-        Setup::file(Strategy::Shadow),
-        Setup::file(Strategy::Direct).without_undo(),
-    ] {
+    for setup in Setup::of_every_kind() {
         let mut stories = vec![
             story(
                 setup,
