@@ -5,6 +5,11 @@ use blockferry_testkit::{Fault, FaultKind, OperationKind};
 
 use crate::harness::{Machine, Source, edited, image, options};
 
+const WAYS: [(Mode, Strategy); 2] = [
+    (Mode::Full, Strategy::Shadow),
+    (Mode::Delta, Strategy::Redo),
+];
+
 fn images() -> (Vec<u8>, Vec<u8>) {
     let bytes = 3 << 20;
     let old = image(42, bytes);
@@ -15,12 +20,8 @@ fn images() -> (Vec<u8>, Vec<u8>) {
 #[test]
 fn what_a_lying_flush_lost_is_found_before_the_run_counts_as_done() {
     let (old, new) = images();
-    for (mode, strategy) in [
-        (Mode::Full, Strategy::Shadow),
-        (Mode::Delta, Strategy::Redo),
-    ] {
-        let machine = Machine::file(&old);
-        machine.disk.inject(lying_flush());
+    for (mode, strategy) in WAYS {
+        let machine = with_a_lying_flush(&old);
 
         let outcome = machine.sync(
             &Source::new(new.clone()),
@@ -44,12 +45,8 @@ fn what_a_lying_flush_lost_is_found_before_the_run_counts_as_done() {
 #[test]
 fn a_flush_that_is_believed_is_not_read_back_and_verification_finds_its_lies() {
     let (old, new) = images();
-    for (mode, strategy) in [
-        (Mode::Full, Strategy::Shadow),
-        (Mode::Delta, Strategy::Redo),
-    ] {
-        let machine = Machine::file(&old);
-        machine.disk.inject(lying_flush());
+    for (mode, strategy) in WAYS {
+        let machine = with_a_lying_flush(&old);
 
         let receipt = machine
             .sync(
@@ -67,6 +64,9 @@ fn a_flush_that_is_believed_is_not_read_back_and_verification_finds_its_lies() {
 }
 
 /// The first flush of the target, or of the file that is to take its place, loses a part of what it should keep.
-fn lying_flush() -> Fault {
-    Fault::on(OperationKind::Flush, "home/", 1, FaultKind::SilentLoss)
+fn with_a_lying_flush(old: &[u8]) -> Machine {
+    let machine = Machine::file(old);
+    let lies = Fault::on(OperationKind::Flush, "home/", 1, FaultKind::SilentLoss);
+    machine.disk.inject(lies);
+    machine
 }
