@@ -11,16 +11,21 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ffi::{c_int, c_uint};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::slice;
 
 use rustix::ioctl::{Getter, NoArg, Opcode, Setter, Updater, ioctl};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// Alignment in bytes of [`AlignedMemory`]: enough for O_DIRECT on every device in use.
 pub(crate) const MEMORY_ALIGNMENT: usize = 4096;
 
+/// Memory of at least this size is mapped: an allocator that is asked for aligned zeros touches every byte of them.
+const MAPPED_FROM: usize = 128 * 1024;
+
 /// Zero-initialised memory aligned to [`MEMORY_ALIGNMENT`].
-// Invariant: `start` was allocated with `Self::layout(length)` and is fully initialised.
+// Invariant: `start` was mapped, or allocated with `Self::layout(length)`, as `is_mapped` says, and is fully
+// initialised.
 pub(crate) struct AlignedMemory {
     start: NonNull<u8>,
     length: usize,
@@ -35,10 +40,18 @@ impl AlignedMemory {
     /// Allocates `length` zero bytes; large ones cost memory only once touched.
     pub(crate) fn zeroed(length: usize) -> Self {
         let layout = Self::layout(length);
-        // SAFETY: the layout has a non-zero size, see `layout`.
-        let memory = unsafe { alloc_zeroed(layout) };
-        let start = NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(layout));
+        let start = if Self::is_mapped(length) {
+            map_zeros(length)
+        } else {
+            // SAFETY: the layout has a non-zero size, see `layout`.
+            NonNull::new(unsafe { alloc_zeroed(layout) })
+        };
+        let start = start.unwrap_or_else(|| handle_alloc_error(layout));
         Self { start, length }
+    }
+
+    fn is_mapped(length: usize) -> bool {
+        length >= MAPPED_FROM
     }
 
     fn layout(length: usize) -> Layout {
@@ -58,10 +71,25 @@ impl AlignedMemory {
     }
 }
 
+/// Fresh zero pages; `None` if the system gives none. Pages are at least [`MEMORY_ALIGNMENT`] on every Linux.
+fn map_zeros(length: usize) -> Option<NonNull<u8>> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new private mapping at an address that the kernel chooses takes nothing from anyone.
+    let mapped = unsafe { mmap_anonymous(null_mut(), length, access, MapFlags::PRIVATE) };
+    NonNull::new(mapped.ok()?.cast())
+}
+
 impl Drop for AlignedMemory {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with the same layout, and dropped once.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.length)) }
+        let start = self.start.as_ptr();
+        if Self::is_mapped(self.length) {
+            // SAFETY: mapped in `zeroed` with the same length, and unmapped once.
+            let unmapped = unsafe { munmap(start.cast(), self.length) };
+            debug_assert!(unmapped.is_ok(), "a whole mapping can be unmapped");
+        } else {
+            // SAFETY: allocated in `zeroed` with the same layout, and dropped once.
+            unsafe { dealloc(start, Self::layout(self.length)) }
+        }
     }
 }
 

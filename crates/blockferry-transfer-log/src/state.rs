@@ -290,29 +290,41 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
         }
     }
     let page = |n: usize| &bytes[n * PAGE..(n + 1) * PAGE];
-    let header_is_whole = crate::format::unseal(page(0)).is_some();
     let version = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
-    if header_is_whole && bytes[..8] == *MAGIC && version != FORMAT_VERSION {
+    let another = bytes[..8] == *MAGIC && version != FORMAT_VERSION;
+    if another && crate::format::unseal(page(0)).is_some() {
         return Err(Error::new(
             ErrorKind::UnknownVersion,
             format!("{attempt}: format version {version}, this build reads {FORMAT_VERSION}"),
         ));
     }
-    let (slot_page, slot) = SLOT_PAGES
-        .iter()
-        .enumerate()
-        .filter_map(|(n, p)| Slot::decode(page(*p)).map(|s| (n, s)))
+    let mut slots = Vec::new();
+    for (slot_page, number) in SLOT_PAGES.into_iter().enumerate() {
+        match Slot::decode(page(number)) {
+            Some(slot) => slots.push((slot_page, slot)),
+            None if is_blank(page(number)) => {}
+            None => damaged.push(number),
+        }
+    }
+    let (slot_page, slot) = slots
+        .into_iter()
         .max_by_key(|(_, s)| s.sequence)
         .ok_or_else(|| Error::corrupt(format!("{attempt}: both state slots are damaged")))?;
     let mut decisions: Decisions = Vec::new();
+    // The page that the last decision was found in.
+    let mut found = None;
     for number in FIRST_DECISION..PAGES {
+        // What the first copy says, the second need not say again.
+        if found == Some(number - 1) && page(number) == page(number - 1) {
+            continue;
+        }
         let lane = (number - FIRST_DECISION) / (ORDINALS * COPIES);
         match Decision::decode(page(number)) {
             // The two copies differ where power loss kept one of an older session's: both count.
-            Some(decision) if !decisions.iter().any(|(_, d)| *d == decision) => {
+            Some(decision) => {
                 decisions.push((lane, decision));
+                found = Some(number);
             }
-            Some(_) => {}
             None if is_blank(page(number)) => {}
             None => damaged.push(number),
         }
@@ -322,8 +334,6 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
         let newest = of_lane.map(|(_, d)| d.epoch).max().unwrap_or(0);
         decisions.retain(|(l, d)| *l != lane || d.epoch == newest);
     }
-    let torn = |p: &usize| Slot::decode(page(*p)).is_none() && !is_blank(page(*p));
-    damaged.extend(SLOT_PAGES.into_iter().filter(torn));
     damaged.retain(|page| *page != 0);
     damaged.sort_unstable();
     damaged.dedup();

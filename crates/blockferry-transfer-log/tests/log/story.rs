@@ -286,7 +286,8 @@ impl Story {
         Ok(at)
     }
 
-    fn check_twice(&self, disk: &SimDisk) -> Result<(), String> {
+    /// Opening what was opened before changes nothing; leaves it open.
+    fn check_twice(&self, disk: &SimDisk) -> Result<Replica, String> {
         let names = |dir: &str| disk.dir(dir).names().unwrap_or_default();
         let before = (self.setup.content(disk), names("state"), names("images"));
         let replica = self.open(disk)?;
@@ -304,7 +305,7 @@ impl Story {
             after.1,
             after.2
         );
-        Ok(())
+        Ok(replica)
     }
 
     /// An acknowledgement holds: the session is there, and what it staged reads back.
@@ -407,7 +408,7 @@ impl Story {
 
     fn check_twice_after(&self, disk: &SimDisk, replica: Replica) -> Result<(), String> {
         drop(replica);
-        self.check_twice(disk)
+        self.check_twice(disk).map(drop)
     }
 }
 
@@ -468,8 +469,7 @@ impl Scenario for Story {
             }
         }
         drop(replica);
-        self.check_twice(disk)?;
-        let replica = self.open(disk)?;
+        let replica = self.check_twice(disk)?;
         self.go_on(disk, replica, &model, events)
     }
 }
