@@ -46,7 +46,7 @@ pub trait Scenario {
     fn run(&self, disk: &SimDisk, events: &Events<Self::Event>) -> Result<(), String>;
 
     /// Recovers from what is on `disk`, pushing its own promises, and checks the outcome against the
-    /// promises made `before`.
+    /// promises made `before`. Leaves nothing open.
     ///
     /// # Errors
     /// What is wrong.
@@ -56,6 +56,36 @@ pub trait Scenario {
         before: &[Self::Event],
         events: &Events<Self::Event>,
     ) -> Result<(), String>;
+
+    /// Goes on with the work after a recovery, and checks that it can: finish what was begun, or take it back.
+    /// Recoveries of many crash images end in one and the same state; where `disk` and the promises made
+    /// `before`, those of the recovery included, are what they were another time, the explorer does not ask again.
+    ///
+    /// # Errors
+    /// What is wrong.
+    fn go_on(
+        &self,
+        disk: &SimDisk,
+        before: &[Self::Event],
+        events: &Events<Self::Event>,
+    ) -> Result<(), String> {
+        let _ = (disk, before, events);
+        Ok(())
+    }
+
+    /// Recovers and goes on. `events` are those of this recovery: none yet.
+    ///
+    /// # Errors
+    /// What is wrong.
+    fn recover_and_go_on(
+        &self,
+        disk: &SimDisk,
+        before: &[Self::Event],
+        events: &Events<Self::Event>,
+    ) -> Result<(), String> {
+        self.recover(disk, before, events)?;
+        self.go_on(disk, &[before, &events.all()].concat(), events)
+    }
 }
 
 /// The promises made so far, each with the number of operations done by then.
@@ -251,6 +281,17 @@ impl<E: Clone + Debug + Hash> Run<E> {
     }
 }
 
+fn hash_of<E: Hash>(events: &[E]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    events.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// A write or flush through a handle that had failed before is never right.
+fn no_misuse(disk: &SimDisk) -> Result<(), String> {
+    disk.misuses().into_iter().next().map_or(Ok(()), Err)
+}
+
 /// A panic is a failed check.
 fn guarded(work: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
@@ -296,6 +337,8 @@ struct Explorer<'a, S: Scenario> {
     crashed: HashSet<(u64, u64)>,
     /// States and promises whose images were formed.
     formed: HashSet<(u64, u64)>,
+    /// States and promises after a recovery from which the work went on well.
+    went_on: HashSet<(u64, u64)>,
 }
 
 /// One boundary and the promises made before it.
@@ -358,12 +401,10 @@ impl<'a, E: Clone + Hash> Moment<'a, E> {
     }
 
     fn new(boundary: &'a Boundary, events: Vec<E>, step: String, path: Vec<String>) -> Self {
-        let mut hasher = DefaultHasher::new();
-        events.hash(&mut hasher);
         Self {
             boundary,
+            events_hash: hash_of(&events),
             events,
-            events_hash: hasher.finish(),
             step,
             path,
             faults: &[],
@@ -392,6 +433,7 @@ impl<'a, S: Scenario> Explorer<'a, S> {
             checked: HashSet::new(),
             crashed: HashSet::new(),
             formed: HashSet::new(),
+            went_on: HashSet::new(),
         }
     }
 
@@ -487,10 +529,19 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         }
     }
 
-    fn recover(&self, disk: &SimDisk, moment: &Moment<'_, S::Event>) -> Result<(), String> {
+    fn recover(&mut self, disk: &SimDisk, moment: &Moment<'_, S::Event>) -> Result<(), String> {
         let events = Events::new(disk);
         guarded(|| self.scenario.recover(disk, &moment.events, &events))?;
-        disk.misuses().into_iter().next().map_or(Ok(()), Err)
+        no_misuse(disk)?;
+        let promises = [&*moment.events, &events.all()].concat();
+        let reached = (disk.snapshot().fingerprint(), hash_of(&promises));
+        if !self.went_on.contains(&reached) {
+            guarded(|| self.scenario.go_on(disk, &promises, &events))?;
+            no_misuse(disk)?;
+            self.went_on.insert(reached);
+            self.report.continuations += 1;
+        }
+        Ok(())
     }
 
     fn note_violation(&mut self, start: &Start, moment: &Moment<'_, S::Event>, message: String) {
@@ -552,7 +603,8 @@ impl<'a, S: Scenario> Explorer<'a, S> {
 
     fn crash_recovery(&mut self, start: &Start, moment: &Moment<'_, S::Event>, depth: u32) {
         let run = Run::observe(&start.disk(), |disk, events| {
-            self.scenario.recover(disk, &moment.events, events)
+            self.scenario
+                .recover_and_go_on(disk, &moment.events, events)
         });
         let inner = |boundary| moment.of_recovery(&run.events, boundary, start);
         for moment in run.trace.iter().map(inner) {

@@ -21,7 +21,9 @@ pub struct Report {
     pub distinct_images: usize,
     /// Recoveries done: one for each start and each set of promises made before.
     pub recoveries: u64,
-    /// The same by protocol step.
+    /// Different states that recoveries ended in and from which the work went on.
+    pub continuations: u64,
+    /// Images and recoveries by protocol step.
     pub steps: BTreeMap<String, StepCounts>,
     /// What went wrong.
     pub violations: Vec<Violation>,
@@ -114,12 +116,13 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "seed {}: {} runs, {} boundaries, {} distinct images, {} recoveries in {:.2} s{}",
+            "seed {}: {} runs, {} boundaries, {} distinct images, {} recoveries, {} went on in {:.2} s{}",
             self.seed,
             self.runs,
             self.boundaries,
             self.distinct_images,
             self.recoveries,
+            self.continuations,
             self.elapsed.as_secs_f64(),
             if self.cut_short {
                 " (cut short by a limit)"

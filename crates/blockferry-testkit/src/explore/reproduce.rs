@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Events, ExploreOptions, Run, Scenario, Start, guarded};
+use super::{Events, ExploreOptions, Run, Scenario, Start, guarded, no_misuse};
 use crate::sim::{Boundary, Fault, SimDisk};
 
 /// One crash on the way to a violation.
@@ -86,11 +86,11 @@ pub fn reproduce<S: Scenario>(
         let disk = crash.disk(boundary);
         if number + 1 == crashes.len() {
             let events = Events::new(&disk);
-            guarded(|| scenario.recover(&disk, &promises, &events))?;
-            return disk.misuses().into_iter().next().map_or(Ok(()), Err);
+            guarded(|| scenario.recover_and_go_on(&disk, &promises, &events))?;
+            return no_misuse(&disk);
         }
         run = Run::observe(&disk, |disk, events| {
-            scenario.recover(disk, &promises, events)
+            scenario.recover_and_go_on(disk, &promises, events)
         });
     }
     run.result

@@ -551,7 +551,8 @@ impl State {
             });
         let files = self.inodes.iter().map(|inode| {
             let content = inode.cache.fingerprint();
-            mix(content ^ mix(inode.number) ^ mix(!inode.attributes))
+            let seen = mix(inode.number) ^ mix(!inode.attributes) ^ mix(mix(inode.generation));
+            mix(content ^ seen)
         });
         names.chain(files).fold(0, u64::wrapping_add)
     }
@@ -562,7 +563,8 @@ impl State {
             let durable = inode.durable.fingerprint().rotate_left(1);
             let pending = inode.pending.iter().fold(0, |hash, p| mix(hash ^ p.hash));
             let stale = inode.stale.iter().fold(0, |hash, s| mix(hash ^ s));
-            mix(durable ^ mix(pending) ^ mix(!stale) ^ mix(inode.number))
+            let lost = mix(inode.durable_generation) ^ u64::from(inode.size_lost);
+            mix(durable ^ mix(pending) ^ mix(!stale) ^ mix(inode.number) ^ mix(lost))
         });
         let names = self.directories.iter().map(|directory| {
             let pending = directory.pending.iter().flat_map(|change| &change.names);

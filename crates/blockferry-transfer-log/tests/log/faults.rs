@@ -64,7 +64,7 @@ fn check(
     };
     let lost = snapshot.crash_images(seed(), limits).map(|i| i.disk());
     for restarted in std::iter::once(snapshot.after_kill()).chain(lost) {
-        let recovered = story.recover(&restarted, &promises, &Events::new(&restarted));
+        let recovered = story.recover_and_go_on(&restarted, &promises, &Events::new(&restarted));
         // A reservation that got half way, and a log that takes no note of it: nobody can tell who changed the
         // file, so what was staged is compared and staged again. The target is at its old point.
         let untold = operation.kind == OperationKind::Reserve && repeat == Repeat::Forever;

@@ -92,6 +92,15 @@ impl Scenario for WithoutBarrier {
         disk.inject(skipped);
         self.story.recover(disk, before, events)
     }
+
+    fn go_on(
+        &self,
+        disk: &SimDisk,
+        before: &[Promise],
+        events: &Events<Promise>,
+    ) -> Result<(), String> {
+        self.story.go_on(disk, before, events)
+    }
 }
 
 #[test]
@@ -233,6 +242,15 @@ impl Scenario for Hasty {
         events: &Events<Promise>,
     ) -> Result<(), String> {
         self.0.recover(disk, before, events)
+    }
+
+    fn go_on(
+        &self,
+        disk: &SimDisk,
+        before: &[Promise],
+        events: &Events<Promise>,
+    ) -> Result<(), String> {
+        self.0.go_on(disk, before, events)
     }
 }
 

@@ -145,7 +145,7 @@ impl Faulty {
         let restarted = disk.snapshot().after_kill();
         let events = Events::new(&restarted);
         self.story
-            .recover(&restarted, &promises, &events)
+            .recover_and_go_on(&restarted, &promises, &events)
             .map_err(|e| format!("after {kind:?} at operation {operation} of an open: {e}"))
     }
 }

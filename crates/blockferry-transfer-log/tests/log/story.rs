@@ -327,7 +327,7 @@ impl Story {
     }
 
     /// Whatever is left must be able to go on: to the new image, or back to the old one.
-    fn go_on(
+    fn finish(
         &self,
         disk: &SimDisk,
         mut replica: Replica,
@@ -460,17 +460,21 @@ impl Scenario for Story {
                 "a session came back that was done with"
             );
         }
-        let mut model = model;
-        if model.deciding && replica.unfinished().is_none() {
-            // Opening has reported where the target is: that must not revert either (I5).
-            if at != model.at {
-                events.push(Promise::At(at));
-                model.take(&Promise::At(at));
-            }
+        // Opening has reported where the target is: that must not revert either (I5).
+        if model.deciding && replica.unfinished().is_none() && at != model.at {
+            events.push(Promise::At(at));
         }
-        drop(replica);
+        Ok(())
+    }
+
+    fn go_on(
+        &self,
+        disk: &SimDisk,
+        before: &[Promise],
+        events: &Events<Promise>,
+    ) -> Result<(), String> {
         let replica = self.check_twice(disk)?;
-        self.go_on(disk, replica, &model, events)
+        self.finish(disk, replica, &Model::after(before), events)
     }
 }
 
