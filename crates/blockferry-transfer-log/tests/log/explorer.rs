@@ -9,9 +9,24 @@ use blockferry_transfer_log::Strategy;
 use crate::harness::{PAGE, Setup, image};
 use crate::story::{Step, Story};
 
-/// Explores as much as the machine's owner has time for instead of a sample.
-fn is_long() -> bool {
-    std::env::var_os("BLOCKFERRY_EXPLORE_LONG").is_some()
+/// How much is explored: `BLOCKFERRY_EXPLORE` is `brief` or `long`, or it is not set.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effort {
+    /// Enough to notice a change of the code in seconds: for mutants.
+    Brief,
+    /// What every change must pass.
+    Usual,
+    /// As much as the machine's owner has time for.
+    Long,
+}
+
+fn effort() -> Effort {
+    match std::env::var("BLOCKFERRY_EXPLORE").as_deref() {
+        Err(_) => Effort::Usual,
+        Ok("brief") => Effort::Brief,
+        Ok("long") => Effort::Long,
+        Ok(other) => panic!("BLOCKFERRY_EXPLORE is `brief` or `long`, not {other:?}"),
+    }
 }
 
 /// Another seed draws other samples; every report prints its own.
@@ -22,36 +37,29 @@ pub(crate) fn seed() -> u64 {
 
 /// Bounded by numbers, not by time: what is explored must not depend on what else the machine is doing.
 pub(crate) fn options() -> ExploreOptions {
-    let long = is_long();
+    let limits = |exhaustive, samples, damaged| ImageLimits {
+        exhaustive,
+        samples,
+        damaged,
+    };
+    let (depth, images, crashed_recoveries, recovery_images) = match effort() {
+        Effort::Brief => (1, limits(32, 12, 6), 0, limits(0, 0, 0)),
+        Effort::Usual => (2, limits(256, 52, 10), 1, limits(16, 8, 3)),
+        Effort::Long => (3, limits(4096, 256, 64), 6, limits(16, 32, 8)),
+    };
     ExploreOptions {
         seed: seed(),
-        depth: 2,
-        images: if long { MANY } else { FEW },
-        crashed_recoveries: if long { 8 } else { 1 },
-        recovery_images: ImageLimits {
-            exhaustive: 16,
-            samples: if long { 64 } else { 8 },
-            damaged: if long { 16 } else { 3 },
-        },
-        max_recoveries: if long { u64::MAX } else { 20_000 },
-        max_time: if long { HOUR } else { HOUR / 6 },
+        depth,
+        images,
+        crashed_recoveries,
+        recovery_images,
+        max_recoveries: u64::MAX,
+        max_time: HOUR,
         ..ExploreOptions::default()
     }
 }
 
 const HOUR: Duration = Duration::from_secs(3600);
-
-const FEW: ImageLimits = ImageLimits {
-    exhaustive: 256,
-    samples: 52,
-    damaged: 10,
-};
-
-const MANY: ImageLimits = ImageLimits {
-    exhaustive: 4096,
-    samples: 256,
-    damaged: 64,
-};
 
 pub(crate) fn four_images() -> Vec<Option<Vec<u8>>> {
     let whole = 6 * PAGE;
@@ -125,10 +133,9 @@ impl Explored {
             println!("  {step}: {recoveries} recoveries");
         }
         for step in steps {
-            for name in [
-                format!("{strategy} {step}"),
-                format!("{strategy} {step}, then in recovery"),
-            ] {
+            let run = format!("{strategy} {step}");
+            let recovery = format!("{run}, then in recovery");
+            for name in std::iter::once(run).chain((options().depth > 1).then_some(recovery)) {
                 let explored = self.steps.get(&name).copied().unwrap_or(0);
                 assert!(
                     explored > 0,
@@ -195,7 +202,7 @@ fn explore_all(setup: Setup, steps: &[&str]) {
         explored.add(&run_story(&story));
     }
     explored.assert_covers(setup.strategy, steps);
-    assert!(explored.recoveries > 1000);
+    assert!(effort() == Effort::Brief || explored.recoveries > 1000);
 }
 
 /// Of every strategy.
