@@ -333,8 +333,8 @@ struct Explorer<'a, S: Scenario> {
     distinct: HashSet<u64>,
     /// Start and promises of recoveries that were done.
     checked: HashSet<(u64, u64)>,
-    /// Start and promises of recoveries that were crashed.
-    crashed: HashSet<(u64, u64)>,
+    /// Start, promises and depth of recoveries that were crashed.
+    crashed: HashSet<(u64, u64, u32)>,
     /// States and promises whose images were formed.
     formed: HashSet<(u64, u64)>,
     /// States and promises after a recovery from which the work went on well.
@@ -452,8 +452,8 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         self.report.cut_short || self.report.violations.len() >= self.options.max_violations
     }
 
-    /// Explores the boundaries from operation `first` on: all of them at depth 1, then all deeper, so that a limit
-    /// cuts off the deep end and not the last boundaries.
+    /// Explores the boundaries from operation `first` on: all of them at depth 1, then all at depth 2 and so on, in
+    /// no order that would let a limit cut off the last boundaries rather than the deep end.
     fn explore_run(&mut self, faults: &[Fault], first: u64) {
         let run = Run::record(self.options, faults, self.scenario);
         self.note_run(&run, faults);
@@ -467,9 +467,13 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         for moment in &moments {
             self.check_moment(moment, self.options.images);
         }
-        moments
-            .iter()
-            .for_each(|moment| self.crash_recoveries(moment, self.options.depth));
+        let mut scattered: Vec<&Moment<'_, S::Event>> = moments.iter().collect();
+        scattered.sort_by_key(|moment| mix(self.seed(moment)));
+        for depth in 2..=self.options.depth {
+            scattered
+                .iter()
+                .for_each(|moment| self.crash_recoveries(moment, depth));
+        }
     }
 
     fn note_run(&mut self, run: &Run<S::Event>, faults: &[Fault]) {
@@ -594,7 +598,7 @@ impl<'a, S: Scenario> Explorer<'a, S> {
             }
             if self
                 .crashed
-                .insert((start.fingerprint(), moment.events_hash))
+                .insert((start.fingerprint(), moment.events_hash, depth))
             {
                 self.crash_recovery(&start, moment, depth - 1);
             }

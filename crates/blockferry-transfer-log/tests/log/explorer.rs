@@ -45,7 +45,13 @@ pub(crate) fn options() -> ExploreOptions {
     let (depth, images, crashed_recoveries, recovery_images) = match effort() {
         Effort::Brief => (1, limits(32, 12, 6), 0, limits(0, 0, 0)),
         Effort::Usual => (2, limits(256, 52, 10), 1, limits(16, 8, 3)),
-        Effort::Long => (3, limits(4096, 256, 64), 6, limits(16, 32, 8)),
+        Effort::Long => (3, limits(4096, 256, 64), 4, limits(16, 24, 6)),
+    };
+    // Depth 3 has no end: what there is time for is taken from everywhere.
+    let max_recoveries = if effort() == Effort::Long {
+        150_000
+    } else {
+        u64::MAX
     };
     ExploreOptions {
         seed: seed(),
@@ -53,7 +59,7 @@ pub(crate) fn options() -> ExploreOptions {
         images,
         crashed_recoveries,
         recovery_images,
-        max_recoveries: u64::MAX,
+        max_recoveries,
         max_time: HOUR,
         ..ExploreOptions::default()
     }
@@ -93,12 +99,13 @@ pub(crate) fn story(
     }
 }
 
-/// Explores, prints what was explored, and fails if a promise was broken or a limit was hit.
+/// Explores, prints what was explored, and fails if a promise was broken or, except in the long run, a limit was hit.
 pub(crate) fn run_with<S: Scenario>(options: &ExploreOptions, name: &str, scenario: &S) -> Report {
     let report = explore(options, scenario);
     println!("{name}\n{report}");
     report.assert_clean();
-    assert!(!report.cut_short, "{name}: not all of it was explored");
+    let whole = !report.cut_short || effort() == Effort::Long;
+    assert!(whole, "{name}: not all of it was explored");
     report
 }
 
