@@ -193,6 +193,7 @@ mod tests {
         ) {
             let mut map = ChangeMap::new(Provenance::Embedder, Trust::Hint, image_bytes);
             let mut oracle = vec![Content::Unknown; image_bytes as usize];
+            prop_assert_eq!(map.image_bytes(), image_bytes);
 
             for (extent, content) in steps {
                 map.set(extent, content);

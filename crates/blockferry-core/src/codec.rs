@@ -85,12 +85,6 @@ impl<'a> Encoder<'a> {
     pub fn extent(&mut self, extent: Extent) -> &mut Self {
         self.u64(extent.start()).u64(extent.length())
     }
-
-    /// Bytes in the vector, those from before this encoder included.
-    #[must_use]
-    pub fn position(&self) -> usize {
-        self.bytes.len()
-    }
 }
 
 /// Takes fields from a byte slice; every read is checked.

@@ -130,6 +130,7 @@ mod tests {
             prop_assert_eq!(apply(&basis, &delta, &new), new);
             prop_assert!(delta.data().intersection(delta.zero()).is_empty());
             prop_assert_eq!(delta.changed().total_bytes(), delta.changed_bytes());
+            prop_assert_eq!(delta.is_empty(), delta.changed_bytes() == 0);
         }
 
         #[test]

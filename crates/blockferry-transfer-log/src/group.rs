@@ -88,11 +88,16 @@ impl GroupDirectory {
             ));
         }
         let page = encode(group, members);
-        let file = self.dir.create(&name).map_err(failed)?;
+        let new_name = new_name_of(group);
+        self.dir.remove(&new_name).map_err(failed)?;
+        let file = self.dir.create(&new_name).map_err(failed)?;
         // Twice: a sector that goes bad later must not take the decision back for some of the members.
         file.write_at(0, &[&page[..], &page[..]].concat())
             .map_err(failed)?;
         file.flush().map_err(failed)?;
+        // Durable before it has its name: a record that is there but cannot be read was not cut short by a power loss,
+        // so that nobody need take it for none.
+        self.dir.rename_new(&new_name, &name).map_err(failed)?;
         self.dir.sync().map_err(failed)?;
         Ok(GroupCommitted { group })
     }
@@ -102,10 +107,12 @@ impl GroupDirectory {
     /// # Errors
     /// The directory failed.
     pub fn retire(&self, group: GroupId) -> Result<()> {
-        let name = name_of(group);
-        self.dir
-            .remove(&name)
-            .map_err(|e| Error::log(format!("remove group record {name}"), e))
+        [new_name_of(group), name_of(group)]
+            .iter()
+            .try_for_each(|name| {
+                let failed = |e| Error::log(format!("remove group record {name}"), e);
+                self.dir.remove(name).map_err(failed)
+            })
     }
 }
 
@@ -120,18 +127,30 @@ impl GroupVerdicts for GroupDirectory {
         file.flush().map_err(failed)?;
         self.dir.sync().map_err(failed)?;
         let mut page = vec![0; PAGE];
+        let mut unread = Ok(());
         for copy in 0..2 {
-            let offset = copy * PAGE as u64;
             let mut request = [ReadRequest {
-                offset,
+                offset: copy * PAGE as u64,
                 buffer: &mut page,
             }];
-            if file.read_medium(&mut request).is_ok() && decode(&page) == Some(group) {
-                return Ok(Verdict::Committed);
+            match file.read_medium(&mut request) {
+                Ok(()) if decode(&page) == Some(group) => return Ok(Verdict::Committed),
+                Ok(()) => {}
+                Err(e) => unread = Err(failed(e)),
             }
         }
-        Ok(Verdict::Aborted)
+        // It was whole when it got its name: some members may be committed by it already.
+        unread.and_then(|()| {
+            Err(Error::corrupt(format!(
+                "group record {name}: both copies are damaged"
+            )))
+        })
     }
+}
+
+/// Its name until it is durable.
+fn new_name_of(group: GroupId) -> String {
+    format!("{}.new", name_of(group))
 }
 
 fn name_of(group: GroupId) -> String {

@@ -1,12 +1,13 @@
 //! Two disks of one machine share one cut (I12).
 
-use blockferry_testkit::{Events, ExploreOptions, Scenario, SimDisk, sensitivity};
+use blockferry_testkit::{Events, ExploreOptions, Scenario, SimDisk, SimOptions, sensitivity};
 use blockferry_transfer_log::{
-    GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Strategy, Verdict, inspect,
+    ErrorKind, GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, SessionId,
+    Strategy, Verdict, inspect,
 };
 
 use crate::explorer::{options, run_with};
-use crate::harness::{PAGE, Setup, image, quiet, root};
+use crate::harness::{PAGE, Setup, id, image, quiet, root};
 use crate::looked::check_looked;
 
 const GROUP: GroupId = GroupId::from_bytes([7; 16]);
@@ -212,4 +213,68 @@ fn a_prepared_member_waits_while_its_group_cannot_be_reached() {
     let done = setup.open_in_group(&disk, Some(&Committed)).unwrap();
     assert!(matches!(done.recovered(), Recovered::Applied(_)));
     assert_eq!(setup.content(&disk), Some(new));
+}
+
+/// A prepared member of a group, and the job's directory where that is committed.
+fn committed_by_its_group(setup: &Setup, new: &[u8]) -> SimDisk {
+    let disk = setup.machine(Some(&Pair::old()));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, new)).unwrap();
+    setup.finish(&mut session, target.as_ref(), new).unwrap();
+    session.prepare_for_group(root(new), GROUP).unwrap();
+    let members = [session.id()];
+    GroupDirectory::new(disk.dir("job"))
+        .commit(GROUP, &members)
+        .unwrap();
+    disk
+}
+
+#[test]
+fn a_group_record_that_cannot_be_read_is_never_taken_for_none() {
+    let setup = Setup::file(Strategy::Redo);
+    let new = Pair::after();
+    let disk = committed_by_its_group(&setup, &new);
+    let record = format!("job/{}.group", SessionId::from_bytes(*GROUP.as_bytes()));
+    let whole = disk.content(&record).unwrap();
+    let job = GroupDirectory::new(disk.dir("job"));
+    let page = PAGE as u64;
+
+    for damage in [SimDisk::spoil, SimDisk::flip_bit] {
+        let damaged = disk.snapshot().after_kill();
+        assert!(damage(&damaged, &record, 0));
+        let one = GroupDirectory::new(damaged.dir("job")).verdict(GROUP);
+        assert_eq!(one.unwrap(), Verdict::Committed, "one copy is enough");
+
+        assert!(damage(&damaged, &record, page));
+        let job = GroupDirectory::new(damaged.dir("job"));
+        let refused = setup.open_in_group(&damaged, Some(&job)).unwrap_err();
+
+        assert!(refused.to_string().contains("group record"), "{refused}");
+        assert_eq!(setup.content(&damaged), Some(Pair::old()));
+        damaged.install("job", &whole_name(&record), &whole);
+        drop(setup.open_in_group(&damaged, Some(&job)).unwrap());
+        assert_eq!(setup.content(&damaged), Some(new.clone()));
+    }
+    job.retire(GROUP).unwrap();
+    assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Aborted);
+    assert_eq!(disk.dir("job").names().unwrap(), Vec::<String>::new());
+}
+
+fn whole_name(path: &str) -> String {
+    path.rsplit('/').next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_group_has_as_many_disks_as_fit_its_record_and_no_more() {
+    let disk = SimDisk::new(SimOptions::default());
+    let job = GroupDirectory::new(disk.dir("job"));
+    let members = |count: usize| vec![id(1); count];
+
+    let refused = job.commit(GROUP, &members(201)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::LimitExceeded);
+    assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Aborted);
+
+    job.commit(GROUP, &members(200)).unwrap();
+    assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Committed);
 }
