@@ -241,28 +241,27 @@ fn a_group_record_that_cannot_be_read_is_never_taken_for_none() {
     let page = PAGE as u64;
 
     for damage in [SimDisk::spoil, SimDisk::flip_bit] {
+        for copy in [0, page] {
+            let half = disk.snapshot().after_kill();
+            assert!(damage(&half, &record, copy));
+            let one = GroupDirectory::new(half.dir("job")).verdict(GROUP);
+            assert_eq!(one.unwrap(), Verdict::Committed, "one copy is enough");
+        }
         let damaged = disk.snapshot().after_kill();
-        assert!(damage(&damaged, &record, 0));
-        let one = GroupDirectory::new(damaged.dir("job")).verdict(GROUP);
-        assert_eq!(one.unwrap(), Verdict::Committed, "one copy is enough");
-
-        assert!(damage(&damaged, &record, page));
+        assert!(damage(&damaged, &record, 0) && damage(&damaged, &record, page));
         let job = GroupDirectory::new(damaged.dir("job"));
+
         let refused = setup.open_in_group(&damaged, Some(&job)).unwrap_err();
 
         assert!(refused.to_string().contains("group record"), "{refused}");
         assert_eq!(setup.content(&damaged), Some(Pair::old()));
-        damaged.install("job", &whole_name(&record), &whole);
+        damaged.install("job", record.trim_start_matches("job/"), &whole);
         drop(setup.open_in_group(&damaged, Some(&job)).unwrap());
         assert_eq!(setup.content(&damaged), Some(new.clone()));
     }
     job.retire(GROUP).unwrap();
     assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Aborted);
     assert_eq!(disk.dir("job").names().unwrap(), Vec::<String>::new());
-}
-
-fn whole_name(path: &str) -> String {
-    path.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 #[test]
@@ -277,4 +276,6 @@ fn a_group_has_as_many_disks_as_fit_its_record_and_no_more() {
 
     job.commit(GROUP, &members(200)).unwrap();
     assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Committed);
+    let another = GroupId::from_bytes([8; 16]);
+    assert_eq!(job.verdict(another).unwrap(), Verdict::Aborted);
 }
