@@ -15,6 +15,12 @@
 //! assert!(images.count() >= 4);
 //! # Ok::<(), blockferry_device::Error>(())
 //! ```
+//!
+//! For a device or a protocol of your own: [`conformance`] checks what every device must do, [`FaultySource`] and
+//! [`FaultyTarget`] make it fail, and [`explore`] crashes a [`Scenario`] at every operation and checks what it promised.
+//! `examples/own_device.rs` does it for a mirror of two disks, and catches one with a mistake in it. A violation is
+//! printed with a test to paste, which [`reproduce`] takes straight there; [`sensitivity`] shows whether each barrier of
+//! a protocol is missed when it is gone.
 
 pub mod conformance;
 mod explore;
