@@ -11,6 +11,7 @@ mod kills;
 mod lab;
 mod names;
 mod recorded_writes;
+mod strategy_fixtures;
 mod syscalls;
 mod targets;
 mod undo;

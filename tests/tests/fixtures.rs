@@ -3,7 +3,7 @@
 //! `tests/fixtures/README.md` tells which file shows what and how they were made. A version that is released is
 //! never made again: its files stay as they are, and a new version gets a directory of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,16 +20,18 @@ use blockferry::transfer_log::{
 use blockferry_testkit::{OperationKind, SimDisk, SimOptions};
 use blockferry_tests::workspace_root;
 
-const PAGE: usize = 4096;
+use crate::strategy_fixtures;
+
+pub(crate) const PAGE: usize = 4096;
 /// Pages of a state file. Those at its end that were never written are left out of the fixtures.
 const STATE_PAGES: usize = 35;
-const SESSION: SessionId = SessionId::from_bytes([0x51; 16]);
+pub(crate) const SESSION: SessionId = SessionId::from_bytes([0x51; 16]);
 const GROUP: GroupId = GroupId::from_bytes([0x67; 16]);
 const GROUP_FILE: &str = "67676767676767676767676767676767.group";
-const LOG: &str = "51515151515151515151515151515151.log.0000";
+pub(crate) const LOG: &str = "51515151515151515151515151515151.log.0000";
 
-/// A disk of four pages, each filled with letters of its own; `.` makes a zero page.
-fn disk_of(pages: &str) -> Vec<u8> {
+/// A disk of pages that are each filled with letters of its own; `.` makes a zero page.
+pub(crate) fn disk_of(pages: &str) -> Vec<u8> {
     let page = |letter: u8| match letter {
         b'.' => vec![0; PAGE],
         _ => (0..=255)
@@ -49,31 +51,31 @@ fn new() -> Vec<u8> {
     disk_of("aB.D")
 }
 
-fn geometry() -> Geometry {
-    Geometry::new(
-        new().len() as u64,
-        BlockSize::new(8192).expect("a block size"),
-    )
+pub(crate) const BLOCK: usize = 8192;
+
+pub(crate) fn geometry_of(image: &[u8]) -> Geometry {
+    let block_size = BlockSize::new(BLOCK as u64).expect("a block size");
+    Geometry::new(image.len() as u64, block_size)
 }
 
 fn leaves_of(image: &[u8]) -> RegionLeaves {
-    let mut leaves = RegionLeaves::zero(&geometry(), RegionIndex::new(0));
-    for (number, block) in image.chunks(8192).enumerate() {
+    let mut leaves = RegionLeaves::zero(&geometry_of(image), RegionIndex::new(0));
+    for (number, block) in image.chunks(BLOCK).enumerate() {
         leaves.set(number, block_digest(block));
     }
     leaves
 }
 
 /// The manifest of an image, and its root.
-fn manifest_of(image: &[u8]) -> (Vec<u8>, Root) {
+pub(crate) fn manifest_of(image: &[u8]) -> (Vec<u8>, Root) {
     let mut bytes = Vec::new();
-    let mut writer = ManifestWriter::new(geometry(), &mut bytes).expect("memory takes all");
+    let mut writer = ManifestWriter::new(geometry_of(image), &mut bytes).expect("memory takes all");
     writer.push(&leaves_of(image)).expect("memory takes all");
     let (root, _) = writer.finish().expect("memory takes all");
     (bytes, root)
 }
 
-fn quiet(_: u64, _: u64) {}
+pub(crate) fn quiet(_: u64, _: u64) {}
 
 /// A replica on a device in memory, whose evidence is its content; its state on a simulated disk.
 struct Scene {
@@ -154,7 +156,7 @@ impl Scene {
 
 fn begin(replica: &mut Replica) -> Session<'_> {
     let stamp = SourceStamp::new("source.raw", Identity::unknown(), Evidence::unknown());
-    let plan = Plan::new(SESSION, Strategy::Redo, geometry(), stamp);
+    let plan = Plan::new(SESSION, Strategy::Redo, geometry_of(&new()), stamp);
     replica.begin(&plan).expect("nothing is in the way")
 }
 
@@ -210,12 +212,12 @@ fn make_scene(name: &str) -> BTreeMap<String, Vec<u8>> {
 
 const SCENES: [&str; 5] = ["staged", "committed", "compressed", "member", "applied"];
 
-fn directory() -> PathBuf {
+pub(crate) fn directory() -> PathBuf {
     workspace_root().join("tests/fixtures")
 }
 
 /// The files of a directory; a state file gets the blank pages at its end back.
-fn files_in(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn files_in(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries =
         fs::read_dir(directory).unwrap_or_else(|e| panic!("listing {}: {e}", directory.display()));
     entries
@@ -284,7 +286,7 @@ fn a_point_of_version_1_and_its_way_back_are_known() {
 
     assert_eq!(*replica.recovered(), Recovered::Clean);
     let point = replica.point().expect("it is at one").clone();
-    assert_eq!((point.id, point.geometry), (SESSION, geometry()));
+    assert_eq!((point.id, point.geometry), (SESSION, geometry_of(&new())));
     let manifest = replica
         .manifest_source(&point)
         .open()
@@ -303,7 +305,10 @@ fn a_manifest_of_version_1_is_read_and_written_alike() {
     let leaves = reader.next_region().expect("it is sound").expect("one");
     let root = reader.read_to_end().expect("it is sound");
 
-    assert_eq!((reader.geometry(), leaves), (geometry(), leaves_of(&new())));
+    assert_eq!(
+        (reader.geometry(), leaves),
+        (geometry_of(&new()), leaves_of(&new()))
+    );
     assert_eq!((golden, root), manifest_of(&new()));
 }
 
@@ -416,14 +421,14 @@ fn rotten_pre_images_are_found_before_a_way_back_is_begun() {
 }
 
 /// Puts the checksum of a sealed page right after a field of it was changed.
-fn reseal(page: &mut [u8]) {
+pub(crate) fn reseal(page: &mut [u8]) {
     let body = page.len() - 32;
     let sum = checksum(&page[..body]);
     page[body..].copy_from_slice(sum.as_bytes());
 }
 
 /// Deliberate damage to a golden file: case, scene, file, what is done to it.
-type Damage = (&'static str, &'static str, &'static str, fn(&mut Vec<u8>));
+pub(crate) type Damage = (&'static str, &'static str, &'static str, fn(&mut Vec<u8>));
 
 const DAMAGES: [Damage; 11] = [
     ("state-version-2", "applied", "state", |state| {
@@ -465,13 +470,13 @@ const DAMAGES: [Damage; 11] = [
     }),
 ];
 
-fn write(path: &Path, bytes: &[u8]) {
+pub(crate) fn write(path: &Path, bytes: &[u8]) {
     fs::create_dir_all(path.parent().expect("it lies in a directory")).expect("made");
     fs::write(path, bytes).unwrap_or_else(|e| panic!("writing {}: {e}", path.display()));
 }
 
 /// The bytes as they are committed: without the blank pages at the end of a state file.
-fn stored<'a>(name: &str, bytes: &'a [u8]) -> &'a [u8] {
+pub(crate) fn stored<'a>(name: &str, bytes: &'a [u8]) -> &'a [u8] {
     let pages = bytes.chunks(PAGE).rposition(|p| p.iter().any(|b| *b != 0));
     match pages {
         Some(last) if name == "state" => &bytes[..(last + 1) * PAGE],
@@ -481,6 +486,7 @@ fn stored<'a>(name: &str, bytes: &'a [u8]) -> &'a [u8] {
 
 /// Everything in `tests/fixtures` for the version that this build writes.
 fn make_all(directory: &Path) {
+    strategy_fixtures::make_all(directory);
     for scene in SCENES {
         for (name, bytes) in make_scene(scene) {
             let path = directory.join("replica/v1").join(scene).join(&name);
@@ -531,13 +537,18 @@ fn todays_code_still_writes_what_version_1_wrote() {
 
     make_all(fresh.path());
 
-    for kind in ["manifest", "replica"] {
-        for path in files_below(&fresh.path().join(kind)) {
-            let name = path.strip_prefix(fresh.path()).expect("it lies there");
-            let golden = fs::read(directory().join(name)).expect("it is committed");
-            let today = fs::read(&path).expect("just written");
-            assert!(golden == today, "{} has changed", name.display());
-        }
+    let names_below = |top: &Path| -> BTreeSet<PathBuf> {
+        let relative = |path: PathBuf| path.strip_prefix(top).map(Path::to_path_buf);
+        let names = files_below(top).into_iter().map(relative);
+        names.collect::<Result<_, _>>().expect("it lies there")
+    };
+    let mut committed = names_below(&directory());
+    committed.remove(Path::new("README.md"));
+    assert_eq!(names_below(fresh.path()), committed);
+    for name in committed {
+        let golden = fs::read(directory().join(&name)).expect("it is committed");
+        let today = fs::read(fresh.path().join(&name)).expect("just written");
+        assert!(golden == today, "{} has changed", name.display());
     }
 }
 
