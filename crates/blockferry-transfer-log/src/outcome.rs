@@ -132,8 +132,15 @@ fn exchange(replica: &Replica, header: &SegmentHeader) -> Result<u64> {
     let sibling = replica.place.sibling(header.session);
     let found = replica.place.open()?.file_id()?;
     let failed = |e| Error::target(format!("put {sibling} in the place of {name}"), e);
+    let in_place = found == Some(working);
+    // An exchange takes whatever has the name: only the file that was read back may become the target.
+    if !in_place && !replica.place.sibling_is(header.session, Some(working))? {
+        return Err(Error::refused(format!(
+            "{sibling} is not the file that the session wrote: someone replaced or removed it"
+        )));
+    }
     match found {
-        Some(id) if id == working => {}
+        Some(_) if in_place => {}
         Some(id) if Some(id) == header.old_file_id => {
             dir.exchange(&sibling, name).map_err(failed)?;
         }

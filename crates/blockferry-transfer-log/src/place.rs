@@ -60,6 +60,18 @@ impl Place {
             Self::Device(_) => String::new(),
         }
     }
+
+    /// Whether a session's sibling is there and is the file of this number: a name proves nothing of what it names.
+    pub(crate) fn sibling_is(&self, session: SessionId, number: Option<u64>) -> Result<bool> {
+        let Some((dir, _)) = self.file() else {
+            return Ok(false);
+        };
+        let name = self.sibling(session);
+        let failed = |e| Error::target(format!("identify {name} beside the target"), e);
+        let sibling = dir.open(&name).map_err(failed)?;
+        let found = sibling.map(|s| s.file_id()).transpose().map_err(failed)?;
+        Ok(found.is_some() && found == number)
+    }
 }
 
 /// What is at a place now.

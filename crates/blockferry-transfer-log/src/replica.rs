@@ -210,14 +210,9 @@ impl Replica {
         if in_place {
             return Ok(self.content.target().is_some());
         }
-        if let (Some(working), Some((dir, _))) = (header.working_file_id, self.place.file()) {
-            let sibling = dir
-                .open(&self.place.sibling(header.session))
-                .map_err(|e| Error::target("look for the sibling", e))?;
-            let id = sibling.map(|s| s.file_id()).transpose();
-            if id.map_err(|e| Error::target("identify the sibling", e))? != Some(working) {
-                return Ok(false);
-            }
+        let sibling = header.working_file_id.filter(|_| self.is_file());
+        if sibling.is_some() && !self.place.sibling_is(header.session, sibling)? {
+            return Ok(false);
         }
         let absent = !matches!(self.place, Place::Device(_)) && header.old_file_id.is_none();
         if absent {
@@ -529,14 +524,11 @@ impl Replica {
         let header = &scan.header;
         match (header.strategy, self.place.file()) {
             (Strategy::Redo, _) => LoadedSession::of(scan).staged(scan).check_pre_images(),
-            (Strategy::Clone | Strategy::Shadow, Some((dir, _))) => {
-                let name = self.place.sibling(header.session);
-                let failed = |e| Error::target(format!("open {name}, the old file"), e);
-                let old = dir.open(&name).map_err(failed)?;
-                let id = old.map(|f| f.file_id()).transpose().map_err(failed)?;
-                if id.is_some() && id == header.old_file_id {
+            (Strategy::Clone | Strategy::Shadow, Some(_)) => {
+                if self.place.sibling_is(header.session, header.old_file_id)? {
                     return Ok(());
                 }
+                let name = self.place.sibling(header.session);
                 Err(Error::corrupt(format!(
                     "{name} is not the old file any more"
                 )))

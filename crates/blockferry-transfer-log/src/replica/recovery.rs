@@ -262,6 +262,11 @@ impl Replica {
         let failed = |e| Error::target(format!("put {sibling} back in the place of {name}"), e);
         let found = self.place.open()?.file_id()?;
         if found == header.working_file_id {
+            if !self.place.sibling_is(header.session, header.old_file_id)? {
+                return Err(Error::corrupt(format!(
+                    "{sibling} is not the old file any more"
+                )));
+            }
             dir.exchange(&sibling, name).map_err(failed)?;
         } else if found != header.old_file_id {
             return Err(Error::refused(format!(

@@ -3,7 +3,7 @@
 use blockferry_testkit::{Fault, FaultKind, OperationKind, Repeat, SimDisk};
 use blockferry_transfer_log::{ErrorKind, Prepared, Recovered, Strategy};
 
-use crate::harness::{PAGE, Setup, id, image, quiet, root};
+use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 use crate::sessions::stage_some;
 
 fn old() -> Vec<u8> {
@@ -136,6 +136,66 @@ fn a_decided_session_without_its_log_is_reported_and_nothing_is_touched() {
     assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(setup.content(&disk), Some(old()));
     assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+}
+
+/// Puts another file of the same size at the name of the session's sibling.
+fn replace_sibling(disk: &SimDisk) {
+    let name = format!(".{TARGET}.{}.blockferry", id(1));
+    disk.dir("images").remove(&name).unwrap();
+    disk.install("images", &name, &image(&[9, 9, 9, 9], 4 * PAGE));
+}
+
+#[test]
+fn a_sibling_that_someone_replaced_never_becomes_the_target() {
+    for strategy in [Strategy::Clone, Strategy::Shadow] {
+        let setup = Setup::file(strategy);
+        let disk = setup.machine(Some(&old()));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+        setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+        disk.inject(Fault::on(
+            OperationKind::Exchange,
+            "images/",
+            1,
+            FaultKind::PowerLoss,
+        ));
+        session.commit(root(&new()), &quiet).unwrap_err();
+        drop(replica);
+        let disk = disk.snapshot().after_kill();
+        replace_sibling(&disk);
+
+        let refused = setup.open(&disk).unwrap_err();
+
+        assert_eq!(refused.kind(), ErrorKind::DecisionPending, "{strategy}");
+        assert_eq!(setup.content(&disk), Some(old()), "{strategy}");
+    }
+}
+
+#[test]
+fn an_old_file_that_someone_replaced_never_becomes_the_target() {
+    for strategy in [Strategy::Clone, Strategy::Shadow] {
+        let setup = Setup::file(strategy);
+        let disk = setup.machine(Some(&old()));
+        let mut replica = setup.open(&disk).unwrap();
+        setup.sync(&mut replica, 1, &new()).unwrap();
+        // The way back is decided, and nothing of it is done.
+        disk.inject(Fault::on(
+            OperationKind::Exchange,
+            "images/",
+            1,
+            FaultKind::PowerLoss,
+        ));
+        replica.rollback(&quiet).unwrap_err();
+        drop(replica);
+        let disk = disk.snapshot().after_kill();
+        replace_sibling(&disk);
+
+        let refused = setup.open(&disk).unwrap_err();
+
+        assert_eq!(refused.kind(), ErrorKind::Corrupt, "{strategy}");
+        assert_eq!(setup.content(&disk), Some(new()), "{strategy}");
+    }
 }
 
 #[test]
