@@ -1,25 +1,26 @@
 //! Golden files of the strategies on a file: what version 1 wrote is resumed, carried out and rolled back by today's
-//! code to exactly the right image.
+//! code to exactly the right image, and what is damaged is refused as what it is.
 //!
 //! The log of a session names files by their numbers, and its target by what proves it unwritten. So each scene has a
 //! file `images` that tells of every file beside the target: name, number, changes it has seen, size, and a letter for
 //! each page. [`install`] makes a simulated machine on which all of that is true. Images cost no bytes this way.
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use blockferry::core::{Extent, block_digest, is_zero};
 use blockferry::device::{Evidence, Identity};
 use blockferry::transfer_log::{
-    Batch, ErrorKind, Old, Place, Plan, Prepared, Recovered, Replica, Session, SourceStamp,
+    Batch, Error, ErrorKind, Old, Place, Plan, Prepared, Recovered, Replica, Session, SourceStamp,
     Strategy, Undo,
 };
 use blockferry_testkit::{Boundary, OperationKind, SimDisk, SimOptions};
 
 use crate::fixtures::{
-    BLOCK, PAGE, SESSION, directory, disk_of, files_in, geometry_of, manifest_of, quiet, stored,
-    write,
+    BLOCK, LOG, PAGE, SESSION, directory, disk_of, files_in, geometry_of, manifest_of, quiet,
+    reseal, stored, write,
 };
 
 const TARGET: &str = "disk.raw";
@@ -98,6 +99,14 @@ impl Story {
 
     fn golden(&self, state: &str) -> Files {
         files_in(&directory().join(self.name).join("v1").join(state))
+    }
+
+    /// A golden scene with its log replaced by the damaged one of this name.
+    fn damaged(&self, case: &Case) -> Files {
+        let mut files = self.golden(case.state);
+        let damaged = Path::new(self.name).join("v1/damaged").join(case.name);
+        files.extend(files_in(&directory().join(damaged)));
+        files
     }
 
     fn open(&self, disk: &SimDisk) -> blockferry::transfer_log::Result<Replica> {
@@ -439,6 +448,222 @@ fn a_way_back_that_version_1_decided_is_finished() {
     }
 }
 
+/// Deliberate damage to the log of a scene.
+struct Case {
+    name: &'static str,
+    story: Story,
+    state: &'static str,
+    damage: fn(&mut Vec<u8>),
+}
+
+const fn case(
+    name: &'static str,
+    story: Story,
+    state: &'static str,
+    damage: fn(&mut Vec<u8>),
+) -> Case {
+    Case {
+        name,
+        story,
+        state,
+        damage,
+    }
+}
+
+/// What is torn, and how much is staged for the new point then. A clone is compared with the file it writes, which has
+/// the page that the record was about.
+const TORN: [(Case, usize); 3] = [
+    (case("torn-record", CLONE, "staged", tear_record), PAGE),
+    (
+        case("torn-record", SHADOW, "staged", tear_record),
+        2 * BLOCK,
+    ),
+    (
+        case("torn-record", DIRECT, "staged", tear_record),
+        2 * BLOCK,
+    ),
+];
+
+/// Damage that opening refuses, and how.
+const REFUSED: [(Case, ErrorKind, &str); 6] = [
+    (
+        case("unknown-strategy", CLONE, "committed", set_strategy),
+        ErrorKind::Corrupt,
+        "is decided but its log is gone or cannot be read",
+    ),
+    (
+        case("unknown-strategy", SHADOW, "rolling-back", set_strategy),
+        ErrorKind::Corrupt,
+        "is decided but its log is gone or cannot be read",
+    ),
+    (
+        case("unknown-strategy", DIRECT, "committed", set_strategy),
+        ErrorKind::Corrupt,
+        "is decided but its log is gone or cannot be read",
+    ),
+    (
+        case("another-new-file", CLONE, "committed", name_another_new),
+        ErrorKind::DecisionPending,
+        "is not the file that the session wrote",
+    ),
+    (
+        case("another-old-file", SHADOW, "committed", name_another_old),
+        ErrorKind::DecisionPending,
+        "is neither the old file nor the new one",
+    ),
+    (
+        case("short-of-records", REDO, "committed", lose_last_record),
+        ErrorKind::Corrupt,
+        "records",
+    ),
+];
+
+const ANOTHER_STAGED: Case = case("another-new-file", SHADOW, "staged", name_another_new);
+
+/// Damage that only the way back meets, and how that is refused.
+const NO_WAY_BACK: [(Case, &str); 3] = [
+    (
+        case("cut-off", REDO, "applied", |log| log[3 * PAGE + 5] ^= 1),
+        "digest mismatch",
+    ),
+    (
+        case("another-old-file", CLONE, "applied", name_another_old),
+        "is not the old file any more",
+    ),
+    (
+        case("unknown-strategy", SHADOW, "applied", set_strategy),
+        "is gone",
+    ),
+];
+
+fn cases() -> Vec<Case> {
+    let refused = REFUSED.into_iter().map(|(case, ..)| case);
+    let no_way_back = NO_WAY_BACK.into_iter().map(|(case, _)| case);
+    let torn = TORN.into_iter().map(|(case, _)| case);
+    let all = torn.chain(refused).chain(no_way_back);
+    all.chain([ANOTHER_STAGED]).collect()
+}
+
+/// The header of the first record.
+fn tear_record(log: &mut Vec<u8>) {
+    log[PAGE..][..512].fill(0xEE);
+}
+
+fn lose_last_record(log: &mut Vec<u8>) {
+    // It ends with its header, its new page and its old one.
+    log.truncate(log.len() - 3 * PAGE);
+}
+
+fn set_strategy(log: &mut Vec<u8>) {
+    // Behind magic, version, session and epoch.
+    log[8 + 4 + 16 + 8] = 9;
+    reseal(&mut log[..PAGE]);
+}
+
+fn name_another_old(log: &mut Vec<u8>) {
+    let place = file_ids(log);
+    log[place + 1] ^= 64;
+    reseal(&mut log[..PAGE]);
+}
+
+fn name_another_new(log: &mut Vec<u8>) {
+    let place = file_ids(log) + 9;
+    log[place + 1] ^= 64;
+    reseal(&mut log[..PAGE]);
+}
+
+/// Where the header has the optional numbers of the old file and of the new one, 9 bytes each.
+fn file_ids(log: &[u8]) -> usize {
+    // The sizes follow strategy, undo and mode; no session here has a base.
+    let evidence = 36 + 3 + 3 * 8 + 1;
+    let place = evidence + 2 + usize::from(log[evidence]);
+    assert_eq!((log[place], log[place + 9]), (1, 1), "both are there");
+    place
+}
+
+fn text_of(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        write!(text, ": {next}").expect("a string grows");
+        cause = next.source();
+    }
+    text
+}
+
+/// All files beside the target.
+fn images_of(disk: &SimDisk) -> Vec<(String, Option<Vec<u8>>)> {
+    let content = |name: String| (disk.content(&format!("images/{name}")), name);
+    let files = beside(disk).into_iter().map(content);
+    files.map(|(bytes, name)| (name, bytes)).collect()
+}
+
+#[test]
+fn torn_records_of_a_working_file_are_staged_again() {
+    for (case, expected_bytes) in TORN {
+        let (story, name) = (&case.story, case.story.name);
+        let disk = install(&story.damaged(&case));
+        let was = content(&disk);
+        let mut replica = story.open(&disk).expect("it is only torn");
+
+        let session = replica.resume(u64::MAX).expect(name);
+        let staged_bytes = story.finish(session, &was);
+
+        assert!(content(&disk) == story.new(), "{name}");
+        assert_eq!(staged_bytes, expected_bytes as u64, "{name}");
+        story.expect_way_back(&disk, &mut replica, "after going on");
+    }
+}
+
+#[test]
+fn damaged_logs_of_decided_sessions_are_refused_and_nothing_is_touched() {
+    for (case, kind, text) in REFUSED {
+        let what = format!("{} of {}", case.name, case.story.name);
+        let disk = install(&case.story.damaged(&case));
+        let before = images_of(&disk);
+
+        let refused = case.story.open(&disk).expect_err(&what);
+
+        assert_eq!(refused.kind(), kind, "{what}: {refused:?}");
+        assert!(text_of(&refused).contains(text), "{what}: {refused:?}");
+        assert!(images_of(&disk) == before, "{what}");
+    }
+}
+
+#[test]
+fn a_session_that_wrote_another_file_does_not_go_on_and_can_be_cancelled() {
+    let story = &ANOTHER_STAGED.story;
+    let disk = install(&story.damaged(&ANOTHER_STAGED));
+    let mut replica = story.open(&disk).expect("nothing is decided");
+
+    let refused = replica.resume(u64::MAX).expect_err("it is another file");
+
+    assert_eq!(refused.kind(), ErrorKind::Refused);
+    let text = "is not what the unfinished session was compared with";
+    assert!(refused.to_string().contains(text), "{refused:?}");
+    assert!(content(&disk) == story.old());
+    replica.cancel().expect("it can be cancelled");
+    assert_eq!(beside(&disk), [TARGET]);
+    assert!(content(&disk) == story.old());
+}
+
+#[test]
+fn damage_to_the_old_point_of_a_file_is_found_before_a_way_back_is_begun() {
+    for (case, text) in NO_WAY_BACK {
+        let what = format!("{} of {}", case.name, case.story.name);
+        let disk = install(&case.story.damaged(&case));
+        let mut replica = case.story.open(&disk).expect(&what);
+        let before = images_of(&disk);
+
+        let refused = replica.rollback(&quiet).expect_err(&what);
+
+        assert_eq!(refused.kind(), ErrorKind::Corrupt, "{what}: {refused:?}");
+        assert!(text_of(&refused).contains(text), "{what}: {refused:?}");
+        assert!(images_of(&disk) == before, "{what}");
+        assert!(content(&disk) == case.story.new(), "{what}");
+    }
+}
+
 /// Everything of `tests/fixtures` that is told here.
 pub(crate) fn make_all(directory: &Path) {
     for story in STORIES {
@@ -448,5 +673,11 @@ pub(crate) fn make_all(directory: &Path) {
                 write(&path.join(&name), stored(&name, &bytes));
             }
         }
+    }
+    for case in cases() {
+        let mut log = make(&case.story, case.state).remove(LOG).expect(case.name);
+        (case.damage)(&mut log);
+        let path = directory.join(case.story.name).join("v1/damaged");
+        write(&path.join(case.name).join(LOG), &log);
     }
 }
