@@ -6,7 +6,7 @@ use blockferry_transfer_log::{
     Strategy, Verdict, inspect,
 };
 
-use crate::explorer::{options, run_with};
+use crate::explorer::{Explored, options, run_with};
 use crate::harness::{PAGE, Setup, id, image, quiet, root};
 use crate::looked::check_looked;
 
@@ -152,13 +152,16 @@ fn a_group_ends_at_one_point_after_every_crash() {
         crashed_recoveries: 2,
         ..options()
     };
+    let mut explored = Explored::of("a group");
     for strategy in [Strategy::Redo, Strategy::Clone] {
         let setup = Setup::file(strategy).at_once();
         let report = run_with(&options, &format!("group, {strategy}"), &Pair { setup });
         for step in ["group stage", "group decide", "group carry out"] {
             assert!(report.steps.contains_key(step), "{:?}", report.steps);
         }
+        explored.add(&report);
     }
+    explored.finish();
 }
 
 #[test]

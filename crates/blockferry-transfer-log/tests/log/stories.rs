@@ -8,7 +8,7 @@ use blockferry_testkit::{
 };
 use blockferry_transfer_log::Strategy;
 
-use crate::explorer::{four_images, options, run_story, run_with, seed, sizes, story};
+use crate::explorer::{Explored, four_images, options, run_with, seed, sizes, story};
 use crate::harness::{PAGE, Setup, TARGET, id, image};
 use crate::model::Promise;
 use crate::story::{Step, Story};
@@ -39,7 +39,9 @@ fn compaction_survives_every_crash() {
         },
         ..options()
     };
-    run_with(&options, &story.name(), &story);
+    let mut explored = Explored::of("compaction");
+    explored.add(&run_with(&options, &story.name(), &story));
+    explored.finish();
 }
 
 /// Without compaction the session would still have its first segment.
@@ -56,6 +58,7 @@ fn assert_compacts(story: &Story) {
 
 #[test]
 fn pages_that_came_compressed_survive_every_crash() {
+    let mut explored = Explored::of("frames");
     for setup in [
         Setup::file(Strategy::Redo),
         Setup::device(Strategy::Redo),
@@ -65,27 +68,29 @@ fn pages_that_came_compressed_survive_every_crash() {
             frames: true,
             ..setup
         };
-        let one = |before: &[Step], steps: &[Step]| {
-            run_story(&story(setup, four_images(), before, steps));
+        let mut one = |before: &[Step], steps: &[Step]| {
+            explored.story(&story(setup, four_images(), before, steps));
         };
         one(&[Step::Sync(1, 1)], &[Step::Sync(2, 2)]);
         one(&[], &[Step::Stage(1, 1, 1), Step::Resume(2)]);
         one(&[Step::Sync(1, 1)], &[Step::Rollback]);
         if !setup.device {
-            run_story(&story(setup, sizes(), &[], &[Step::Sync(1, 1)]));
+            explored.story(&story(setup, sizes(), &[], &[Step::Sync(1, 1)]));
         }
     }
+    explored.finish();
 }
 
 #[test]
 fn adopting_a_point_survives_every_crash() {
+    let mut explored = Explored::of("adopting");
     for setup in [
         Setup::file(Strategy::Redo),
         Setup::device(Strategy::Redo),
         Setup::file(Strategy::Clone),
     ] {
-        let one = |before: &[Step], steps: &[Step]| {
-            run_story(&story(setup, four_images(), before, steps));
+        let mut one = |before: &[Step], steps: &[Step]| {
+            explored.story(&story(setup, four_images(), before, steps));
         };
         one(&[], &[Step::Adopt(5), Step::Adopt(6)]);
         one(&[Step::Sync(1, 1)], &[Step::Adopt(5)]);
@@ -94,21 +99,24 @@ fn adopting_a_point_survives_every_crash() {
             &[Step::Sync(2, 2), Step::Rollback],
         );
     }
+    explored.finish();
 }
 
 #[test]
 fn a_restart_with_records_that_nobody_flushed_survives_every_crash() {
+    let mut explored = Explored::of("a restart in the cache");
     for setup in [
         Setup::device(Strategy::Redo),
         Setup::file(Strategy::Clone),
         Setup::file(Strategy::Shadow),
     ] {
         let steps = [Step::Abandon(1, 1), Step::Resume(1)];
-        run_story(&story(setup, four_images(), &[], &steps));
+        explored.story(&story(setup, four_images(), &[], &steps));
     }
     let setup = Setup::file(Strategy::Redo);
     let steps = [Step::Abandon(2, 2), Step::Resume(3)];
-    run_story(&story(setup, four_images(), &[Step::Sync(1, 1)], &steps));
+    explored.story(&story(setup, four_images(), &[Step::Sync(1, 1)], &steps));
+    explored.finish();
 }
 
 /// A story whose first recovery is hit by a fault; the next one must do what the first could not.
