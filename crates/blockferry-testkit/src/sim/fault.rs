@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use blockferry_core::Extent;
 
-/// What an operation does. Each mutating operation has a number, counted from 1.
+/// What an operation does. Those that change something are numbered from 1, and those that only ask
+/// ([`Self::is_query`]) have numbers of their own, also from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OperationKind {
@@ -35,13 +36,65 @@ pub enum OperationKind {
     Exchange,
     /// `sync` of a directory.
     SyncDirectory,
+    /// Each request of `read_at`, `read_batch` and `read_medium`.
+    Read,
+    /// `status_at`.
+    Status,
+    /// `identity`, `evidence` or `file_id`.
+    Examine,
+    /// `open` of a name, whether it is there or not.
+    Open,
+    /// `names`.
+    List,
+    /// `available_bytes`.
+    AvailableBytes,
+    /// `lock`; where that makes the lock file, a [`Self::Create`] follows.
+    Lock,
 }
 
-/// One mutating operation that was asked for.
+impl OperationKind {
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_query(self) -> bool {
+        match self {
+            Self::Write
+            | Self::WriteZeroes
+            | Self::Punch
+            | Self::Reserve
+            | Self::Resize
+            | Self::Flush
+            | Self::Clone
+            | Self::CopyMetadata
+            | Self::Create
+            | Self::Remove
+            | Self::Rename
+            | Self::Exchange
+            | Self::SyncDirectory => false,
+            Self::Read
+            | Self::Status
+            | Self::Examine
+            | Self::Open
+            | Self::List
+            | Self::AvailableBytes
+            | Self::Lock => true,
+        }
+    }
+
+    /// Whether it may do a part of what was asked: it concerns a run of bytes, and the system call below it
+    /// returns how far it got or changes them one after the other.
+    pub(crate) fn can_fall_short(self) -> bool {
+        matches!(
+            self,
+            Self::Write | Self::WriteZeroes | Self::Punch | Self::Reserve
+        )
+    }
+}
+
+/// One operation that was asked for.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Operation {
-    /// From 1 in the life of the simulated disk.
+    /// From 1 in the life of the simulated disk, among queries or among the others.
     pub number: u64,
     /// What it did.
     pub kind: OperationKind,
@@ -55,9 +108,14 @@ pub struct Operation {
 
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.kind.is_query() {
+            "query"
+        } else {
+            "operation"
+        };
         write!(
             f,
-            "operation {} ({:?} of {}",
+            "{what} {} ({:?} of {}",
             self.number, self.kind, self.subject
         )?;
         match self.extent {
@@ -68,6 +126,11 @@ impl fmt::Display for Operation {
 }
 
 /// What goes wrong.
+///
+/// The traits promise whole requests: the devices behind them go on after a short count and after an
+/// interruption. So what the simulated machine gives is what is left of these when going on does not help.
+/// A query that fails tells nothing, and leaves anything in the buffer of a read; [`Self::SilentLoss`] and
+/// [`Self::Skipped`] do not concern queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FaultKind {
@@ -75,6 +138,14 @@ pub enum FaultKind {
     Io,
     /// The operation fails as with ENOSPC; a write may have got half way.
     NoSpace,
+    /// The operation does only a part and fails, as where a system call goes on returning a count of 0. Of a write
+    /// or of zeros the first sectors are done, of a reservation or a hole the first pages, possibly none; a read finds
+    /// its device too short; everything else is done wholly or not at all, and so is not done. What was
+    /// unflushed before stays unflushed and is not lost.
+    Short,
+    /// The operation fails as with an EINTR that does not end, or that is not to be tried again (a flush). Nothing is
+    /// done. What was unflushed before stays unflushed and is not lost.
+    Interrupted,
     /// The operation claims success, but the medium loses an unknown part of what is unflushed on that file
     /// while the cache goes on showing it. For flushes and directory syncs.
     SilentLoss,
@@ -98,6 +169,7 @@ pub enum Repeat {
 #[derive(Clone, Debug)]
 enum Aim {
     Number(u64),
+    Query(u64),
     Matching {
         kind: OperationKind,
         subject: String,
@@ -118,8 +190,18 @@ impl Fault {
     /// Hits the operation of this number.
     #[must_use]
     pub fn at(number: u64, kind: FaultKind) -> Self {
+        Self::aimed(Aim::Number(number), kind)
+    }
+
+    /// Hits the query of this number ([`OperationKind::is_query`]).
+    #[must_use]
+    pub fn at_query(number: u64, kind: FaultKind) -> Self {
+        Self::aimed(Aim::Query(number), kind)
+    }
+
+    fn aimed(aim: Aim, kind: FaultKind) -> Self {
         Self {
-            aim: Aim::Number(number),
+            aim,
             kind,
             repeat: Repeat::Once,
             spent: false,
@@ -135,12 +217,7 @@ impl Fault {
             subject: subject.to_owned(),
             skip,
         };
-        Self {
-            aim,
-            kind,
-            repeat: Repeat::Once,
-            spent: false,
-        }
+        Self::aimed(aim, kind)
     }
 
     /// Once or forever; once if this is not called.
@@ -154,6 +231,7 @@ impl Fault {
         let kind = self.kind;
         let aim = match &self.aim {
             Aim::Number(number) => format!("Fault::at({number}, FaultKind::{kind:?})"),
+            Aim::Query(number) => format!("Fault::at_query({number}, FaultKind::{kind:?})"),
             Aim::Matching {
                 kind: operation,
                 subject,
@@ -181,8 +259,12 @@ impl Fault {
 
     fn is_aimed_at(&mut self, operation: &Operation) -> bool {
         match &mut self.aim {
-            Aim::Number(number) if self.repeat == Repeat::Forever => operation.number >= *number,
-            Aim::Number(number) => operation.number == *number,
+            Aim::Number(number) => {
+                !operation.kind.is_query() && has_come(operation.number, *number, self.repeat)
+            }
+            Aim::Query(number) => {
+                operation.kind.is_query() && has_come(operation.number, *number, self.repeat)
+            }
             Aim::Matching {
                 kind,
                 subject,
@@ -196,5 +278,12 @@ impl Fault {
                 !skipped
             }
         }
+    }
+}
+
+fn has_come(number: u64, wanted: u64, repeat: Repeat) -> bool {
+    match repeat {
+        Repeat::Once => number == wanted,
+        Repeat::Forever => number >= wanted,
     }
 }

@@ -11,10 +11,13 @@ use blockferry_device::{
     Status, StorageDir, StorageFile,
 };
 
-use super::content::{Content, PAGE};
+use super::content::{Content, PAGE, SECTOR};
 use super::state::{Inode, Kind, NameChange};
-use super::{Bypass, Operation, OperationKind, SimDisk, World};
-use crate::random::count;
+use super::{Bypass, Operation, OperationKind, Share, SimDisk, World};
+use crate::random::{count, index};
+
+/// What nobody may take for content.
+const LEFT_BY_A_FAILED_READ: u8 = 0xA5;
 
 /// An open file or device.
 #[derive(Debug)]
@@ -46,6 +49,22 @@ impl SimFile {
         )
     }
 
+    /// As [`Self::inspect`], where a fault may hit.
+    fn query<T>(
+        &self,
+        kind: OperationKind,
+        extent: Option<Extent>,
+        look: impl FnOnce(&World, &Inode) -> T,
+    ) -> Result<T> {
+        let mut world = self.disk.lock();
+        world.query(kind, &self.label, extent)?;
+        let inode = world
+            .state
+            .inode(self.number)
+            .expect("inodes outlive their handles");
+        Ok(look(&world, inode))
+    }
+
     fn bypass(&self) -> Bypass {
         self.disk.lock().state.options.bypass
     }
@@ -55,7 +74,7 @@ impl SimFile {
         &self,
         kind: OperationKind,
         extent: Option<Extent>,
-        act: impl FnOnce(&mut World, u64) -> Result<T>,
+        act: impl FnOnce(&mut World, u64, Share) -> Result<T>,
     ) -> Result<T> {
         let mut world = self.disk.lock();
         let operation = world.begin(kind, &self.label, extent);
@@ -89,7 +108,12 @@ impl SimFile {
             )
         };
         let mut world = self.disk.lock();
-        world.check_power(attempt)?;
+        let extent = Extent::new(offset, length);
+        if let Err(error) = world.query(OperationKind::Read, &self.label, extent) {
+            // It may have got anywhere.
+            buffer.fill(LEFT_BY_A_FAILED_READ);
+            return Err(error);
+        }
         world.reads += 1;
         let inode = world
             .state
@@ -185,7 +209,8 @@ impl BlockSource for SimFile {
     }
 
     fn status_at(&self, offset: u64) -> Result<(Status, u64)> {
-        Ok(self.inspect(|inode| {
+        let at = Extent::new(offset, 0);
+        self.query(OperationKind::Status, at, |_, inode| {
             let size = inode.cache.size();
             let first = inode.cache.is_allocated(offset / PAGE) || inode.kind == Kind::Device;
             let same = |page: &u64| {
@@ -200,30 +225,27 @@ impl BlockSource for SimFile {
                 if first { Status::Data } else { Status::Zero },
                 end.min(size),
             )
-        }))
+        })
     }
 
     fn identity(&self) -> Result<Identity> {
-        Ok(Identity::from_bytes(
-            format!("simulated {}", self.number).as_bytes(),
-        ))
+        self.query(OperationKind::Examine, None, |_, inode| {
+            Identity::from_bytes(format!("simulated {}", inode.number).as_bytes())
+        })
     }
 
     fn evidence(&self) -> Result<Evidence> {
-        let world = self.disk.lock();
-        let inode = world
-            .state
-            .inode(self.number)
-            .expect("inodes outlive their handles");
-        // A device's write count says nothing about another boot.
-        let boot = if inode.kind == Kind::Device {
-            world.state.boot
-        } else {
-            0
-        };
-        let parts = [self.number, inode.generation, inode.cache.size(), boot];
-        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.to_le_bytes()).collect();
-        Ok(Evidence::from_bytes(&bytes))
+        self.query(OperationKind::Examine, None, |world, inode| {
+            // A device's write count says nothing about another boot.
+            let boot = if inode.kind == Kind::Device {
+                world.state.boot
+            } else {
+                0
+            };
+            let parts = [inode.number, inode.generation, inode.cache.size(), boot];
+            let bytes: Vec<u8> = parts.iter().flat_map(|part| part.to_le_bytes()).collect();
+            Evidence::from_bytes(&bytes)
+        })
     }
 }
 
@@ -233,8 +255,9 @@ impl BlockTarget for SimFile {
         self.operate(
             OperationKind::Write,
             Extent::new(offset, length),
-            |world, operation| {
+            |world, operation, share| {
                 self.check_room(world, offset, length)?;
+                let bytes = &bytes[..index(sectors_of(share, length))];
                 self.change(world, |inode| inode.write(operation, offset, bytes));
                 Ok(())
             },
@@ -246,9 +269,10 @@ impl BlockTarget for SimFile {
         self.operate(
             OperationKind::WriteZeroes,
             Some(extent),
-            |world, operation| {
+            |world, operation, share| {
                 let (offset, length) = (extent.start(), extent.length());
                 self.check_room(world, offset, length)?;
+                let length = sectors_of(share, length);
                 self.change(world, |inode| inode.write_zeroes(operation, offset, length));
                 Ok(())
             },
@@ -261,16 +285,21 @@ impl BlockTarget for SimFile {
         if !punches || self.inspect(|inode| inode.kind) == Kind::Device {
             return Ok(false);
         }
-        self.operate(OperationKind::Punch, Some(extent), |world, operation| {
-            let (offset, length) = (extent.start(), extent.length());
-            self.change(world, |inode| inode.punch(operation, offset, length));
-            Ok(())
-        })?;
+        self.operate(
+            OperationKind::Punch,
+            Some(extent),
+            |world, operation, share| {
+                let (offset, length) = (extent.start(), extent.length());
+                let length = length.min(share.of(length.div_ceil(PAGE)) * PAGE);
+                self.change(world, |inode| inode.punch(operation, offset, length));
+                Ok(())
+            },
+        )?;
         Ok(true)
     }
 
     fn flush(&self) -> Result<()> {
-        self.operate(OperationKind::Flush, None, |world, _| {
+        self.operate(OperationKind::Flush, None, |world, _, _| {
             self.change(world, Inode::flush);
             Ok(())
         })
@@ -297,7 +326,7 @@ impl BlockTarget for SimFile {
             return Ok(Vec::new());
         }
         let whole = extents.first().copied();
-        self.operate(OperationKind::Reserve, whole, |world, operation| {
+        self.operate(OperationKind::Reserve, whole, |world, operation, share| {
             let mut pages = BTreeSet::new();
             for extent in extents {
                 pages.extend(extent.start() / PAGE..extent.end().div_ceil(PAGE));
@@ -315,7 +344,8 @@ impl BlockTarget for SimFile {
             self.check_space(world, needed_bytes, attempt)?;
             let allocated = self.change(world, |inode| {
                 let page_run = |&page: &u64| inode.allocate(operation, page, page + 1);
-                pages.iter().flat_map(page_run).collect::<Vec<u64>>()
+                let first = pages.iter().take(index(share.of(count(pages.len()))));
+                first.flat_map(page_run).collect::<Vec<u64>>()
             });
             Ok(page_extents(&allocated))
         })
@@ -335,12 +365,17 @@ impl BlockTarget for SimFile {
         self.operate(
             OperationKind::Resize,
             Extent::new(size_bytes, 0),
-            |world, operation| {
+            |world, operation, _| {
                 self.change(world, |inode| inode.resize(operation, size_bytes));
                 Ok(())
             },
         )
     }
+}
+
+/// The bytes of the sectors from the start that are done.
+fn sectors_of(share: Share, length: u64) -> u64 {
+    length.min(share.of(length.div_ceil(SECTOR)) * SECTOR)
 }
 
 /// Merges ascending pages into extents.
@@ -360,7 +395,7 @@ fn page_extents(pages: &[u64]) -> Vec<Extent> {
 
 impl StorageFile for SimFile {
     fn file_id(&self) -> Result<u64> {
-        Ok(self.number)
+        self.query(OperationKind::Examine, None, |_, inode| inode.number)
     }
 
     fn clone_from_file(&self, origin: &dyn StorageFile) -> Result<()> {
@@ -372,7 +407,7 @@ impl StorageFile for SimFile {
             return Err(unsupported("this file system cannot"));
         }
         let origin_number = origin.file_id()?;
-        self.operate(OperationKind::Clone, None, |world, operation| {
+        self.operate(OperationKind::Clone, None, |world, operation, _| {
             let from = world
                 .state
                 .inode(origin_number)
@@ -389,7 +424,7 @@ impl StorageFile for SimFile {
 
     fn copy_metadata(&self, origin: &dyn StorageFile) -> Result<()> {
         let origin_number = origin.file_id()?;
-        self.operate(OperationKind::CopyMetadata, None, |world, operation| {
+        self.operate(OperationKind::CopyMetadata, None, |world, operation, _| {
             let attributes = world
                 .state
                 .inode(origin_number)
@@ -498,8 +533,8 @@ impl StorageDir for SimDir {
 
     fn open(&self, name: &str) -> Result<Option<Arc<dyn StorageFile>>> {
         self.check_name(name)?;
-        let world = self.disk.lock();
-        world.check_power(|| format!("open of {}", self.path(name)))?;
+        let mut world = self.disk.lock();
+        world.query(OperationKind::Open, &self.path(name), None)?;
         Ok(world
             .state
             .lookup(self.slot, name)
@@ -557,8 +592,8 @@ impl StorageDir for SimDir {
     }
 
     fn names(&self) -> Result<Vec<String>> {
-        let world = self.disk.lock();
-        world.check_power(|| format!("listing of {}", self.label))?;
+        let mut world = self.disk.lock();
+        world.query(OperationKind::List, &self.label, None)?;
         Ok(world.state.directories[self.slot]
             .names
             .keys()
@@ -576,7 +611,9 @@ impl StorageDir for SimDir {
     }
 
     fn available_bytes(&self) -> Result<u64> {
-        Ok(self.disk.lock().state.available_bytes(self.slot))
+        let mut world = self.disk.lock();
+        world.query(OperationKind::AvailableBytes, &self.label, None)?;
+        Ok(world.state.available_bytes(self.slot))
     }
 
     fn may_clone(&self) -> bool {
@@ -586,7 +623,7 @@ impl StorageDir for SimDir {
     fn lock(&self, name: &str) -> Result<Box<dyn LockGuard>> {
         self.check_name(name)?;
         let mut world = self.disk.lock();
-        world.check_power(|| format!("lock of {}", self.path(name)))?;
+        world.query(OperationKind::Lock, &self.path(name), None)?;
         let key = (self.slot, name.to_owned());
         if world.locks.contains(&key) {
             let text = format!("{}: locked by another process", self.path(name));

@@ -2,8 +2,8 @@
 //! volatile write cache.
 //!
 //! Nothing is durable before a successful `flush` of the file or `sync` of the directory. Every mutating
-//! operation has a number; faults hit by number or by kind, and a recorded run gives the state after each
-//! operation as a [`Snapshot`], from which [`CrashImages`] forms what power loss may leave.
+//! operation has a number, and so has every query; faults hit by number or by kind, and a recorded run gives the
+//! state after each operation as a [`Snapshot`], from which [`CrashImages`] forms what power loss may leave.
 //!
 //! Contract: deterministic for one seed and one order of calls. The types are `Send + Sync`, but several
 //! threads make the order, and so the numbers, unpredictable. Crash semantics are in `image`, the rules of
@@ -103,10 +103,13 @@ struct World {
     locks: BTreeSet<(usize, String)>,
     faults: Vec<Fault>,
     operations: u64,
+    queries: u64,
     reads: u64,
     label: Arc<str>,
     power_lost: bool,
     trace: Option<Vec<Boundary>>,
+    /// Recorded with `trace`.
+    queried: Option<Vec<Operation>>,
     misuses: Vec<String>,
 }
 
@@ -184,10 +187,12 @@ impl SimDisk {
             locks: BTreeSet::new(),
             faults: Vec::new(),
             operations: 0,
+            queries: 0,
             reads: 0,
             label: "".into(),
             power_lost: false,
             trace: None,
+            queried: None,
             misuses: Vec::new(),
         };
         Self {
@@ -354,16 +359,23 @@ impl SimDisk {
         self.lock().operations
     }
 
-    /// Reads so far.
+    /// Queries so far, failed ones included.
+    #[must_use]
+    pub fn queries(&self) -> u64 {
+        self.lock().queries
+    }
+
+    /// Reads so far that no fault hit.
     #[must_use]
     pub fn reads(&self) -> u64 {
         self.lock().reads
     }
 
-    /// Keeps the state after every operation from now on.
+    /// Keeps the state after every operation, and every query, from now on.
     pub fn record(&self) {
         let world = &mut *self.lock();
         world.trace = Some(Vec::new());
+        world.queried = Some(Vec::new());
         world.note_boundary(None);
     }
 
@@ -371,6 +383,12 @@ impl SimDisk {
     #[must_use]
     pub fn take_trace(&self) -> Vec<Boundary> {
         self.lock().trace.take().unwrap_or_default()
+    }
+
+    /// The queries since [`Self::record`]. Ends the recording of them.
+    #[must_use]
+    pub fn take_queries(&self) -> Vec<Operation> {
+        self.lock().queried.take().unwrap_or_default()
     }
 
     /// The state now.
@@ -392,6 +410,23 @@ enum Verdict {
     Skip,
     LoseSilently,
     Fail(Error, FaultKind),
+}
+
+/// How much of what it was asked for an operation does.
+#[derive(Clone, Copy)]
+enum Share {
+    Whole,
+    /// As many of its units as this, taken modulo their number, says.
+    Part(u64),
+}
+
+impl Share {
+    fn of(self, units: u64) -> u64 {
+        match self {
+            Self::Whole => units,
+            Self::Part(draw) => draw.checked_rem(units).unwrap_or(0),
+        }
+    }
 }
 
 impl World {
@@ -424,6 +459,7 @@ impl World {
     }
 
     fn begin(&mut self, kind: OperationKind, subject: &str, extent: Option<Extent>) -> Operation {
+        debug_assert!(!kind.is_query(), "queries have numbers of their own");
         self.operations += 1;
         let label = Arc::clone(&self.label);
         Operation {
@@ -432,6 +468,30 @@ impl World {
             subject: subject.into(),
             extent,
             label,
+        }
+    }
+
+    /// Numbers something that only asks, and lets faults hit it.
+    fn query(&mut self, kind: OperationKind, subject: &str, extent: Option<Extent>) -> Result<()> {
+        debug_assert!(kind.is_query(), "this one would change something");
+        self.queries += 1;
+        if self.faults.is_empty() && !self.power_lost && self.queried.is_none() {
+            return Ok(());
+        }
+        let query = Operation {
+            number: self.queries,
+            kind,
+            subject: subject.into(),
+            extent,
+            label: Arc::clone(&self.label),
+        };
+        let verdict = self.judge(&query);
+        self.queried
+            .iter_mut()
+            .for_each(|all| all.push(query.clone()));
+        match verdict {
+            Verdict::Proceed | Verdict::Skip | Verdict::LoseSilently => Ok(()),
+            Verdict::Fail(error, _) => Err(error),
         }
     }
 
@@ -452,6 +512,16 @@ impl World {
             Some(kind @ FaultKind::NoSpace) => {
                 Verdict::Fail(failed(ErrorKind::NoSpace, "injected lack of space"), kind)
             }
+            // As devices report it: what they cannot read to its end has become shorter.
+            Some(kind @ FaultKind::Short) if operation.kind == OperationKind::Read => {
+                Verdict::Fail(failed(ErrorKind::OutOfRange, "injected short count"), kind)
+            }
+            Some(kind @ FaultKind::Short) => {
+                Verdict::Fail(failed(ErrorKind::Io, "injected short count"), kind)
+            }
+            Some(kind @ FaultKind::Interrupted) => {
+                Verdict::Fail(failed(ErrorKind::Io, "injected interruption"), kind)
+            }
             Some(kind) => Verdict::Fail(failed(ErrorKind::Io, "injected input/output error"), kind),
         }
     }
@@ -461,17 +531,25 @@ impl World {
         &mut self,
         number: u64,
         operation: Operation,
-        act: impl FnOnce(&mut Self, u64) -> Result<T>,
+        act: impl FnOnce(&mut Self, u64, Share) -> Result<T>,
     ) -> Result<T> {
         let result = match self.judge(&operation) {
-            Verdict::Proceed => act(self, operation.number),
+            Verdict::Proceed => act(self, operation.number, Share::Whole),
             Verdict::Skip => Ok(T::default()),
             Verdict::LoseSilently => {
                 let result = act_unless_flush(self, &operation, act);
                 self.lose_pending(number, &operation, CacheAfterFailure::Lies);
                 result
             }
-            Verdict::Fail(error, FaultKind::PowerLoss) => Err(error),
+            Verdict::Fail(error, FaultKind::PowerLoss | FaultKind::Interrupted) => Err(error),
+            Verdict::Fail(error, FaultKind::Short) => {
+                if operation.kind.can_fall_short() {
+                    let mut random = Random::part(self.state.options.seed, operation.number);
+                    let share = Share::Part(random.next_u64());
+                    let _partly: Result<T> = act(self, operation.number, share);
+                }
+                Err(error)
+            }
             Verdict::Fail(error, _) => {
                 // A failed write may have got anywhere.
                 let _partly: Result<T> = act_unless_flush(self, &operation, act);
@@ -530,12 +608,12 @@ impl World {
 fn act_unless_flush<T: Default>(
     world: &mut World,
     operation: &Operation,
-    act: impl FnOnce(&mut World, u64) -> Result<T>,
+    act: impl FnOnce(&mut World, u64, Share) -> Result<T>,
 ) -> Result<T> {
     if operation.kind == OperationKind::Flush {
         Ok(T::default())
     } else {
-        act(world, operation.number)
+        act(world, operation.number, Share::Whole)
     }
 }
 

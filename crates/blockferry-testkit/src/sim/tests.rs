@@ -272,6 +272,125 @@ fn a_skipped_flush_leaves_everything_pending() {
 }
 
 #[test]
+fn a_short_write_does_its_first_sectors_and_loses_nothing() {
+    let mut ends = BTreeSet::new();
+    for seed in 0..40 {
+        let disk = SimDisk::new(SimOptions {
+            seed,
+            ..SimOptions::default()
+        });
+        disk.install("d", "f", &[1; 4096]);
+        let file = disk.dir("d").open("f").unwrap().unwrap();
+        file.write_at(0, &[2; 512]).unwrap();
+        disk.fail_operation(2, FaultKind::Short, Repeat::Once);
+
+        let error = file.write_at(1024, &[3; 2048]).unwrap_err();
+
+        assert_eq!(error.kind(), ErrorKind::Io);
+        let content = disk.content("d/f").unwrap();
+        let written = content.iter().filter(|byte| **byte == 3).count();
+        let expected = [&[2; 512][..], &[1; 512], &vec![3; written]].concat();
+        assert!(
+            content.starts_with(&expected),
+            "the first sectors, in order"
+        );
+        ends.insert(written);
+        disk.dir("d").open("f").unwrap().unwrap().flush().unwrap();
+        assert_eq!(contents(&images(&disk), "d/f"), [Some(content)].into());
+    }
+
+    assert_eq!(ends, [0, 512, 1024, 1536].into(), "never all of it");
+}
+
+#[test]
+fn an_interrupted_call_does_nothing_and_its_handle_is_dead() {
+    let disk = disk();
+    let file = new_file(&disk, "f");
+    file.write_at(0, &[5; 512]).unwrap();
+    disk.dir("d").sync().unwrap();
+    for kind in [FaultKind::Interrupted, FaultKind::Short] {
+        disk.inject(Fault::on(OperationKind::Flush, "f", 1, kind));
+        disk.inject(Fault::on(OperationKind::Resize, "f", 1, kind));
+        let file = disk.dir("d").open("f").unwrap().unwrap();
+        let before = disk.snapshot().fingerprint();
+
+        assert!(file.flush().is_err());
+        assert!(file.resize(0).is_err());
+
+        assert_eq!(disk.snapshot().fingerprint(), before, "{kind:?}");
+    }
+
+    assert_eq!(disk.misuses().len(), 2, "each resize used a dead handle");
+}
+
+#[test]
+fn every_query_has_a_number_of_its_own_and_can_fail() {
+    let disk = disk();
+    disk.install("d", "f", &[1; 4096]);
+    let ask = |disk: &SimDisk| -> Vec<Result<()>> {
+        let dir = disk.dir("d");
+        let Ok(Some(file)) = dir.open("f") else {
+            return vec![dir.open("f").map(drop)];
+        };
+        vec![
+            dir.names().map(drop),
+            dir.available_bytes().map(drop),
+            dir.lock("lock").map(drop),
+            file.read_at(0, &mut [0; 10]),
+            file.status_at(0).map(drop),
+            file.identity().map(drop),
+            file.evidence().map(drop),
+            file.file_id().map(drop),
+        ]
+    };
+    disk.record();
+    assert!(ask(&disk).iter().all(Result::is_ok));
+    let queries = disk.take_queries();
+    assert_eq!(disk.operations(), 1, "the lock file was made");
+    assert_eq!(disk.queries(), 9);
+
+    for (query, number) in queries.iter().zip(1..) {
+        let again = disk.snapshot().after_kill();
+        again.inject(Fault::at_query(number, FaultKind::Io).repeat(Repeat::Forever));
+        again.inject(Fault::at(1, FaultKind::Io).repeat(Repeat::Forever));
+
+        let answers = ask(&again);
+
+        assert_eq!(query.number, number);
+        let failed = answers.iter().filter(|a| a.is_err()).count();
+        assert_eq!(
+            failed,
+            answers.len().min(10 - usize::try_from(number).unwrap())
+        );
+        assert_eq!(again.operations(), 0, "queries are not counted among them");
+    }
+    assert_eq!(disk.misuses(), [] as [String; 0]);
+}
+
+#[test]
+fn a_failed_read_leaves_nothing_to_believe_and_the_handle_alive() {
+    let disk = disk();
+    disk.install("d", "f", &[0; 4096]);
+    let file = disk.dir("d").open("f").unwrap().unwrap();
+    for (kind, expected) in [
+        (FaultKind::Io, ErrorKind::Io),
+        (FaultKind::Interrupted, ErrorKind::Io),
+        (FaultKind::Short, ErrorKind::OutOfRange),
+    ] {
+        disk.inject(Fault::on(OperationKind::Read, "d/f", 1, kind));
+        let mut buffer = [0; 512];
+
+        let error = file.read_at(0, &mut buffer).unwrap_err();
+
+        assert_eq!(error.kind(), expected);
+        assert_ne!(buffer, [0; 512]);
+    }
+    file.write_at(0, &[1; 512]).unwrap();
+    file.flush().unwrap();
+    assert_eq!(disk.misuses(), [] as [String; 0]);
+}
+
+#[test]
 fn nothing_works_after_power_loss_and_the_image_does() {
     let disk = disk();
     let device = disk.device("v", 512);
