@@ -46,6 +46,6 @@ pub use place::Place;
 pub use plan::{Plan, Proof, Strategy, Undo};
 pub use readback::{ReadBackOutcome, ReadBackTask};
 pub use replica::{Recovered, Replica, Unwritten};
-pub use session::{Applied, Checkpoint, GROUP_BYTES, Prepared, Session, SessionTotals};
+pub use session::{Applied, Checkpoint, GROUP_BYTES, Lost, Prepared, Session, SessionTotals};
 pub use staged::{StagedView, Stager};
 pub use stats::Stats;

@@ -195,8 +195,7 @@ pub struct ReadBackTask {
 #[derive(Debug)]
 pub struct ReadBackOutcome {
     pub(crate) generation: u32,
-    /// Bytes of the working file that were read back; `None` if the record is not whole.
-    pub(crate) records: Vec<(u32, Result<Option<u64>>)>,
+    pub(crate) records: Vec<(u32, Result<Found>)>,
 }
 
 impl ReadBackTask {
@@ -221,7 +220,7 @@ impl ReadBackTask {
                 }
                 None => Ok(()),
             });
-            (number, checked.map_or_else(not_whole, |()| Ok(Some(bytes))))
+            (number, Found::of(checked.map(|()| bytes)))
         };
         let records = records.into_iter().map(check).collect();
         ReadBackOutcome {
@@ -231,11 +230,23 @@ impl ReadBackTask {
     }
 }
 
-/// A record or working file that cannot be read, or holds something else, is staged again; a caller that
-/// cancelled is obeyed.
-pub(crate) fn not_whole(error: Error) -> Result<Option<u64>> {
-    match error.kind() {
-        ErrorKind::Cancelled => Err(error),
-        _ => Ok(None),
+/// What reading a record back found.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// It is whole, and so many bytes of the working file with it.
+    Whole(u64),
+    /// It cannot be read, or is something else.
+    Lost(Error),
+}
+
+impl Found {
+    /// A record or working file that cannot be read, or holds something else, is staged again; a caller that
+    /// cancelled is obeyed.
+    pub(crate) fn of(checked: Result<u64>) -> Result<Self> {
+        match checked {
+            Ok(bytes) => Ok(Self::Whole(bytes)),
+            Err(error) if error.kind() == ErrorKind::Cancelled => Err(error),
+            Err(error) => Ok(Self::Lost(error)),
+        }
     }
 }

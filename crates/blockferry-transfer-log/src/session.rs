@@ -14,7 +14,7 @@ mod compaction;
 mod prepare;
 mod read_back;
 
-pub use prepare::{Applied, Prepared};
+pub use prepare::{Applied, Lost, Prepared};
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -104,6 +104,8 @@ pub struct Session<'r> {
     generation: u32,
     /// Staged, but not whole on the medium.
     lost: ExtentSet,
+    /// Why the last of it is not.
+    loss: Option<Error>,
     /// Set by a `prepare` that found everything complete, until something is staged.
     prepared: bool,
     /// Bytes of the working file that were read back from the medium.
@@ -164,6 +166,7 @@ impl<'r> Session<'r> {
             handed_out: 0,
             generation: 0,
             lost: ExtentSet::new(),
+            loss: None,
             prepared: false,
             proven_bytes: 0,
             names_dirty: true,
@@ -222,6 +225,7 @@ impl<'r> Session<'r> {
             handed_out: 0,
             generation: 0,
             lost: ExtentSet::new(),
+            loss: None,
             prepared: false,
             proven_bytes: 0,
             names_dirty: true,

@@ -7,7 +7,7 @@ use blockferry_delta_sync::Comparison;
 use blockferry_device::{AlignedBuffer, BlockSource, BlockTarget, Cancellable, RateLimiter};
 use blockferry_full_download::Copying;
 use blockferry_pipeline::{PIECE_BYTES, Phase, Stopped, WalkOptions, read_padded, walk};
-use blockferry_transfer_log::{Old, Prepared, StagedView, Stager, Strategy, Undo};
+use blockferry_transfer_log::{Lost, Old, Prepared, StagedView, Stager, Strategy, Undo};
 
 use super::consumer::Consumer;
 use super::{Counts, Run, internal, writes_blocks};
@@ -39,7 +39,7 @@ impl Run<'_> {
             Arc::new(Cancellable::new(d as Arc<dyn BlockSource>, cancel)) as Arc<dyn BlockSource>
         });
         let (mut losses, mut doubts) = (0, 0);
-        while losses < MOST_LOSSES {
+        loop {
             let start = self.context.clock.now();
             if let Some(device) = &device {
                 self.stage_cut_off(handle, &**device)?;
@@ -71,20 +71,21 @@ impl Run<'_> {
             self.time("preparing", start);
             match prepared {
                 Prepared::Complete => return Ok((recorded, true)),
-                Prepared::Missing(extents) => self.warn(
-                    "staged_pages_lost",
-                    format!(
-                        "{} staged bytes did not survive and are staged again",
-                        extents.total_bytes()
-                    ),
-                )?,
+                Prepared::Missing(lost) => {
+                    losses += 1;
+                    if losses == MOST_LOSSES {
+                        return Err(does_not_survive(lost));
+                    }
+                    self.warn(
+                        "staged_pages_lost",
+                        format!(
+                            "{} staged bytes did not survive and are staged again",
+                            lost.extents.total_bytes()
+                        ),
+                    )?;
+                }
             }
-            losses += 1;
         }
-        Err(Error::new(
-            ErrorKind::Corruption,
-            "what is staged does not survive on the medium of the log; nothing of the target was changed",
-        ))
     }
 
     fn job(
@@ -239,4 +240,16 @@ impl Run<'_> {
         )
         .resumable(true))
     }
+}
+
+fn does_not_survive(lost: Lost) -> Error {
+    let bytes = lost.extents.total_bytes();
+    Error::because(
+        ErrorKind::Corruption,
+        format!(
+            "read back what was staged: {bytes} bytes did not survive on their medium in {MOST_LOSSES} attempts; \
+             nothing of the target was changed"
+        ),
+        lost.cause,
+    )
 }

@@ -19,8 +19,18 @@ use crate::plan::{Strategy, Undo};
 pub enum Prepared {
     /// Complete: commit may follow.
     Complete,
-    /// These extents were staged but did not survive on the medium: stage them again, then prepare again.
-    Missing(ExtentSet),
+    /// Something was staged but did not survive on the medium: stage it again, then prepare again.
+    Missing(Lost),
+}
+
+/// What was staged and did not survive on the medium.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Lost {
+    /// Where.
+    pub extents: ExtentSet,
+    /// What reading it back met; of several things the last.
+    pub cause: Error,
 }
 
 impl Session<'_> {
@@ -41,9 +51,9 @@ impl Session<'_> {
             self.compact()?;
             self.verify_pending()?;
         }
-        let missing = std::mem::take(&mut self.lost);
-        if !missing.is_empty() {
-            return Ok(Prepared::Missing(missing));
+        let (extents, loss) = (std::mem::take(&mut self.lost), self.loss.take());
+        if let Some(cause) = loss.filter(|_| !extents.is_empty()) {
+            return Ok(Prepared::Missing(Lost { extents, cause }));
         }
         if self.ledger.is_fuzzy() {
             return Err(Error::refused(

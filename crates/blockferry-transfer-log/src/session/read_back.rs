@@ -7,7 +7,7 @@ use blockferry_core::ExtentSet;
 use super::Session;
 use crate::error::Result;
 use crate::format::OldContent;
-use crate::readback::{ReadBack, ReadBackOutcome, ReadBackTask, not_whole};
+use crate::readback::{Found, ReadBack, ReadBackOutcome, ReadBackTask};
 
 impl Session<'_> {
     /// Hands out what is durable and was not read back yet, to be read back on another thread while staging
@@ -59,10 +59,10 @@ impl Session<'_> {
         if outcome.generation != self.generation {
             return Ok(());
         }
-        for (number, whole) in outcome.records {
-            let whole = whole?;
+        for (number, found) in outcome.records {
+            let found = found?;
             if self.pending.remove(&number) {
-                self.settle(number, whole);
+                self.settle(number, found);
             }
         }
         Ok(())
@@ -71,36 +71,36 @@ impl Session<'_> {
     /// Reads back what was not yet; what did not survive is forgotten, and is missing.
     pub(super) fn verify_pending(&mut self) -> Result<()> {
         while let Some(number) = self.pending.first().copied() {
-            let whole = self.verify_record(number)?;
+            let found = Found::of(self.verify_record(number))?;
             self.pending.remove(&number);
-            self.settle(number, whole);
+            self.settle(number, found);
         }
         Ok(())
     }
 
-    fn settle(&mut self, number: u32, whole: Option<u64>) {
-        match whole {
-            Some(bytes) => self.proven_bytes += bytes,
-            None => self.drop_record(number as usize),
+    fn settle(&mut self, number: u32, found: Found) {
+        match found {
+            Found::Whole(bytes) => self.proven_bytes += bytes,
+            Found::Lost(cause) => {
+                self.drop_record(number as usize);
+                self.loss = Some(cause);
+            }
         }
     }
 
-    /// Bytes of the working file that were read back for a record; `None` if it is not whole.
-    fn verify_record(&self, number: u32) -> Result<Option<u64>> {
+    /// Reads a record back, and the bytes of the working file that belong to it: how many these are.
+    fn verify_record(&self, number: u32) -> Result<u64> {
         let place = &self.ledger.places[number as usize];
-        let header = match self.files.verify(place) {
-            Ok(header) => header,
-            Err(error) => return not_whole(error),
-        };
+        let header = self.files.verify(place)?;
         let Some(working) = self.working_to_prove() else {
-            return Ok(Some(0));
+            return Ok(0);
         };
         let mut read_back = ReadBack::new(&*working.target, self.header.geometry);
-        let checked = self
+        let bytes = self
             .staged()
-            .add_live(number, &header, &mut |check| read_back.add(check))
-            .and_then(|bytes| read_back.finish().map(|()| bytes));
-        checked.map_or_else(not_whole, |bytes| Ok(Some(bytes)))
+            .add_live(number, &header, &mut |check| read_back.add(check))?;
+        read_back.finish()?;
+        Ok(bytes)
     }
 
     /// Forgets a record that is not what was written. Its pre-images are gone with it: the target is still at

@@ -6,12 +6,14 @@ use blockferry_core::{BlockSize, Extent, Geometry, Root, block_digest, is_zero};
 use blockferry_device::{BlockTarget, Evidence, Identity};
 use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{
-    Applied, Batch, Checkpoint, GroupVerdicts, Old, Place, Plan, Prepared, Replica, Result,
-    Session, SessionId, SourceStamp, Strategy, Undo, frame,
+    Applied, Batch, Checkpoint, Error, ErrorKind, GroupVerdicts, Old, Place, Plan, Prepared,
+    Replica, Result, Session, SessionId, SourceStamp, Strategy, Undo, frame,
 };
 
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const TARGET: &str = "disk.raw";
+/// How often what was staged may not have survived, as in the engine.
+const MOST_LOSSES: u32 = 3;
 
 /// What is synced where and how.
 #[derive(Clone, Copy, Debug)]
@@ -147,7 +149,7 @@ impl Setup {
         session.commit(root(new), &quiet)
     }
 
-    /// Stages what is missing until `prepare` is content.
+    /// Stages what is missing until `prepare` is content, or is not for the third time.
     pub(crate) fn finish(
         &self,
         session: &mut Session<'_>,
@@ -155,7 +157,12 @@ impl Setup {
         new: &[u8],
     ) -> Result<()> {
         self.stage(session, target, new, usize::MAX, &mut |_| {})?;
-        while let Prepared::Missing(_) = session.prepare()? {
+        let mut losses = 0;
+        while let Prepared::Missing(lost) = session.prepare()? {
+            losses += 1;
+            if losses == MOST_LOSSES {
+                return Err(lost.cause);
+            }
             self.stage(session, target, new, usize::MAX, &mut |_| {})?;
         }
         Ok(())
@@ -196,7 +203,9 @@ impl Setup {
                 let size = target.map_or(0, |t| t.size_bytes());
                 let mut old = vec![0; usize::try_from(size).unwrap()];
                 if let Some(target) = target {
-                    target.read_at(0, &mut old).expect("the target is readable");
+                    let failed =
+                        |e| Error::new(ErrorKind::Target, format!("read of the target: {e}"));
+                    target.read_at(0, &mut old).map_err(failed)?;
                 }
                 self.differing(session, &old, new)
             }

@@ -417,7 +417,7 @@ fn a_page_counts_only_with_its_own_digest() {
     let found = session.prepare().unwrap();
 
     assert!(
-        matches!(&found, blockferry_transfer_log::Prepared::Missing(lost) if lost.covers(
+        matches!(&found, blockferry_transfer_log::Prepared::Missing(lost) if lost.extents.covers(
             blockferry_core::Extent::from_range(0..2 * PAGE as u64)
         )),
         "{found:?}"
