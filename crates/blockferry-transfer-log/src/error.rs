@@ -89,6 +89,17 @@ impl Error {
         }
     }
 
+    /// The same failure, caused by this, if anything.
+    pub(crate) fn because(self, cause: Option<Self>) -> Self {
+        match cause {
+            Some(cause) => Self {
+                cause: Some(Box::new(cause)),
+                ..self
+            },
+            None => self,
+        }
+    }
+
     pub(crate) fn corrupt(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Corrupt, message)
     }

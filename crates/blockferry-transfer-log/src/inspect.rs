@@ -75,7 +75,7 @@ pub fn inspect(place: &Place, dir: &dyn StorageDir) -> Result<Option<Inspection>
             &Stats::default(),
         )?;
         // An outcome whose slot was not written any more is carried out, but the next open has to record it.
-        let live = found.filter(|f| match decision {
+        let live = found.ok().filter(|f| match decision {
             Some(DecisionKind::Rollback) => true,
             Some(DecisionKind::RolledBack) => names || f.header.epoch > view.slot.epoch,
             _ => f.header.epoch > view.slot.epoch,

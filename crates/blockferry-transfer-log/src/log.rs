@@ -238,11 +238,7 @@ impl LogFiles {
         let mut buffer = self.spare.take(length);
         if length > 0 {
             let file = &self.files[segment];
-            let mut request = [ReadRequest {
-                offset,
-                buffer: &mut buffer[..length],
-            }];
-            file.read_medium(&mut request)
+            read_twice(&**file, offset, &mut buffer[..length])
                 .map_err(|e| Error::log(format!("read {} at {offset}", file.label()), e))?;
         }
         Ok(buffer.first(length))
@@ -258,6 +254,23 @@ impl LogFiles {
 
     fn at(&self, place: &RecordPlace, error: &Error) -> Error {
         Error::new(error.kind(), format!("{}: {error}", self.name_of(place)))
+    }
+}
+
+/// Reads from the medium. What cannot be read counts as lost: a scan forgets it for good, and a session stages it
+/// again. An error that goes away by itself was not the medium's, so it is tried once more.
+fn read_twice(
+    file: &dyn StorageFile,
+    offset: u64,
+    buffer: &mut [u8],
+) -> blockferry_device::Result<()> {
+    let mut read = || {
+        let buffer = &mut *buffer;
+        file.read_medium(&mut [ReadRequest { offset, buffer }])
+    };
+    match read() {
+        Err(error) if error.kind() != blockferry_device::ErrorKind::Cancelled => read(),
+        outcome => outcome,
     }
 }
 
@@ -479,6 +492,8 @@ pub(crate) struct Scan {
     evidences: Vec<Evidence>,
     /// Segments that never count again: compacted into a later one, or compactions that were cut short.
     pub(crate) superseded: Vec<u32>,
+    /// The first thing that could not be read, which ended a segment or made one not count.
+    unread: Option<Error>,
 }
 
 impl Scan {
@@ -504,23 +519,25 @@ impl Scan {
                 decision.session,
                 decision.records,
                 self.next_sequence.saturating_sub(1)
-            )));
+            ))
+            .because(self.unread.take()));
         }
         self.records.retain(|(p, _)| p.sequence < after);
         Ok(())
     }
 }
 
-/// Scans the segments of a session, in order of their numbers. `None` if no segment has a valid header: the
-/// session never became durable.
+/// Scans the segments of a session, in order of their numbers. `Err` within if no segment has a valid header: the
+/// session never became durable, or what is there cannot be read, and then that is the error.
 pub(crate) fn scan(
     dir: &dyn StorageDir,
     session: SessionId,
     segments: &[u32],
     durability: ScanDurability,
     stats: &Stats,
-) -> Result<Option<Scan>> {
+) -> Result<std::result::Result<Scan, Option<Error>>> {
     let mut found: Option<Scan> = None;
+    let mut unread: Option<Error> = None;
     let mut held: Vec<(u32, u64)> = Vec::new();
     let mut superseded = Vec::new();
     for number in segments {
@@ -537,11 +554,14 @@ pub(crate) fn scan(
             stats.count_flush();
             file.drop_cache();
         }
-        let segment = match scan_segment(Arc::clone(&file), session, &name) {
+        let segment = match scan_segment(Arc::clone(&file), session, &name, &mut unread) {
             Ok(Some(segment)) => segment,
             Ok(None) => continue,
             Err(error) if error.kind() == ErrorKind::UnknownVersion => return Err(error),
-            Err(_) => continue,
+            Err(error) => {
+                unread.get_or_insert(error);
+                continue;
+            }
         };
         match segment.compaction() {
             Some(Compaction::Complete) => superseded.extend(held.drain(..).map(|(n, _)| n)),
@@ -557,10 +577,14 @@ pub(crate) fn scan(
     }
     // A segment that does not count still has its name.
     let next_segment = segments.iter().max().map_or(0, |last| last + 1);
-    Ok(found.map(|scan| Scan {
+    let Some(scan) = found else {
+        return Ok(Err(unread));
+    };
+    Ok(Ok(Scan {
         held_bytes: held.iter().map(|(_, bytes)| bytes).sum(),
         superseded,
         next_segment,
+        unread,
         ..scan
     }))
 }
@@ -634,6 +658,7 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
                 held_bytes: 0,
                 evidences: Vec::new(),
                 superseded: Vec::new(),
+                unread: None,
             }
         }
     };
@@ -676,17 +701,15 @@ fn scan_segment(
     file: Arc<dyn StorageFile>,
     session: SessionId,
     name: &str,
+    unread: &mut Option<Error>,
 ) -> Result<Option<SegmentScan>> {
     let size = file.size_bytes();
     if size < PAGE as u64 {
         return Ok(None);
     }
     let mut page = AlignedBuffer::zeroed(PAGE);
-    file.read_medium(&mut [ReadRequest {
-        offset: 0,
-        buffer: &mut page,
-    }])
-    .map_err(|e| Error::log(format!("read header of {name}"), e))?;
+    read_twice(&*file, 0, &mut page)
+        .map_err(|e| Error::log(format!("read header of {name}"), e))?;
     let (header, mut chain) = SegmentHeader::decode(&page, name)?;
     let starts = 1..=u64::from(u32::MAX) * u64::from(u32::MAX);
     if header.session != session || !starts.contains(&header.first_sequence) {
@@ -705,13 +728,14 @@ fn scan_segment(
         size,
         header.first_sequence + records.len() as u64,
         chain,
+        unread,
     ) {
         offset += place.stored_bytes();
         chain = next;
         chains.push(chain);
         records.push((place, record));
     }
-    drop_torn_tail(&files, &mut records, &mut chains);
+    drop_torn_tail(&files, &mut records, &mut chains, unread);
     Ok(Some(SegmentScan {
         header,
         file,
@@ -727,11 +751,16 @@ fn read_record(
     size: u64,
     sequence: u64,
     previous: Digest,
+    unread: &mut Option<Error>,
 ) -> Option<(RecordPlace, RecordHeader, Digest)> {
     if offset + PAGE as u64 > size {
         return None;
     }
-    let first = files.read(0, offset, PAGE as u64).ok()?;
+    let mut read = |length: usize| {
+        let read = files.read(0, offset, length as u64);
+        read.map_err(|e| unread.get_or_insert(e)).ok()
+    };
+    let first = read(PAGE)?;
     let length = RecordHeader::peek_length(&first)?;
     let whole;
     let bytes: &[u8] = if length == PAGE {
@@ -741,7 +770,7 @@ fn read_record(
         if offset + length as u64 > size {
             return None;
         }
-        whole = files.read(0, offset, length as u64).ok()?;
+        whole = read(length)?;
         &whole
     };
     let (header, chain) = RecordHeader::decode(bytes, &files.geometry, files.limit_bytes).ok()?;
@@ -767,11 +796,16 @@ fn drop_torn_tail(
     files: &LogFiles,
     records: &mut Vec<(RecordPlace, RecordHeader)>,
     chains: &mut Vec<Digest>,
+    unread: &mut Option<Error>,
 ) {
     let durable = records.iter().map(|(_, h)| h.durable).max().unwrap_or(0);
+    let mut is_torn = |place: &RecordPlace| {
+        let verified = files.verify(place);
+        verified.map_err(|e| unread.get_or_insert(e)).is_err()
+    };
     let torn = records
         .iter()
-        .position(|(place, _)| place.sequence > durable && files.verify(place).is_err());
+        .position(|(place, _)| place.sequence > durable && is_torn(place));
     if let Some(torn) = torn {
         records.truncate(torn);
         chains.truncate(torn + 1);

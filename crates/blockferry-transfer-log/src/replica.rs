@@ -490,11 +490,12 @@ impl Replica {
                 self.label()
             )));
         }
-        let mut scan = self.scan_session(current.id)?.ok_or_else(|| {
+        let mut scan = self.scan_session(current.id)?.map_err(|unread| {
             Error::corrupt(format!(
-                "the log of session {}, which holds the old point, is gone",
+                "the log of session {}, which holds the old point, is gone or cannot be read",
                 current.id
             ))
+            .because(unread)
         })?;
         self.keep_applied(&mut scan)?;
         // A session whose removal was cut short must not come back beside the old point.
@@ -545,7 +546,7 @@ impl Replica {
         let (Some(_), Some(current)) = (self.retained(), self.point().cloned()) else {
             return Ok(0);
         };
-        let Some(scan) = self.scan_session(current.id)? else {
+        let Ok(scan) = self.scan_session(current.id)? else {
             let slot = Slot {
                 retained: None,
                 ..self.state.slot().clone()

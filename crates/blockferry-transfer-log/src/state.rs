@@ -275,14 +275,16 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
     }];
     // An unreadable page must not hide the others: they are read one by one then.
     let mut damaged = Vec::new();
+    let mut unread = None;
     if file.read_medium(&mut whole).is_err() {
         for (page, buffer) in bytes.chunks_mut(PAGE).enumerate() {
             let mut one = [ReadRequest {
                 offset: (page * PAGE) as u64,
                 buffer,
             }];
-            if file.read_medium(&mut one).is_err() {
+            if let Err(error) = file.read_medium(&mut one) {
                 damaged.push(page);
+                unread.get_or_insert(error);
             }
         }
         for page in &damaged {
@@ -309,7 +311,10 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
     let (slot_page, slot) = slots
         .into_iter()
         .max_by_key(|(_, s)| s.sequence)
-        .ok_or_else(|| Error::corrupt(format!("{attempt}: both state slots are damaged")))?;
+        .ok_or_else(|| match unread {
+            Some(cause) => Error::log(attempt, cause),
+            None => Error::corrupt(format!("{attempt}: both state slots are damaged")),
+        })?;
     let mut decisions: Decisions = Vec::new();
     // The page that the last decision was found in.
     let mut found = None;

@@ -20,7 +20,11 @@ impl Replica {
         sessions_in(&*self.dir)
     }
 
-    pub(super) fn scan_session(&self, session: SessionId) -> Result<Option<Scan>> {
+    /// As [`scan`]: within, why there is none.
+    pub(super) fn scan_session(
+        &self,
+        session: SessionId,
+    ) -> Result<std::result::Result<Scan, Option<Error>>> {
         let segments = self.sessions()?.remove(&session).unwrap_or_default();
         scan(
             &*self.dir,

@@ -54,14 +54,16 @@ impl Replica {
                 &self.stats,
             )?;
             match found {
-                Some(mut found) => {
+                Ok(mut found) => {
                     self.epoch = self.epoch.max(found.header.epoch);
                     let counted = last.as_ref().filter(|d| d.kind.is_carried_out_from_log());
                     counted.map_or(Ok(()), |d| keep_decided(&mut found, d))?;
                     self.recover_session(found, last.as_ref(), groups, progress)?;
                 }
                 // It never became durable, or its removal was cut short.
-                None => self.refuse_lost_log(session, last.as_ref(), groups)?,
+                Err(unread) => self
+                    .refuse_lost_log(session, last.as_ref(), groups)
+                    .map_err(|e| e.because(unread))?,
             }
         }
         self.remove_superseded()?;

@@ -61,6 +61,52 @@ fn a_record_that_rots_is_staged_again_and_the_way_back_stays_whole() {
 }
 
 #[test]
+fn a_read_error_that_goes_away_forgets_nothing_that_was_acknowledged() {
+    for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Clone)] {
+        let disk = setup.machine(Some(&old()));
+        let staged = stage_some(&setup, &disk, 1, &new(), 9, false);
+        let whole = disk.snapshot().after_kill();
+        let before = whole.reads();
+        drop(setup.open(&whole).unwrap());
+        let reads = whole.reads() - before;
+        assert!(reads > 1);
+        for nth in 1..=reads {
+            let disk = disk.snapshot().after_kill();
+            disk.inject(Fault::on(OperationKind::Read, "state/", nth, FaultKind::Io));
+
+            let mut replica = setup.open(&disk).unwrap();
+
+            assert_eq!(*replica.recovered(), Recovered::Staging, "read {nth}");
+            let session = replica.resume(u64::MAX).unwrap();
+            assert_eq!(session.totals().resumed_bytes, staged, "read {nth}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_said_with_its_cause() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    setup
+        .sync(&mut setup.open(&disk).unwrap(), 1, &new())
+        .unwrap();
+    for (path, step) in [("state/state", "open"), (&*log_of(1), "roll back")] {
+        let disk = disk.snapshot().after_kill();
+        let unreadable = Fault::on(OperationKind::Read, path, 1, FaultKind::Io);
+        disk.inject(unreadable.repeat(Repeat::Forever));
+
+        let failed = match setup.open(&disk) {
+            Ok(mut replica) => replica.rollback(&quiet).unwrap_err(),
+            Err(error) => error,
+        };
+
+        let told = format!("{failed:?}");
+        assert!(told.contains(&format!("Read of {path}")), "{step}: {told}");
+        assert_eq!(setup.content(&disk), Some(new()), "{step}");
+    }
+}
+
+#[test]
 fn every_bit_flip_of_the_state_is_detected_or_harmless() {
     let setup = Setup::file(Strategy::Redo);
     let disk = setup.machine(Some(&old()));
