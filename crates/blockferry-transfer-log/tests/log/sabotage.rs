@@ -14,6 +14,7 @@ use crate::explorer::{four_images, options, story};
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 use crate::model::Promise;
 use crate::sessions::stage_some;
+use crate::stories::compacting;
 use crate::story::{Step, Story};
 
 /// Barriers whose loss this story cannot show, and why.
@@ -190,16 +191,7 @@ fn what_a_restart_finds_in_the_cache_must_be_flushed_before_it_counts() {
 
 #[test]
 fn a_compaction_is_durable_before_what_it_replaces_is_removed() {
-    let setup = Setup {
-        log_limit_bytes: 192 * 1024,
-        ..Setup::file(Strategy::Redo)
-    };
-    let pages = |n: u8| image(&[n, n + 1, n + 2, n + 3, n + 4, n + 5], 6 * PAGE);
-    let images = [10, 20, 30, 40].map(|n| Some(pages(n))).to_vec();
-    let before = [Step::Stage(1, 1, 99), Step::Restage(2), Step::Restage(3)];
-    let story = story(setup, images, &before, &[Step::Restage(1), Step::Resume(3)]);
-
-    let caught = caught(&story);
+    let caught = caught(&compacting());
 
     let stage = |operation: &&(Operation, Report)| operation.0.label.ends_with("stage");
     let kinds: Vec<OperationKind> = caught.iter().filter(stage).map(|(o, _)| o.kind).collect();

@@ -9,7 +9,7 @@ use blockferry_testkit::{
 use blockferry_transfer_log::Strategy;
 
 use crate::explorer::{Explored, four_images, options, run_with, seed, sizes, story};
-use crate::harness::{PAGE, Setup, TARGET, id, image};
+use crate::harness::{PAGE, Setup, id, image};
 use crate::model::Promise;
 use crate::story::{Step, Story};
 
@@ -19,15 +19,20 @@ fn busy_images() -> Vec<Option<Vec<u8>>> {
     [10, 20, 30, 40].map(|n| Some(of(n))).to_vec()
 }
 
-#[test]
-fn compaction_survives_every_crash() {
+/// A session that restages so much that its log is compacted.
+pub(crate) fn compacting() -> Story {
     let setup = Setup {
         log_limit_bytes: 192 * 1024,
         ..Setup::file(Strategy::Redo)
     };
     let before = [Step::Stage(1, 1, 99), Step::Restage(2), Step::Restage(3)];
     let steps = [Step::Restage(1), Step::Resume(3)];
-    let story = story(setup, busy_images(), &before, &steps);
+    story(setup, busy_images(), &before, &steps)
+}
+
+#[test]
+fn compaction_survives_every_crash() {
+    let story = compacting();
 
     assert_compacts(&story);
     // Many boundaries, and most of them alike.
@@ -149,23 +154,12 @@ impl Faulty {
                 self.failed.fetch_add(1, Ordering::Relaxed);
             }
         }
-        self.check_misuses(disk)?;
+        self.story.check_misuses(disk)?;
         let restarted = disk.snapshot().after_kill();
         let events = Events::new(&restarted);
         self.story
             .recover_and_go_on(&restarted, &promises, &events)
             .map_err(|e| format!("after {kind:?} at operation {operation} of an open: {e}"))
-    }
-}
-
-impl Faulty {
-    /// A device has one handle only: what failed on it is all restored through it and read back from its medium.
-    fn check_misuses(&self, disk: &SimDisk) -> Result<(), String> {
-        let of_device = format!(" of {TARGET}");
-        let allowed = |misuse: &String| self.story.setup.device && misuse.contains(&of_device);
-        let mut misuses = disk.misuses();
-        misuses.retain(|misuse| !allowed(misuse));
-        misuses.into_iter().next().map_or(Ok(()), Err)
     }
 }
 

@@ -286,6 +286,16 @@ impl Story {
         Ok(at)
     }
 
+    /// No file that failed is written or flushed again through the handle it failed on (I8). A device has one handle
+    /// only: what was written through it is all restored through it and read back from the medium.
+    pub(crate) fn check_misuses(&self, disk: &SimDisk) -> Result<(), String> {
+        let of_device = format!(" of {TARGET}");
+        let allowed = |misuse: &String| self.setup.device && misuse.contains(&of_device);
+        let misuses = disk.misuses();
+        let mut misuses = misuses.into_iter().filter(|misuse| !allowed(misuse));
+        misuses.next().map_or(Ok(()), Err)
+    }
+
     /// Opening what was opened before changes nothing; leaves it open.
     fn check_twice(&self, disk: &SimDisk) -> Result<Replica, String> {
         let names = |dir: &str| disk.dir(dir).names().unwrap_or_default();
