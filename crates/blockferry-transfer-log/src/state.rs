@@ -340,8 +340,6 @@ fn read_state(file: &dyn StorageFile, attempt: &str) -> Result<StateRead> {
         decisions.retain(|(l, d)| *l != lane || d.epoch == newest);
     }
     damaged.retain(|page| *page != 0);
-    damaged.sort_unstable();
-    damaged.dedup();
     Ok(StateRead {
         slot_page,
         slot,

@@ -1,6 +1,9 @@
 //! Two disks of one machine share one cut (I12).
 
-use blockferry_testkit::{Events, ExploreOptions, Scenario, SimDisk, SimOptions, sensitivity};
+use blockferry_testkit::{
+    Events, ExploreOptions, Fault, FaultKind, OperationKind, Scenario, SimDisk, SimOptions,
+    sensitivity,
+};
 use blockferry_transfer_log::{
     ErrorKind, GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, SessionId,
     Strategy, Verdict, inspect,
@@ -265,6 +268,21 @@ fn a_group_record_that_cannot_be_read_is_never_taken_for_none() {
     job.retire(GROUP).unwrap();
     assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Aborted);
     assert_eq!(disk.dir("job").names().unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_group_record_that_did_not_get_its_name_commits_nobody() {
+    let disk = SimDisk::new(SimOptions::default());
+    let job = GroupDirectory::new(disk.dir("job"));
+    disk.inject(Fault::on(OperationKind::Rename, "job/", 1, FaultKind::Io));
+
+    assert!(job.commit(GROUP, &[id(1)]).is_err());
+
+    assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Aborted);
+    let new_name = format!("{}.group.new", SessionId::from_bytes(*GROUP.as_bytes()));
+    assert_eq!(disk.dir("job").names().unwrap(), [new_name]);
+    job.commit(GROUP, &[id(1)]).unwrap();
+    assert_eq!(job.verdict(GROUP).unwrap(), Verdict::Committed);
 }
 
 #[test]

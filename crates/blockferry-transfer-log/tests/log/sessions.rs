@@ -73,6 +73,38 @@ fn every_strategy_reaches_the_new_point_and_rolls_back_bit_for_bit() {
 }
 
 #[test]
+fn what_lies_behind_the_image_on_a_larger_device_stays() {
+    let setup = Setup::device(Strategy::Redo);
+    let old = image(&[1, 2, 3, 4, 5, 6], 6 * PAGE);
+    let new = image(&[1, 9, 0, 8], 4 * PAGE);
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+
+    setup.sync(&mut replica, 1, &new).unwrap();
+    let after = setup.content(&disk).unwrap();
+    assert!(after[..new.len()] == new && after[new.len()..] == old[new.len()..]);
+
+    replica.rollback(&quiet).unwrap();
+    assert_eq!(setup.content(&disk), Some(old));
+}
+
+#[test]
+fn a_file_grows_by_zeros_that_nobody_stages() {
+    for setup in setups().into_iter().filter(|setup| !setup.device) {
+        let old = image(&[1, 2], 2 * PAGE);
+        let new = image(&[9, 2, 0, 0], 4 * PAGE - 100);
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+
+        setup.sync(&mut replica, 1, &new).unwrap();
+        assert_eq!(setup.content(&disk), Some(new), "{setup:?}");
+
+        replica.rollback(&quiet).unwrap();
+        assert_eq!(setup.content(&disk), Some(old), "{setup:?}");
+    }
+}
+
+#[test]
 fn without_undo_the_new_point_is_reached_and_nothing_is_kept() {
     let mut all: Vec<Setup> = setups();
     all.push(Setup::file(Strategy::Direct));
