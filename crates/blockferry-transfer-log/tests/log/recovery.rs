@@ -191,24 +191,48 @@ fn replace_sibling(disk: &SimDisk) {
     disk.install("images", &name, &image(&[9, 9, 9, 9], 4 * PAGE));
 }
 
+/// A machine on which session 1 is committed, and the names are not exchanged yet.
+fn committed_before_its_exchange(setup: &Setup) -> SimDisk {
+    let disk = setup.machine(Some(&old()));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+    setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+    disk.inject(Fault::on(
+        OperationKind::Exchange,
+        "images/",
+        1,
+        FaultKind::PowerLoss,
+    ));
+    session.commit(root(&new()), &quiet).unwrap_err();
+    drop(replica);
+    disk.snapshot().after_kill()
+}
+
+#[test]
+fn a_target_that_someone_replaced_or_removed_after_commit_is_left_alone() {
+    for strategy in [Strategy::Clone, Strategy::Shadow] {
+        let setup = Setup::file(strategy);
+        for theirs in [Some(image(&[8, 8], 2 * PAGE)), None] {
+            let disk = committed_before_its_exchange(&setup);
+            disk.dir("images").remove(TARGET).unwrap();
+            if let Some(theirs) = &theirs {
+                disk.install("images", TARGET, theirs);
+            }
+
+            let refused = setup.open(&disk).unwrap_err();
+
+            assert_eq!(refused.kind(), ErrorKind::DecisionPending, "{strategy}");
+            assert_eq!(setup.content(&disk), theirs, "{strategy}");
+        }
+    }
+}
+
 #[test]
 fn a_sibling_that_someone_replaced_never_becomes_the_target() {
     for strategy in [Strategy::Clone, Strategy::Shadow] {
         let setup = Setup::file(strategy);
-        let disk = setup.machine(Some(&old()));
-        let mut replica = setup.open(&disk).unwrap();
-        let target = replica.target();
-        let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
-        setup.finish(&mut session, target.as_ref(), &new()).unwrap();
-        disk.inject(Fault::on(
-            OperationKind::Exchange,
-            "images/",
-            1,
-            FaultKind::PowerLoss,
-        ));
-        session.commit(root(&new()), &quiet).unwrap_err();
-        drop(replica);
-        let disk = disk.snapshot().after_kill();
+        let disk = committed_before_its_exchange(&setup);
         replace_sibling(&disk);
 
         let refused = setup.open(&disk).unwrap_err();
