@@ -9,7 +9,7 @@ use blockferry_core::{Decoder, Encoder};
 use blockferry_device::{ReadRequest, StorageDir};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{PAGE, SessionId};
+use crate::format::{FORMAT_VERSION, PAGE, SessionId};
 
 const MAGIC: &[u8; 8] = b"BFRYGRP\0";
 
@@ -88,16 +88,16 @@ impl GroupDirectory {
             ));
         }
         let page = encode(group, members);
-        let new_name = new_name_of(group);
-        self.dir.remove(&new_name).map_err(failed)?;
-        let file = self.dir.create(&new_name).map_err(failed)?;
+        let unnamed = unnamed(group);
+        self.dir.remove(&unnamed).map_err(failed)?;
+        let file = self.dir.create(&unnamed).map_err(failed)?;
         // Twice: a sector that goes bad later must not take the decision back for some of the members.
         file.write_at(0, &[&page[..], &page[..]].concat())
             .map_err(failed)?;
         file.flush().map_err(failed)?;
-        // Durable before it has its name: a record that is there but cannot be read was not cut short by a power loss,
-        // so that nobody need take it for none.
-        self.dir.rename_new(&new_name, &name).map_err(failed)?;
+        // It gets its name when it is whole and durable: what has the name and cannot be read is damaged, and not a
+        // decision that was never made.
+        self.dir.rename_new(&unnamed, &name).map_err(failed)?;
         self.dir.sync().map_err(failed)?;
         Ok(GroupCommitted { group })
     }
@@ -107,12 +107,12 @@ impl GroupDirectory {
     /// # Errors
     /// The directory failed.
     pub fn retire(&self, group: GroupId) -> Result<()> {
-        [new_name_of(group), name_of(group)]
-            .iter()
-            .try_for_each(|name| {
-                let failed = |e| Error::log(format!("remove group record {name}"), e);
-                self.dir.remove(name).map_err(failed)
-            })
+        for name in [name_of(group), unnamed(group)] {
+            self.dir
+                .remove(&name)
+                .map_err(|e| Error::log(format!("remove group record {name}"), e))?;
+        }
+        Ok(())
     }
 }
 
@@ -127,41 +127,40 @@ impl GroupVerdicts for GroupDirectory {
         file.flush().map_err(failed)?;
         self.dir.sync().map_err(failed)?;
         let mut page = vec![0; PAGE];
-        let mut unread = Ok(());
+        let mut damaged = Error::corrupt(format!("group record {name}: no copy of it can be read"));
         for copy in 0..2 {
+            let offset = copy * PAGE as u64;
             let mut request = [ReadRequest {
-                offset: copy * PAGE as u64,
+                offset,
                 buffer: &mut page,
             }];
-            match file.read_medium(&mut request) {
-                Ok(()) if decode(&page) == Some(group) => return Ok(Verdict::Committed),
-                Ok(()) => {}
-                Err(e) => unread = Err(failed(e)),
+            if let Err(cause) = file.read_medium(&mut request) {
+                damaged = failed(cause);
+                continue;
+            }
+            match decode(&page, &name) {
+                Ok(found) if found == group => return Ok(Verdict::Committed),
+                Err(error) if error.kind() == ErrorKind::UnknownVersion => damaged = error,
+                Ok(_) | Err(_) => {}
             }
         }
-        // It was whole when it got its name: some members may be committed by it already.
-        unread.and_then(|()| {
-            Err(Error::corrupt(format!(
-                "group record {name}: both copies are damaged"
-            )))
-        })
+        Err(damaged)
     }
-}
-
-/// Its name until it is durable.
-fn new_name_of(group: GroupId) -> String {
-    format!("{}.new", name_of(group))
 }
 
 fn name_of(group: GroupId) -> String {
     format!("{}.group", SessionId::from_bytes(*group.as_bytes()))
 }
 
+fn unnamed(group: GroupId) -> String {
+    format!("{}.new", name_of(group))
+}
+
 fn encode(group: GroupId, members: &[SessionId]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(PAGE);
     let mut e = Encoder::new(&mut bytes);
     e.bytes(MAGIC);
-    e.u32(crate::format::FORMAT_VERSION);
+    e.u32(FORMAT_VERSION);
     e.bytes(group.as_bytes());
     e.count(members.len());
     members.iter().for_each(|m| {
@@ -170,10 +169,22 @@ fn encode(group: GroupId, members: &[SessionId]) -> Vec<u8> {
     crate::format::seal(bytes)
 }
 
-fn decode(page: &[u8]) -> Option<GroupId> {
-    let (body, _) = crate::format::unseal(page)?;
+fn decode(page: &[u8], name: &str) -> Result<GroupId> {
+    let damaged = |what: &str| Error::corrupt(format!("group record {name}: {what}"));
+    let (body, _) = crate::format::unseal(page).ok_or_else(|| damaged("checksum mismatch"))?;
+    let short = |e: blockferry_core::Error| damaged(&e.to_string());
     let mut d = Decoder::new(body);
-    let known = d.array::<8>().ok()? == *MAGIC && d.u32().ok()? == crate::format::FORMAT_VERSION;
-    let group = GroupId::from_bytes(d.array().ok()?);
-    known.then_some(group)
+    if d.array::<8>().map_err(short)? != *MAGIC {
+        return Err(damaged("it is something else"));
+    }
+    let version = d.u32().map_err(short)?;
+    if version != FORMAT_VERSION {
+        return Err(Error::new(
+            ErrorKind::UnknownVersion,
+            format!(
+                "group record {name}: format version {version}, this build reads {FORMAT_VERSION}"
+            ),
+        ));
+    }
+    d.array().map(GroupId::from_bytes).map_err(short)
 }
