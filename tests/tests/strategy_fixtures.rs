@@ -453,14 +453,14 @@ struct Case {
     name: &'static str,
     story: Story,
     state: &'static str,
-    damage: fn(&mut Vec<u8>),
+    damage: fn(Vec<u8>) -> Vec<u8>,
 }
 
 const fn case(
     name: &'static str,
     story: Story,
     state: &'static str,
-    damage: fn(&mut Vec<u8>),
+    damage: fn(Vec<u8>) -> Vec<u8>,
 ) -> Case {
     Case {
         name,
@@ -523,7 +523,7 @@ const ANOTHER_STAGED: Case = case("another-new-file", SHADOW, "staged", name_ano
 /// Damage that only the way back meets, and how that is refused.
 const NO_WAY_BACK: [(Case, &str); 3] = [
     (
-        case("cut-off", REDO, "applied", |log| log[3 * PAGE + 5] ^= 1),
+        case("cut-off", REDO, "applied", rot_cut_off),
         "digest mismatch",
     ),
     (
@@ -545,31 +545,42 @@ fn cases() -> Vec<Case> {
 }
 
 /// The header of the first record.
-fn tear_record(log: &mut Vec<u8>) {
+fn tear_record(mut log: Vec<u8>) -> Vec<u8> {
     log[PAGE..][..512].fill(0xEE);
+    log
 }
 
-fn lose_last_record(log: &mut Vec<u8>) {
+/// The second page of what is cut off, behind the headers of segment and record.
+fn rot_cut_off(mut log: Vec<u8>) -> Vec<u8> {
+    log[3 * PAGE + 5] ^= 1;
+    log
+}
+
+fn lose_last_record(mut log: Vec<u8>) -> Vec<u8> {
     // It ends with its header, its new page and its old one.
     log.truncate(log.len() - 3 * PAGE);
+    log
 }
 
-fn set_strategy(log: &mut Vec<u8>) {
+fn set_strategy(mut log: Vec<u8>) -> Vec<u8> {
     // Behind magic, version, session and epoch.
     log[8 + 4 + 16 + 8] = 9;
     reseal(&mut log[..PAGE]);
+    log
 }
 
-fn name_another_old(log: &mut Vec<u8>) {
-    let place = file_ids(log);
+fn name_another_old(mut log: Vec<u8>) -> Vec<u8> {
+    let place = file_ids(&log);
     log[place + 1] ^= 64;
     reseal(&mut log[..PAGE]);
+    log
 }
 
-fn name_another_new(log: &mut Vec<u8>) {
-    let place = file_ids(log) + 9;
+fn name_another_new(mut log: Vec<u8>) -> Vec<u8> {
+    let place = file_ids(&log) + 9;
     log[place + 1] ^= 64;
     reseal(&mut log[..PAGE]);
+    log
 }
 
 /// Where the header has the optional numbers of the old file and of the new one, 9 bytes each.
@@ -675,9 +686,8 @@ pub(crate) fn make_all(directory: &Path) {
         }
     }
     for case in cases() {
-        let mut log = make(&case.story, case.state).remove(LOG).expect(case.name);
-        (case.damage)(&mut log);
+        let log = make(&case.story, case.state).remove(LOG).expect(case.name);
         let path = directory.join(case.story.name).join("v1/damaged");
-        write(&path.join(case.name).join(LOG), &log);
+        write(&path.join(case.name).join(LOG), &(case.damage)(log));
     }
 }
