@@ -389,6 +389,43 @@ fn one_damaged_copy_of_a_decision_or_slot_is_made_up_for() {
     }
 }
 
+/// Damage to the record of a group, beside the scene `member`: its name, what is done to each copy, the error.
+type GroupDamage = (&'static str, fn(&mut [u8]), ErrorKind);
+
+const DAMAGED_GROUPS: [GroupDamage; 2] = [
+    ("both-copies", |copy| copy[20] ^= 1, ErrorKind::Corrupt),
+    ("version-2", group_of_version_2, ErrorKind::UnknownVersion),
+];
+
+fn group_of_version_2(copy: &mut [u8]) {
+    copy[8] = 2;
+    reseal(copy);
+}
+
+fn damaged_group(case: &str) -> PathBuf {
+    directory().join("group/v1/damaged").join(case)
+}
+
+#[test]
+fn damaged_group_records_decide_nothing_and_are_refused_as_what_they_are() {
+    for (case, _, kind) in DAMAGED_GROUPS {
+        let mut files = golden("member");
+        files.extend(files_in(&damaged_group(case)));
+        let scene = Scene::new(old(), &files);
+
+        let refused = scene.open();
+
+        assert_eq!(refused.expect_err(case).kind(), kind, "{case}");
+        assert_eq!(scene.device.to_vec(), old(), "{case}");
+        // Put right, the decision is carried out: nothing was dropped.
+        scene.disk.dir("state").remove(GROUP_FILE).expect(case);
+        let sound = &golden("member")[GROUP_FILE];
+        scene.disk.install("state", GROUP_FILE, sound);
+        scene.open().expect(case);
+        assert_eq!(scene.device.to_vec(), new(), "{case}");
+    }
+}
+
 #[test]
 fn a_torn_record_of_a_staged_session_is_staged_again() {
     let scene = Scene::new(old(), &damaged("torn-record", "staged"));
@@ -498,6 +535,12 @@ fn make_all(directory: &Path) {
         damage(&mut bytes);
         let path = directory.join("replica/v1/damaged").join(case).join(name);
         write(&path, stored(name, &bytes));
+    }
+    for (case, damage, _) in DAMAGED_GROUPS {
+        let mut record = make_scene("member").remove(GROUP_FILE).expect(case);
+        record.chunks_mut(PAGE).for_each(damage);
+        let damaged = directory.join("group/v1/damaged").join(case);
+        write(&damaged.join(GROUP_FILE), &record);
     }
     let (manifest, _) = manifest_of(&new());
     write(&directory.join("manifest/v1/small.manifest"), &manifest);

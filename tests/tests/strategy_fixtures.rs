@@ -81,11 +81,11 @@ const STATES: [&str; 4] = ["staged", "committed", "applied", "rolling-back"];
 type Files = BTreeMap<String, Vec<u8>>;
 
 impl Story {
-    fn old(&self) -> Vec<u8> {
+    fn old_image(&self) -> Vec<u8> {
         cut(self.old)
     }
 
-    fn new(&self) -> Vec<u8> {
+    fn new_image(&self) -> Vec<u8> {
         cut(self.new)
     }
 
@@ -116,7 +116,12 @@ impl Story {
 
     fn begin<'a>(&self, replica: &'a mut Replica) -> Session<'a> {
         let stamp = SourceStamp::new("source.raw", Identity::unknown(), Evidence::unknown());
-        let mut plan = Plan::new(SESSION, self.strategy, geometry_of(&self.new()), stamp);
+        let mut plan = Plan::new(
+            SESSION,
+            self.strategy,
+            geometry_of(&self.new_image()),
+            stamp,
+        );
         plan.undo = self.undo;
         replica.begin(&plan).expect("nothing is in the way")
     }
@@ -134,7 +139,7 @@ impl Story {
     }
 
     fn changed_pages(&self, session: &Session<'_>, was: &[u8]) -> Vec<Batch> {
-        let (new, view, stager) = (self.new(), session.staged_view(), session.stager());
+        let (new, view, stager) = (self.new_image(), session.staged_view(), session.stager());
         let wants_old = session.keeps_old() && stager.wants_old();
         let mut batches = Vec::new();
         let first_cut = new.len() / PAGE * PAGE;
@@ -172,7 +177,7 @@ impl Story {
 
     /// Writes them to the working file, no more than `most`.
     fn missing_blocks(&self, session: &Session<'_>, most: usize) -> Vec<Batch> {
-        let (new, view, stager) = (self.new(), session.staged_view(), session.stager());
+        let (new, view, stager) = (self.new_image(), session.staged_view(), session.stager());
         let blocks = (0..).step_by(BLOCK).zip(new.chunks(BLOCK));
         let missing = blocks.filter_map(|(start, now)| {
             let extent = Extent::from_range(start as u64..(start + now.len()) as u64);
@@ -194,7 +199,7 @@ impl Story {
     fn finish(&self, mut session: Session<'_>, was: &[u8]) -> u64 {
         self.stage_all(&mut session, was);
         let staged_bytes = session.totals().staged_bytes;
-        let root = manifest_of(&self.new()).1;
+        let root = manifest_of(&self.new_image()).1;
         session.commit(root, &quiet).expect("nothing fails");
         staged_bytes
     }
@@ -212,13 +217,13 @@ impl Story {
         match replica.rollback(&quiet) {
             Ok(_) => {
                 assert!(self.keeps_old(), "{name} {when}");
-                assert!(content(disk) == self.old(), "{name} {when}");
+                assert!(content(disk) == self.old_image(), "{name} {when}");
                 assert_eq!(beside(disk), [TARGET], "{name} {when}");
             }
             Err(error) => {
                 assert!(!self.keeps_old(), "{name} {when}: {error:?}");
                 assert_eq!(error.kind(), ErrorKind::Refused, "{name} {when}");
-                assert!(content(disk) == self.new(), "{name} {when}");
+                assert!(content(disk) == self.new_image(), "{name} {when}");
             }
         }
     }
@@ -242,13 +247,13 @@ fn beside(disk: &SimDisk) -> Vec<String> {
 /// The files that a story leaves in one of its states.
 fn make(story: &Story, state: &str) -> Files {
     let disk = SimDisk::new(SimOptions::default());
-    let old = story.old();
+    let old = story.old_image();
     disk.install_sparse("images", TARGET, &old);
     drop(disk.dir("state"));
     let mut replica = story.open(&disk).expect("nothing is there yet");
     let mut session = story.begin(&mut replica);
     let mut file = session.create_manifest().expect("there is room");
-    let (manifest, root) = manifest_of(&story.new());
+    let (manifest, root) = manifest_of(&story.new_image());
     std::io::Write::write_all(&mut file, &manifest).expect("there is room");
     file.finish().expect("there is room");
     if state == "staged" {
@@ -385,13 +390,13 @@ fn staged_sessions_of_every_strategy_go_on_where_version_1_stopped() {
         let was = content(&disk);
         let mut replica = story.open(&disk).expect(name);
         assert_eq!(*replica.recovered(), Recovered::Staging, "{name}");
-        assert!(was == story.old() || !story.keeps_old(), "{name}");
+        assert!(was == story.old_image() || !story.keeps_old(), "{name}");
         assert!(content(&disk) == was, "opening changes nothing: {name}");
 
         let session = replica.resume(u64::MAX).expect(name);
         let staged_bytes = story.finish(session, &was);
 
-        assert!(content(&disk) == story.new(), "{name}");
+        assert!(content(&disk) == story.new_image(), "{name}");
         assert_eq!(staged_bytes, story.missing_bytes, "{name}");
         story.expect_way_back(&disk, &mut replica, "after going on");
     }
@@ -406,9 +411,9 @@ fn decisions_of_every_strategy_are_carried_out() {
         let mut replica = story.open(&disk).expect(name);
 
         assert_eq!(*replica.recovered(), Recovered::Applied(SESSION), "{name}");
-        assert!(content(&disk) == story.new(), "{name}");
+        assert!(content(&disk) == story.new_image(), "{name}");
         let point = replica.point().map(|p| p.root);
-        assert_eq!(point, Some(manifest_of(&story.new()).1), "{name}");
+        assert_eq!(point, Some(manifest_of(&story.new_image()).1), "{name}");
         story.expect_way_back(&disk, &mut replica, "after the decision");
     }
 }
@@ -422,7 +427,7 @@ fn points_of_every_strategy_are_known_and_lead_back() {
         let mut replica = story.open(&disk).expect(name);
 
         assert_eq!(*replica.recovered(), Recovered::Clean, "{name}");
-        assert!(content(&disk) == story.new(), "{name}");
+        assert!(content(&disk) == story.new_image(), "{name}");
         assert_eq!(replica.retained().is_some(), story.keeps_old(), "{name}");
         story.expect_way_back(&disk, &mut replica, "from a point at rest");
     }
@@ -438,7 +443,7 @@ fn a_way_back_that_version_1_decided_is_finished() {
 
         let done = Recovered::RolledBack(SESSION);
         assert_eq!(*replica.recovered(), done, "{name}");
-        assert!(content(&disk) == story.old(), "{name}");
+        assert!(content(&disk) == story.old_image(), "{name}");
         assert_eq!(beside(&disk), [TARGET], "{name}");
         assert_eq!(
             (replica.point(), replica.retained()),
@@ -620,7 +625,7 @@ fn torn_records_of_a_working_file_are_staged_again() {
         let session = replica.resume(u64::MAX).expect(name);
         let staged_bytes = story.finish(session, &was);
 
-        assert!(content(&disk) == story.new(), "{name}");
+        assert!(content(&disk) == story.new_image(), "{name}");
         assert_eq!(staged_bytes, expected_bytes as u64, "{name}");
         story.expect_way_back(&disk, &mut replica, "after going on");
     }
@@ -652,10 +657,10 @@ fn a_session_that_wrote_another_file_does_not_go_on_and_can_be_cancelled() {
     assert_eq!(refused.kind(), ErrorKind::Refused);
     let text = "is not what the unfinished session was compared with";
     assert!(refused.to_string().contains(text), "{refused:?}");
-    assert!(content(&disk) == story.old());
+    assert!(content(&disk) == story.old_image());
     replica.cancel().expect("it can be cancelled");
     assert_eq!(beside(&disk), [TARGET]);
-    assert!(content(&disk) == story.old());
+    assert!(content(&disk) == story.old_image());
 }
 
 #[test]
@@ -671,7 +676,7 @@ fn damage_to_the_old_point_of_a_file_is_found_before_a_way_back_is_begun() {
         assert_eq!(refused.kind(), ErrorKind::Corrupt, "{what}: {refused:?}");
         assert!(text_of(&refused).contains(text), "{what}: {refused:?}");
         assert!(images_of(&disk) == before, "{what}");
-        assert!(content(&disk) == case.story.new(), "{what}");
+        assert!(content(&disk) == case.story.new_image(), "{what}");
     }
 }
 
