@@ -134,9 +134,14 @@ impl GroupVerdicts for GroupDirectory {
                 offset,
                 buffer: &mut page,
             }];
-            if let Err(cause) = file.read_medium(&mut request) {
-                damaged = failed(cause);
-                continue;
+            match file.read_medium(&mut request) {
+                Ok(()) => {}
+                // Cut off: damaged, and no failure of the medium that may pass.
+                Err(cause) if cause.kind() == blockferry_device::ErrorKind::OutOfRange => continue,
+                Err(cause) => {
+                    damaged = failed(cause);
+                    continue;
+                }
             }
             match decode(&page, &name) {
                 Ok(found) if found == group => return Ok(Verdict::Committed),
