@@ -439,7 +439,8 @@ impl Appender {
         Ok(())
     }
 
-    fn check_alive(&self) -> Result<()> {
+    /// Nothing is appended after a failed write or flush (I8).
+    pub(crate) fn check_alive(&self) -> Result<()> {
         if self.dead {
             let message = format!(
                 "{} had a failed write or flush and is never appended to again; the session resumes in \

@@ -137,19 +137,25 @@ impl Working {
         what: &str,
         act: impl FnOnce() -> blockferry_device::Result<()>,
     ) -> Result<()> {
-        let label = self.target.label();
-        if self.failed.load(Ordering::Acquire) {
-            return Err(Error::new(
-                crate::ErrorKind::Target,
-                format!(
-                    "{label} had a failed write or flush and is not written again; resume the session"
-                ),
-            ));
-        }
+        self.check_alive()?;
         act().map_err(|e| {
             self.failed.store(true, Ordering::Release);
-            Error::target(format!("{what} {label}"), e)
+            Error::target(format!("{what} {}", self.target.label()), e)
         })
+    }
+
+    /// Nothing is written after a failed write or flush (I8).
+    pub(crate) fn check_alive(&self) -> Result<()> {
+        if !self.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let label = self.target.label();
+        Err(Error::new(
+            crate::ErrorKind::Target,
+            format!(
+                "{label} had a failed write or flush and is not written again; resume the session"
+            ),
+        ))
     }
 }
 

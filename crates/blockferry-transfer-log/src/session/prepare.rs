@@ -41,6 +41,11 @@ impl Session<'_> {
     /// The target was changed behind our back, or has no room; it is at its old point.
     pub fn prepare(&mut self) -> Result<Prepared> {
         self.prepared = false;
+        // What failed to be staged is missing, whether or not its caller took note.
+        self.appender.check_alive()?;
+        if let Some(working) = &self.working {
+            working.check_alive()?;
+        }
         self.stage_edge()?;
         self.close_group()?;
         // Nothing is trusted that this run did not read back itself (I3).
@@ -262,12 +267,11 @@ impl Session<'_> {
 
     fn reserve(&mut self) -> Result<()> {
         let extents: Vec<Extent> = self.ledger.reserved.iter().collect();
-        let Some(target) = self
-            .replica
-            .content
-            .target()
-            .filter(|_| !extents.is_empty())
-        else {
+        if extents.is_empty() {
+            return Ok(());
+        }
+        // A fresh handle: one on which an earlier attempt failed is dead (I8).
+        let Some(target) = self.replica.place.open()?.target() else {
             return Ok(());
         };
         let reserved = target

@@ -9,7 +9,7 @@ use blockferry_testkit::{
 use blockferry_transfer_log::Strategy;
 
 use crate::explorer::{four_images, seed, story};
-use crate::harness::{Setup, TARGET};
+use crate::harness::{Setup, TARGET, quiet, root};
 use crate::model::{Promise, check};
 use crate::story::{Step, Story};
 
@@ -227,4 +227,50 @@ fn any_failure_at_any_operation_leaves_old_new_or_resumable() {
         "{} violations: {few:#?}",
         violations.len()
     );
+}
+
+/// A sync whose caller hears of no error as long as it can go on.
+fn sync_stubbornly(story: &Story, disk: &SimDisk) -> Option<()> {
+    let (setup, new) = (story.setup, story.image(1));
+    let mut replica = story.open(disk).ok()?;
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, new)).ok()?;
+    for batch in setup.batches(&session, target.as_ref(), new).ok()? {
+        for outcome in [session.stage(batch), session.close_group().map(drop)] {
+            outcome.ok();
+        }
+    }
+    for _ in 0..2 {
+        session.prepare().ok();
+    }
+    session.commit(root(new), &quiet).map(drop).ok()
+}
+
+#[test]
+fn a_caller_that_goes_on_after_a_failure_gets_no_dead_handle_used() {
+    for setup in Setup::of_every_kind() {
+        let story = story(setup, four_images(), &[], &[Step::Sync(1, 1)]);
+        let disk = SimDisk::new(SimOptions::default());
+        story.prepare(&disk);
+        let start = disk.snapshot();
+        let whole = start.after_kill();
+        assert!(sync_stubbornly(&story, &whole).is_some());
+        for number in 1..=whole.operations() {
+            for kind in OF_OPERATIONS {
+                let disk = start.after_kill();
+                disk.inject(Fault::at(number, kind));
+
+                let done = sync_stubbornly(&story, &disk);
+
+                let told = format!("{}: {kind:?} at operation {number}", story.name());
+                assert_eq!(story.check_misuses(&disk), Ok(()), "{told}");
+                if done.is_some() {
+                    assert_eq!(story.shows(&disk), Some(1), "{told}");
+                } else if setup.strategy != Strategy::Direct {
+                    let recovered = story.open(&disk.snapshot().after_kill());
+                    assert!(recovered.is_ok(), "{told}: {recovered:?}");
+                }
+            }
+        }
+    }
 }
