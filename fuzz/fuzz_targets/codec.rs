@@ -3,7 +3,12 @@
 
 use arbitrary::Arbitrary;
 use blockferry::core::{Decoder, Digest, Encoder, Extent, Result};
+use blockferry::transfer_log::frame;
+use blockferry_fuzz::text;
 use libfuzzer_sys::fuzz_target;
+
+/// Most bytes a frame is unpacked to.
+const MAX_PLAIN_BYTES: usize = 1 << 20;
 
 #[derive(Arbitrary, Debug)]
 enum Field {
@@ -11,6 +16,7 @@ enum Field {
     U16(u16),
     U32(u32),
     U64(u64),
+    Array([u8; 5]),
     Short(Vec<u8>),
     Long(Vec<u8>),
     Count(u16),
@@ -32,6 +38,8 @@ fuzz_target!(|input: Input<'_>| {
         .fields
         .iter()
         .for_each(|field| encode(&mut encoder, field));
+    let encoded_bytes = encoder.position();
+    assert_eq!(encoded_bytes, bytes.len());
     let mut decoder = Decoder::new(&bytes);
     for field in &input.fields {
         assert!(
@@ -47,13 +55,33 @@ fuzz_target!(|input: Input<'_>| {
         let decoded = decode(&mut decoder, field, usize::from(input.limit));
         assert!(decoder.position() >= before);
         assert_eq!(decoder.position() + decoder.remaining(), input.bytes.len());
+        drop((text::of_result(&decoded), format!("{decoder:?}")));
         if decoded.is_err() {
             break;
         }
     }
     let left = decoder.remaining();
-    assert_eq!(decoder.finish().is_ok(), left == 0);
+    let finished = decoder.finish();
+    drop(text::of_result(&finished));
+    assert_eq!(finished.is_ok(), left == 0);
+    check_frames(&bytes, input.bytes, usize::from(input.limit));
 });
+
+/// A frame gives exactly what was promised or nothing.
+fn check_frames(plain: &[u8], frame: &[u8], plain_bytes: usize) {
+    let packed = frame::pack(plain, 1).expect("there is memory");
+    assert_eq!(frame::unpack(&packed, plain.len()).expect("packed"), plain);
+    for wrong in [plain.len() + 1, plain.len().saturating_sub(1)] {
+        let unpacked = frame::unpack(&packed, wrong);
+        drop(text::of_result(&unpacked));
+        assert_eq!(unpacked.is_ok(), wrong == plain.len());
+    }
+    // Small frames may hold much.
+    let promised = (plain_bytes * 16).min(MAX_PLAIN_BYTES);
+    if let Ok(unpacked) = frame::unpack(frame, promised) {
+        assert_eq!(unpacked.len(), promised);
+    }
+}
 
 fn extent_of(start: u64, length: u64) -> Extent {
     Extent::new(start, length).unwrap_or_else(|| Extent::from_range(start..u64::MAX))
@@ -65,6 +93,7 @@ fn encode(encoder: &mut Encoder<'_>, field: &Field) {
         Field::U16(value) => encoder.u16(*value),
         Field::U32(value) => encoder.u32(*value),
         Field::U64(value) => encoder.u64(*value),
+        Field::Array(bytes) => encoder.bytes(bytes),
         Field::Short(bytes) => encoder.bytes_u16(&bytes[..bytes.len().min(65535)]),
         Field::Long(bytes) => encoder.bytes_u32(bytes),
         Field::Count(count) => encoder.count(usize::from(*count)),
@@ -80,6 +109,7 @@ fn decode(decoder: &mut Decoder<'_>, field: &Field, limit: usize) -> Result<bool
         Field::U16(value) => decoder.u16()? == *value,
         Field::U32(value) => decoder.u32()? == *value,
         Field::U64(value) => decoder.u64()? == *value,
+        Field::Array(bytes) => decoder.array()? == *bytes,
         Field::Short(bytes) => {
             within(decoder.bytes_u16(limit)?, limit) == &bytes[..bytes.len().min(65535)]
         }

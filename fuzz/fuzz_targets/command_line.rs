@@ -12,11 +12,16 @@ mod arguments;
 #[allow(dead_code)]
 #[path = "../../crates/blockferry-cli/src/file_url.rs"]
 mod file_url;
+#[allow(dead_code)]
+#[path = "../../crates/blockferry-cli/src/quote.rs"]
+mod quote;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
 
 use blockferry as engine;
+use blockferry_fuzz::text;
 use clap::Parser;
 use engine::{BlockSize, SessionId, format_size, parse_size};
 use libfuzzer_sys::fuzz_target;
@@ -30,10 +35,12 @@ fuzz_target!(|bytes: &[u8]| {
     let line = [OsString::from("blockferry")]
         .into_iter()
         .chain(words.iter().cloned());
-    if let Ok(cli) = arguments::Cli::try_parse_from(line) {
-        check_pace(&cli.verb);
+    match arguments::Cli::try_parse_from(line) {
+        Ok(cli) => check_pace(&cli.verb),
+        Err(refused) => drop(refused.to_string()),
     }
     for word in words {
+        check_path(Path::new(&word));
         check_address(word.clone());
         if let Some(word) = word.to_str() {
             check_text(word);
@@ -54,10 +61,47 @@ fn check_pace(verb: &arguments::Verb) {
     );
 }
 
-fn check_address(word: OsString) {
-    let Ok(address) = address::Address::parse(word) else {
+/// A path that is printed to be pasted is one word to a shell, and the same file to this command.
+fn check_path(path: &Path) {
+    if path.as_os_str().is_empty() {
         return;
+    }
+    let printed = quote::quoted_path(path);
+    let word = word_of(&printed).unwrap_or_else(|| panic!("a shell makes no word of {printed}"));
+    assert_eq!(word, file_url::text_of(path), "{printed}");
+    let again = file_url::path_of(&word).unwrap_or_else(|| Ok(Path::new(&word).to_owned()));
+    if path.to_str().is_none() {
+        let absolute = std::path::absolute(path).expect("it is not empty");
+        assert_eq!(again.expect("printed to be pasted"), absolute, "{printed}");
+    }
+}
+
+/// The one word that a shell makes of this text, if it is one: plain characters, quotes, escaped characters.
+fn word_of(text: &str) -> Option<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@,%".contains(c);
+    let mut word = String::new();
+    let mut rest = text.chars();
+    while let Some(character) = rest.next() {
+        match character {
+            '\\' => word.push(rest.next()?),
+            '\'' => {
+                let (quoted, behind) = rest.as_str().split_once('\'')?;
+                word.push_str(quoted);
+                rest = behind.chars();
+            }
+            plain_one if plain(plain_one) => word.push(plain_one),
+            _ => return None,
+        }
+    }
+    Some(word)
+}
+
+fn check_address(word: OsString) {
+    let address = match address::Address::parse(word) {
+        Ok(address) => address,
+        Err(refused) => return drop(text::of_error(&refused)),
     };
+    drop(format!("{address} {address:?}"));
     let recorded = address.recorded();
     let again =
         address::Address::parse(recorded.clone().into()).expect("recorded to be read again");

@@ -129,6 +129,11 @@ fn check(set: &ExtentSet, cells: &[bool; CELLS], scale: &Scale, window: (usize, 
         span.map(|(first, last)| Extent::from_range(first.start()..last.end()))
     );
     assert_eq!(expected.iter().copied().collect::<ExtentSet>(), *set);
+    let ranges: Vec<_> = expected.iter().map(Extent::range).collect();
+    assert_eq!(
+        format!("{set:?}"),
+        format!("{ranges:?}").replace('[', "{").replace(']', "}")
+    );
 
     let extent = scale.extent(window);
     let inside = &cells[window.0..window.1];

@@ -2,13 +2,17 @@
 #![no_main]
 
 use blockferry::core::{ManifestReader, ManifestWriter, Result};
-use blockferry_fuzz::manifest::resealed;
+use blockferry_fuzz::manifest::{resealed, with_its_root};
+use blockferry_fuzz::text;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    for bytes in [bytes, &resealed(bytes)] {
+    let resealed = resealed(bytes);
+    for bytes in [bytes, &resealed, &with_its_root(&resealed)] {
         let mut again = Vec::new();
-        if let Ok(rest) = read_and_write(bytes, &mut again) {
+        let read = read_and_write(bytes, &mut again);
+        drop(text::of_result(&read));
+        if let Ok(rest) = read {
             assert_eq!(
                 again,
                 bytes[..bytes.len() - rest],
@@ -25,11 +29,12 @@ fn read_and_write(bytes: &[u8], again: &mut Vec<u8>) -> Result<usize> {
     let mut failed = None;
     while failed.is_none() {
         match reader.next_region() {
-            Ok(Some(leaves)) => writer.push(&leaves)?,
+            Ok(Some(leaves)) => writer.push(&leaves).expect("memory takes all"),
             Ok(None) => break,
             Err(error) => failed = Some(error),
         }
     }
+    drop(format!("{reader:?}"));
     if let Some(error) = failed {
         assert!(
             reader.root().is_none() && reader.next_region().is_err(),

@@ -7,8 +7,9 @@
 mod harness;
 
 use arbitrary::Arbitrary;
+use blockferry_fuzz::text;
 use blockferry_testkit::{FaultKind, ImageLimits, Repeat, SimDisk};
-use blockferry_transfer_log::{Error, Replica, Strategy, Unwritten};
+use blockferry_transfer_log::{Error, Replica, SessionId, Strategy, Unwritten, inspect};
 use libfuzzer_sys::fuzz_target;
 
 use harness::{PAGE, Setup, image, quiet, root};
@@ -92,6 +93,8 @@ struct Life {
     /// What a way back leads to; nothing where that is not certain.
     before: Option<Vec<u8>>,
     sessions: u8,
+    /// The last record that was acknowledged, while its session must still be there.
+    acknowledged: Option<(SessionId, u64)>,
 }
 
 fuzz_target!(|input: Input| {
@@ -104,6 +107,7 @@ fuzz_target!(|input: Input| {
         at,
         before: None,
         sessions: 0,
+        acknowledged: None,
     };
     for step in input.steps.iter().take(MAX_STEPS) {
         life.live(&input, step);
@@ -140,11 +144,16 @@ impl Life {
         match (done, step.cut) {
             (Ok(true), _) => self.arrive_at(may_move_to, &step.operation),
             (Ok(false), _) => self.expect_at(&[&self.at]),
-            (Err(_), Some(cut)) => {
+            (Err(error), Some(cut)) => {
+                drop(text::of_error(&error));
                 self.recover(cut, step.again);
                 self.settle(may_move_to, &step.operation);
             }
             (Err(error), None) => panic!("{:?}: {error:?}", step.operation),
+        }
+        match step.operation {
+            Operation::Stage(..) | Operation::Reopen => self.expect_acknowledged(),
+            _ => self.acknowledged = None,
         }
         let (disk, after) = (self.disk.snapshot(), self.disk.misuses());
         assert!(after.is_empty(), "{after:?}");
@@ -230,6 +239,9 @@ impl Life {
             .unfinished()
             .is_some_and(|h| h.geometry == setup.geometry(goal));
         let resumes = fits && replica.can_resume()?;
+        if !resumes {
+            self.acknowledged = None;
+        }
         if !resumes && replica.unfinished().is_some() {
             replica.cancel()?;
         }
@@ -241,10 +253,27 @@ impl Life {
             replica.begin(&setup.plan(self.sessions, goal))?
         };
         if groups != usize::MAX {
-            return setup.stage(&mut session, target.as_ref(), goal, groups, &mut |_| {});
+            let id = session.id();
+            return setup.stage(&mut session, target.as_ref(), goal, groups, &mut |last| {
+                self.acknowledged = Some((id, last.sequence));
+            });
         }
         setup.finish(&mut session, target.as_ref(), goal)?;
         session.commit(root(goal), &quiet).map(drop)
+    }
+
+    /// What was acknowledged is there to be resumed from, whatever happened since.
+    fn expect_acknowledged(&self) {
+        let Some((session, sequence)) = self.acknowledged else {
+            return;
+        };
+        let looked = inspect(&self.setup.place(&self.disk), &*self.disk.dir("state"));
+        let text = text::of_result(&looked);
+        let unfinished = looked.ok().flatten().and_then(|looked| looked.unfinished);
+        assert!(
+            unfinished.is_some_and(|u| u.header.session == session && u.records >= sequence),
+            "{session} was acknowledged up to {sequence}, and now: {text}"
+        );
     }
 
     fn expect_at(&self, allowed: &[&[u8]]) {

@@ -5,6 +5,7 @@
 use blockferry::transfer_log::{Prepared, Replica, Result};
 use blockferry_fuzz::machine::{Choice, Machine};
 use blockferry_fuzz::pages::Sizes;
+use blockferry_fuzz::text;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
@@ -12,14 +13,14 @@ fuzz_target!(|input: &[u8]| {
         return;
     };
     let choice = Choice(*first);
-    Machine::new(choice, pieces, Sizes::Any).look();
+    drop(Machine::new(choice, pieces, Sizes::Any).look());
 
     let machine = Machine::new(choice, pieces, Sizes::Bounded);
-    machine.look();
+    drop(machine.look());
     let before = machine.content();
     let opened = machine.open();
     let moved = machine.content() != before;
-    assert!(machine.is_decided || !moved, "moved without a decision");
+    assert!(machine.may_move() || !moved, "moved without a decision");
     let Ok(replica) = opened else { return };
     let point = replica.point().cloned();
     drop(replica);
@@ -30,7 +31,7 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(again.point(), point.as_ref());
 
     let went_on = go_on(&mut again, choice);
-    drop(again);
+    drop((text::of_result(&went_on), again));
     if went_on.is_ok() {
         drop(machine.open().expect("what succeeded can be opened"));
     }

@@ -6,4 +6,6 @@
 
 pub mod machine;
 pub mod manifest;
+pub mod oracle;
 pub mod pages;
+pub mod text;

@@ -3,12 +3,17 @@
 use std::sync::Arc;
 
 use blockferry::device::{BlockTarget, Identity, MemoryDevice};
-use blockferry::transfer_log::{GroupDirectory, Place, Replica, Result, inspect};
+use blockferry::transfer_log::{
+    GroupDirectory, GroupVerdicts, Inspection, Place, Replica, Result, inspect,
+};
 use blockferry_testkit::{SimDisk, SimOptions};
 
-use crate::pages::{FILES, PAGE, Sizes, unpack};
+use crate::oracle::Oracle;
+use crate::pages::{FILES, Files, PAGE, Sizes, unpack};
+use crate::text;
 
-const TARGET: &str = "disk.raw";
+/// Name of the target where it is a file, in the directory `images`.
+pub const TARGET: &str = "disk.raw";
 
 /// What the first byte of an input chooses.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +27,11 @@ impl Choice {
     /// The content of the target: that of the golden files before or after their session.
     fn content(self) -> Vec<u8> {
         image(if self.0 & 2 == 0 { "abc." } else { "aB.D" })
+    }
+
+    /// Whether the records of groups can be reached.
+    fn has_groups(self) -> bool {
+        self.0 & 128 == 0
     }
 
     /// Which of `count` things to do next.
@@ -39,41 +49,51 @@ pub fn image(pages: &str) -> Vec<u8> {
     pages.bytes().flat_map(page).collect()
 }
 
+/// The device that golden files belong to: its evidence is its content.
+pub fn device(content: Vec<u8>) -> Arc<MemoryDevice> {
+    let device = MemoryDevice::from_bytes("golden", content);
+    Arc::new(device.with_identity(Identity::from_bytes(b"golden")))
+}
+
 /// The machine.
 pub struct Machine {
     disk: SimDisk,
     device: Option<Arc<MemoryDevice>>,
-    /// Whether the input has a decision that may move the target.
-    pub is_decided: bool,
+    has_groups: bool,
+    oracle: Oracle,
 }
 
 impl Machine {
     /// Puts the files of `input` beside a target.
     pub fn new(choice: Choice, input: &[u8], sizes: Sizes) -> Self {
+        Self::with_files(choice, &unpack(input, sizes))
+    }
+
+    /// Puts these files beside a target.
+    pub fn with_files(choice: Choice, files: &Files) -> Self {
         let disk = SimDisk::new(SimOptions::default());
-        drop(disk.dir("state"));
-        let files = unpack(input, sizes);
-        let decision = |page: &[u8]| page.starts_with(b"BFRYDEC\0");
-        let is_decided = files[0]
-            .as_ref()
-            .is_some_and(|state| state.chunks(PAGE).any(decision));
-        for (name, bytes) in FILES.iter().zip(files) {
-            if let Some(bytes) = bytes {
-                disk.install("state", name, &bytes);
-            }
-        }
-        let device = (!choice.is_file()).then(|| {
-            let device = MemoryDevice::from_bytes("golden", choice.content());
-            Arc::new(device.with_identity(Identity::from_bytes(b"golden")))
-        });
+        // First of all: files are identified by the order they were made in.
         if choice.is_file() {
             disk.install_sparse("images", TARGET, &choice.content());
+        }
+        let device = (!choice.is_file()).then(|| device(choice.content()));
+        drop(disk.dir("state"));
+        for (name, bytes) in FILES.iter().zip(files) {
+            if let Some(bytes) = bytes {
+                disk.install("state", name, bytes);
+            }
         }
         Self {
             disk,
             device,
-            is_decided,
+            has_groups: choice.has_groups(),
+            oracle: Oracle::of(files),
         }
+    }
+
+    /// Whether the files have a decision that may move the target.
+    pub fn may_move(&self) -> bool {
+        self.oracle.may_move()
     }
 
     fn place(&self) -> Place {
@@ -86,25 +106,25 @@ impl Machine {
         }
     }
 
-    /// Looks, without a lock and without changing anything.
-    pub fn look(&self) {
+    /// Looks, without a lock and without changing anything; what is seen must be on the disk.
+    pub fn look(&self) -> Result<Option<Inspection>> {
         let before = self.content();
         let looked = inspect(&self.place(), &*self.disk.dir("state"));
-        assert!(
-            self.content() == before,
-            "{looked:?} has changed the target"
-        );
+        let text = text::of_result(&looked);
+        assert!(self.content() == before, "{text} has changed the target");
+        if let Ok(Some(inspection)) = &looked {
+            self.oracle.check(inspection);
+        }
+        looked
     }
 
     /// Opens, which recovers.
     pub fn open(&self) -> Result<Replica> {
         let groups = GroupDirectory::new(self.disk.dir("state"));
-        Replica::open(
-            self.place(),
-            self.disk.dir("state"),
-            Some(&groups),
-            &|_, _| {},
-        )
+        let groups = self.has_groups.then_some(&groups as &dyn GroupVerdicts);
+        let opened = Replica::open(self.place(), self.disk.dir("state"), groups, &|_, _| {});
+        drop(text::of_result(&opened));
+        opened
     }
 
     /// What the target holds.

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! piece: kind 1 | page 1 | length 2 | bytes
-//! kind:  bits 0-1 the file, bit 2 sealed, bit 3 chained, bit 4 damaged after all
+//! kind:  bits 0-1 the file, bit 2 sealed, bit 3 chained, bit 4 damaged after all, bit 5 repeated
 //! ```
 //! A piece lies at its page of its file, padded with zeros; a sealed one to whole pages with a checksum at the end. A
 //! chained one gets the chain value it must name: a record that of what lies before it in its segment, a decision
-//! that of the end of the log.
+//! that of the end of the log. Of a page that repeats itself only the repeated bytes are stored.
 
 use blockferry::core::{Digest, checksum};
 
@@ -20,6 +20,9 @@ const CHECKSUM_BYTES: usize = 32;
 const SEALED: u8 = 4;
 const CHAINED: u8 = 8;
 const DAMAGED: u8 = 16;
+const REPEATED: u8 = 32;
+/// Pages that repeat more bytes than these are stored as they are.
+const MAX_PERIOD: usize = 16;
 
 /// Where a record names its predecessor, and a decision the end of the log.
 const PREVIOUS_OF_RECORD: usize = 40;
@@ -36,7 +39,13 @@ pub const FILES: [&str; 4] = [
     "51515151515151515151515151515151.log.0001",
     "67676767676767676767676767676767.group",
 ];
-const STATE: usize = 0;
+/// Which of them is the state.
+pub const STATE: usize = 0;
+/// Pages of the state that hold a slot.
+pub const SLOT_PAGES: [usize; 2] = [1, 2];
+
+/// The files of an input; `None` for those it does not mention.
+pub type Files = [Option<Vec<u8>>; FILES.len()];
 
 /// How far sizes are believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,9 +56,9 @@ pub enum Sizes {
     Bounded,
 }
 
-/// The files that `input` describes; `None` for those it does not mention.
-pub fn unpack(input: &[u8], sizes: Sizes) -> [Option<Vec<u8>>; FILES.len()] {
-    let mut files: [Option<Vec<u8>>; FILES.len()] = Default::default();
+/// The files that `input` describes.
+pub fn unpack(input: &[u8], sizes: Sizes) -> Files {
+    let mut files = Files::default();
     let mut chains = [Digest::from_bytes([0; 32]); FILES.len()];
     let mut rest = input;
     // Decisions come last: they bind the log.
@@ -84,8 +93,36 @@ pub fn unpack(input: &[u8], sizes: Sizes) -> [Option<Vec<u8>>; FILES.len()] {
     files
 }
 
-/// Describes `bytes` of the file with this number, so that [`unpack`] makes the same of it.
-pub fn pack(file: usize, bytes: &[u8]) -> Vec<u8> {
+/// Describes files so that [`unpack`] makes the same of them, with chain values that follow a mutation where they can.
+///
+/// # Panics
+/// When that is not possible: a file is too long, or does not consist of pages.
+pub fn pack(files: &Files) -> Vec<u8> {
+    let chained = [CHAINED; FILES.len()];
+    let found = unpack(&pack_as(files, chained), Sizes::Any);
+    // A value that is wrong already stays as it is.
+    let mut kept = chained;
+    for (kept, (found, wanted)) in kept.iter_mut().zip(found.iter().zip(files)) {
+        if found != wanted {
+            *kept = 0;
+        }
+    }
+    let input = pack_as(files, kept);
+    assert!(unpack(&input, Sizes::Any) == *files, "packed otherwise");
+    input
+}
+
+fn pack_as(files: &Files, chained: [u8; FILES.len()]) -> Vec<u8> {
+    let mut input = Vec::new();
+    for (number, file) in files.iter().enumerate() {
+        if let Some(file) = file {
+            input.extend(pack_file(number, file, chained[number]));
+        }
+    }
+    input
+}
+
+fn pack_file(file: usize, bytes: &[u8], chained: u8) -> Vec<u8> {
     let mut input = Vec::new();
     let mut page = 0;
     while page * PAGE < bytes.len() {
@@ -104,12 +141,14 @@ pub fn pack(file: usize, bytes: &[u8]) -> Vec<u8> {
             .iter()
             .rposition(|b| *b != 0)
             .map_or(0, |last| last + 1);
-        let kind = if sealed_pages.is_some() {
-            SEALED | CHAINED
-        } else {
-            0
+        let period = sealed_pages.is_none().then(|| period_of(stored)).flatten();
+        let used = period.unwrap_or(used);
+        let kind = match (sealed_pages, period) {
+            (Some(_), _) => SEALED | chained,
+            (None, Some(_)) => REPEATED,
+            (None, None) => 0,
         };
-        if used > 0 {
+        if body.iter().any(|b| *b != 0) {
             input.extend([file as u8 | kind, page as u8]);
             input.extend((used as u16).to_le_bytes());
             input.extend(&body[..used]);
@@ -117,6 +156,12 @@ pub fn pack(file: usize, bytes: &[u8]) -> Vec<u8> {
         page += length / PAGE;
     }
     input
+}
+
+/// After how many bytes a whole page repeats itself.
+fn period_of(page: &[u8]) -> Option<usize> {
+    let repeats = |period: &usize| page.iter().zip(&page[*period..]).all(|(a, b)| a == b);
+    (1..=MAX_PERIOD).find(|period| page.len() == PAGE && repeats(period))
 }
 
 fn is_sealed(bytes: &[u8]) -> bool {
@@ -149,6 +194,9 @@ impl Piece<'_> {
     fn stored(&self, chain: Digest, sizes: Sizes) -> (Vec<u8>, Option<Digest>) {
         let mut bytes = self.bytes.to_vec();
         if self.kind & SEALED == 0 {
+            if self.kind & REPEATED != 0 {
+                bytes = self.bytes.iter().copied().cycle().take(PAGE).collect();
+            }
             bytes.resize(bytes.len().next_multiple_of(PAGE), 0);
             return (bytes, None);
         }

@@ -1,0 +1,517 @@
+//! Writes the seed corpora: `fuzz/run seeds`. They are made of the golden files, and of what today's code leaves on the
+//! disk at each step of a few stories.
+
+#[allow(dead_code)]
+#[path = "../../crates/blockferry-transfer-log/tests/log/harness.rs"]
+mod harness;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockferry::core::{
+    BlockSize, Digest, Geometry, ManifestWriter, RegionIndex, RegionLeaves, block_digest,
+};
+use blockferry::device::MemoryDevice;
+use blockferry::transfer_log::{
+    GroupDirectory, GroupId, Place, Replica, Result, Session, SessionId, Strategy, frame,
+};
+use blockferry_fuzz::machine::{TARGET, device, image};
+use blockferry_fuzz::pages::{FILES, Files, PAGE, STATE, pack};
+use blockferry_testkit::{OperationKind, SimDisk, SimOptions};
+
+use harness::{Setup, quiet, root};
+
+/// Pages of a state file; the golden ones leave out the blank pages at the end.
+const STATE_PAGES: usize = 35;
+/// Session of the golden files, and the first byte of its id.
+const SESSION: u8 = 0x51;
+const GROUP: GroupId = GroupId::from_bytes([0x67; 16]);
+/// Things to do after opening.
+const NEXT: u8 = 6;
+
+fn main() -> std::io::Result<()> {
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let fixtures = fuzz.join("../tests/fixtures");
+    let seeds = Seeds(fuzz.join("seeds"));
+    if seeds.0.exists() {
+        fs::remove_dir_all(&seeds.0)?;
+    }
+    manifests(&fixtures.join("manifest/v1"), &seeds)?;
+    golden_replicas(&fixtures.join("replica/v1"), &seeds)?;
+    stories(&seeds)?;
+    for (name, line) in COMMAND_LINES {
+        seeds.write("command_line", name, line.replace(' ', "\0").as_bytes())?;
+    }
+    seeds.write("command_line", "bytes", b"a\xff'b\0file:///%\0it's\0~\0a b")?;
+    for (name, bytes) in fields() {
+        seeds.write("codec", name, &bytes)?;
+    }
+    for (name, bytes) in lives() {
+        seeds.write("operations", &name, &bytes)?;
+    }
+    // These read an arbitrary structure out of their bytes: any bytes will do.
+    for (target, count) in [("codec", 4), ("extents", 16), ("operations", 8)] {
+        for seed in 0..count {
+            seeds.write(target, &seed.to_string(), &noise(seed))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where seeds are written.
+struct Seeds(PathBuf);
+
+impl Seeds {
+    fn write(&self, target: &str, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+        let path = self.0.join(target).join(name);
+        fs::create_dir_all(path.parent().expect("it lies in a directory"))?;
+        fs::write(path, bytes)
+    }
+
+    /// Files beside a target, for `replay`, and their state alone, for `state`.
+    fn write_files(&self, name: &str, choice: u8, files: &Files) -> std::io::Result<()> {
+        let seed = |files: &Files| [&[choice], &pack(files)[..]].concat();
+        self.write("replay", name, &seed(files))?;
+        let mut state = Files::default();
+        state[STATE].clone_from(&files[STATE]);
+        if state[STATE].is_some() {
+            self.write("state", name, &seed(&state))?;
+        }
+        Ok(())
+    }
+}
+
+fn choice(is_file: bool, is_new: bool, next: u8) -> u8 {
+    u8::from(is_file) | u8::from(is_new) << 1 | next << 2
+}
+
+/// The golden manifest and the damaged ones, one of several regions, and an empty one.
+fn manifests(golden: &Path, seeds: &Seeds) -> std::io::Result<()> {
+    for manifest in files_of(golden)? {
+        let name = manifest.file_name().expect("it is a file");
+        seeds.write("manifest", &name.to_string_lossy(), &fs::read(&manifest)?)?;
+    }
+    let block_size = BlockSize::new(4096).expect("a block size");
+    let geometry = Geometry::new((3 << 20) + 100, block_size);
+    for (name, regions) in [("regions", &[0, 1, 3][..]), ("zeros", &[])] {
+        let mut bytes = Vec::new();
+        let mut writer = ManifestWriter::new(geometry, &mut bytes).expect("memory takes all");
+        for region in regions.iter().filter(|r| **r < geometry.region_count()) {
+            let mut leaves = RegionLeaves::zero(&geometry, RegionIndex::new(*region));
+            leaves.set(0, Digest::from_bytes([7; 32]));
+            if leaves.len() > 9 {
+                leaves.set(9, block_digest(b"nine"));
+            }
+            writer.push(&leaves).expect("memory takes all");
+        }
+        writer.finish().expect("memory takes all");
+        seeds.write("manifest", name, &bytes)?;
+    }
+    Ok(())
+}
+
+const COMMAND_LINES: [(&str, &str); 9] = [
+    (
+        "sync",
+        "sync a.raw /dev/disk/by-id/b:c --mode delta --block-size 64KiB --undo none --threads 4 --dry-run",
+    ),
+    (
+        "sync-strategy",
+        "sync file:///a%20b%FF ./t --strategy shadow --strict --rescan --allow-shrink --json",
+    ),
+    (
+        "resume",
+        "resume t --bwlimit 1.5M/s --threads 3 --log-limit 4GiB --crash-consistent --no-read-back",
+    ),
+    (
+        "remote",
+        "diff user@host:/path nbd+unix:///export?socket=/run/nbd ssh://h/d blockferry://h/d qcow2+file:a https://h/d",
+    ),
+    (
+        "digest",
+        "digest image --manifest out --block-size 1MiB -q --state file:///s%00 file://host/a",
+    ),
+    ("verify", "verify a b -v"),
+    ("decide", "rollback t --state /s"),
+    ("demo", "demo --size 10.5MB --keep --dir d"),
+    ("id", "completions bash 51515151515151515151515151515151"),
+];
+
+/// Every golden scene with each thing to do next, and every damaged one of them.
+fn golden_replicas(scenes: &Path, seeds: &Seeds) -> std::io::Result<()> {
+    for scene in directories_of(scenes)? {
+        let (name, files) = (name_of(&scene), files_in(&scene));
+        for next in 0..NEXT {
+            let choice = choice(false, name == "applied", next);
+            seeds.write_files(&format!("golden-{name}-{next}"), choice, &files)?;
+        }
+    }
+    for (scene, cases) in DAMAGED {
+        let files = files_in(&scenes.join(scene));
+        for case in cases {
+            let mut files = files.clone();
+            let damaged = files_in(&scenes.join("damaged").join(case));
+            for (file, damaged) in files.iter_mut().zip(damaged) {
+                *file = damaged.or(file.take());
+            }
+            let choice = choice(false, scene == "applied", 0);
+            seeds.write_files(&format!("damaged-{case}"), choice, &files)?;
+        }
+    }
+    Ok(())
+}
+
+/// Damage, by the scene that it befell.
+const DAMAGED: [(&str, &[&str]); 5] = [
+    (
+        "applied",
+        &["state-version-2", "both-slots", "newer-slot", "pre-image"],
+    ),
+    ("staged", &["log-version-2", "torn-record"]),
+    (
+        "committed",
+        &[
+            "header-of-decided",
+            "record-of-decided",
+            "one-decision-copy",
+        ],
+    ),
+    ("compressed", &["end-of-decided"]),
+    ("member", &["one-group-copy"]),
+];
+
+fn files_in(scene: &Path) -> Files {
+    let mut files = FILES.map(|name| fs::read(scene.join(name)).ok());
+    if let Some(state) = &mut files[STATE] {
+        state.resize(STATE_PAGES * PAGE, 0);
+    }
+    files
+}
+
+/// A story: what is done to a replica, and what it is about.
+struct Story {
+    name: &'static str,
+    setup: Setup,
+    live: fn(&Setup, &World) -> Result<()>,
+}
+
+/// A disk with the state, and the target.
+struct World {
+    disk: SimDisk,
+    device: Option<Arc<MemoryDevice>>,
+}
+
+impl World {
+    fn new(setup: &Setup) -> Self {
+        let disk = SimDisk::new(SimOptions::default());
+        // The order of `Machine`: files are identified by it.
+        if !setup.device {
+            disk.install_sparse("images", TARGET, &image("abc."));
+        }
+        drop(disk.dir("state"));
+        let device = setup.device.then(|| device(image("abc.")));
+        Self { disk, device }
+    }
+
+    fn open(&self, setup: &Setup) -> Result<Replica> {
+        let place = match &self.device {
+            Some(device) => Place::Device(Arc::clone(device) as Arc<_>),
+            None => setup.place(&self.disk),
+        };
+        let groups = self.groups();
+        Replica::open(place, self.disk.dir("state"), Some(&groups), &quiet)
+    }
+
+    fn groups(&self) -> GroupDirectory {
+        GroupDirectory::new(self.disk.dir("state"))
+    }
+}
+
+/// The disk after every flush of every story, where it differs from what was seen before.
+fn stories(seeds: &Seeds) -> std::io::Result<()> {
+    let redo = Setup::device(Strategy::Redo);
+    let all = [
+        Story {
+            name: "resumed",
+            setup: redo,
+            live: resumed,
+        },
+        Story {
+            name: "compacted",
+            setup: redo,
+            live: compacted,
+        },
+        Story {
+            name: "frames",
+            setup: Setup {
+                frames: true,
+                ..redo
+            },
+            live: resumed,
+        },
+        Story {
+            name: "back",
+            setup: redo,
+            live: back,
+        },
+        Story {
+            name: "accepted",
+            setup: redo,
+            live: accepted,
+        },
+        Story {
+            name: "cancelled",
+            setup: redo,
+            live: cancelled,
+        },
+        Story {
+            name: "group",
+            setup: redo,
+            live: group,
+        },
+        Story {
+            name: "direct",
+            setup: Setup::device(Strategy::Direct).without_undo(),
+            live: accepted,
+        },
+        Story {
+            name: "file",
+            setup: Setup::file(Strategy::Redo),
+            live: back,
+        },
+        Story {
+            name: "clone",
+            setup: Setup::file(Strategy::Clone),
+            live: back,
+        },
+        Story {
+            name: "shadow",
+            setup: Setup::file(Strategy::Shadow),
+            live: resumed,
+        },
+    ];
+    let mut seen = BTreeSet::new();
+    for story in all {
+        let world = World::new(&story.setup);
+        world.disk.record();
+        (story.live)(&story.setup, &world).expect("nothing fails");
+        for (number, boundary) in world.disk.take_trace().into_iter().enumerate() {
+            let durable = [OperationKind::Flush, OperationKind::SyncDirectory];
+            let is_flush = boundary
+                .operation
+                .is_some_and(|o| durable.contains(&o.kind));
+            let disk = boundary.snapshot.after_kill();
+            let mut files = FILES.map(|name| disk.content(&format!("state/{name}")));
+            for file in files.iter_mut().flatten() {
+                file.resize(file.len().next_multiple_of(PAGE), 0);
+            }
+            if !is_flush || !seen.insert(pack(&files)) {
+                continue;
+            }
+            let next = u8::try_from(seen.len() % usize::from(NEXT)).expect("it is small");
+            let choice = choice(!story.setup.device, number % 3 == 2, next);
+            seeds.write_files(&format!("{}-{number}", story.name), choice, &files)?;
+        }
+    }
+    Ok(())
+}
+
+fn new() -> Vec<u8> {
+    image("aB.D")
+}
+
+fn begin<'r>(setup: &Setup, replica: &'r mut Replica) -> Result<Session<'r>> {
+    replica.begin(&setup.plan(SESSION, &new()))
+}
+
+/// Two runs, and so two segments.
+fn resumed(setup: &Setup, world: &World) -> Result<()> {
+    staged(setup, world)?;
+    let mut replica = world.open(setup)?;
+    let target = replica.target();
+    let mut session = replica.resume(u64::MAX)?;
+    setup.finish(&mut session, target.as_ref(), &new())?;
+    session.commit(root(&new()), &quiet).map(drop)
+}
+
+/// One group of records.
+fn staged(setup: &Setup, world: &World) -> Result<()> {
+    let mut replica = world.open(setup)?;
+    let target = replica.target();
+    let mut session = begin(setup, &mut replica)?;
+    setup.stage(&mut session, target.as_ref(), &new(), 1, &mut |_| {})
+}
+
+/// A page rots in the log before it is read back, so what is sound goes to another segment.
+fn compacted(setup: &Setup, world: &World) -> Result<()> {
+    let mut replica = world.open(setup)?;
+    let target = replica.target();
+    let mut session = begin(setup, &mut replica)?;
+    setup.stage(
+        &mut session,
+        target.as_ref(),
+        &new(),
+        usize::MAX,
+        &mut |_| {},
+    )?;
+    let first_payload = 2 * PAGE as u64;
+    let log = format!("state/{}", FILES[1]);
+    world.disk.flip_bit(&log, first_payload);
+    drop(session.prepare()?);
+    setup.finish(&mut session, target.as_ref(), &new())?;
+    session.commit(root(&new()), &quiet).map(drop)
+}
+
+fn back(setup: &Setup, world: &World) -> Result<()> {
+    let mut replica = world.open(setup)?;
+    setup.sync(&mut replica, SESSION, &new())?;
+    replica.rollback(&quiet).map(drop)
+}
+
+fn accepted(setup: &Setup, world: &World) -> Result<()> {
+    let mut replica = world.open(setup)?;
+    setup.sync(&mut replica, SESSION, &new())?;
+    replica.accept().map(drop)
+}
+
+fn cancelled(setup: &Setup, world: &World) -> Result<()> {
+    staged(setup, world)?;
+    world.open(setup)?.cancel().map(drop)
+}
+
+/// A member of a group that is committed after it is found prepared.
+fn group(setup: &Setup, world: &World) -> Result<()> {
+    let mut replica = world.open(setup)?;
+    let target = replica.target();
+    let mut session = begin(setup, &mut replica)?;
+    setup.finish(&mut session, target.as_ref(), &new())?;
+    session.prepare_for_group(root(&new()), GROUP)?;
+    let member = SessionId::from_bytes([SESSION; 16]);
+    let committed = world.groups().commit(GROUP, &[member])?;
+    session.commit_in_group(root(&new()), &committed, &quiet)?;
+    world.groups().retire(GROUP)
+}
+
+/// Bytes of every kind of field, and a frame, as `codec` reads them.
+fn fields() -> [(&'static str, Vec<u8>); 2] {
+    let frame = frame::pack(&image("a"), 1).expect("there is memory");
+    // No fields, a limit of 256 times 16 bytes, and the frame of as many.
+    let framed = [&[0, 0, 1][..], &frame].concat();
+    let mut all = Vec::new();
+    for kind in 0..10u32 {
+        all.push(1);
+        all.extend(variant(kind, 10));
+        all.extend([3; 40]);
+    }
+    [("frame", framed), ("fields", all)]
+}
+
+/// How `arbitrary` finds a variant of an enum in bytes.
+fn variant(number: u32, of: u32) -> [u8; 4] {
+    let first = (u64::from(number) << 32).div_ceil(of.into());
+    u32::try_from(first).expect("below 2^32").to_le_bytes()
+}
+
+const OPERATIONS: u32 = 6;
+const CUTS: u32 = 4;
+const SYNC: u32 = 0;
+const STAGE: u32 = 1;
+const ROLLBACK: u32 = 2;
+const ACCEPT: u32 = 3;
+const REOPEN: u32 = 5;
+const POWER_LOSS: u32 = 1;
+const NO_SPACE: u32 = 3;
+
+/// Lives of every kind of target as `operations` reads them: a way there, cut late, and a way back.
+fn lives() -> Vec<(String, Vec<u8>)> {
+    let mut lives = Vec::new();
+    for kind in 0..4u8 {
+        for options in 0..8u8 {
+            let cut = Some((4 + 5 * options, POWER_LOSS, 3 * options));
+            let steps = [
+                step(SYNC, &[1], None, None),
+                step(STAGE, &[2, 1], cut, None),
+                step(SYNC, &[2], cut, Some((options, NO_SPACE, 0))),
+                step(ROLLBACK, &[], None, None),
+                step(SYNC, &[0], None, None),
+                step(
+                    if options % 2 == 0 { ACCEPT } else { REOPEN },
+                    &[],
+                    cut,
+                    None,
+                ),
+            ];
+            let images = [[1, 2, 3, 0], [1, 4, 0, 5], [6, 2, 3, 7]].concat();
+            let shorter = [0, 0, 0, 16, 0, 9].map(|b: u8| b * (options & 1));
+            let head = [&[kind, options][..], &images, &shorter].concat();
+            lives.push((
+                format!("life-{kind}-{options}"),
+                [head, steps.concat()].concat(),
+            ));
+        }
+    }
+    lives
+}
+
+type Cut = Option<(u8, u32, u8)>;
+
+fn step(operation: u32, parameters: &[u8], cut: Cut, again: Cut) -> Vec<u8> {
+    let mut bytes = vec![1];
+    bytes.extend(variant(operation, OPERATIONS));
+    bytes.extend(parameters);
+    for cut in [cut, again] {
+        bytes.push(u8::from(cut.is_some()));
+        if let Some((after, kind, which)) = cut {
+            bytes.push(after);
+            bytes.extend(variant(kind, CUTS));
+            if kind == POWER_LOSS {
+                bytes.push(which);
+            }
+        }
+    }
+    bytes
+}
+
+/// A few bytes from a seed of their own, the same on every run.
+fn noise(seed: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
+    let step = |_| {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state.to_le_bytes()[1]
+    };
+    (0..200).map(step).collect()
+}
+
+fn files_of(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let below = |path: PathBuf| {
+        if path.is_dir() {
+            files_of(&path)
+        } else {
+            Ok(vec![path])
+        }
+    };
+    let found: std::io::Result<Vec<_>> = entries(directory)?.into_iter().map(below).collect();
+    Ok(found?.concat())
+}
+
+fn directories_of(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let found = entries(directory)?.into_iter().filter(|path| path.is_dir());
+    Ok(found.filter(|path| !path.ends_with("damaged")).collect())
+}
+
+fn name_of(path: &Path) -> String {
+    let name = path.file_name().expect("it is listed");
+    name.to_string_lossy().into_owned()
+}
+
+fn entries(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(directory)?
+        .map(|e| e.map(|e| e.path()))
+        .collect::<std::io::Result<_>>()?;
+    paths.sort();
+    Ok(paths)
+}
