@@ -115,7 +115,7 @@ fn manifests(golden: &Path, seeds: &Seeds) -> std::io::Result<()> {
 const COMMAND_LINES: [(&str, &str); 9] = [
     (
         "sync",
-        "sync a.raw /dev/disk/by-id/b:c --mode delta --block-size 64KiB --undo none --threads 4 --dry-run",
+        "sync a.raw /dev/disk/by-id/b:c --mode delta --block-size 64KiB --undo none --threads 4 --bwlimit 1.5M/s --dry-run",
     ),
     (
         "sync-strategy",
@@ -123,7 +123,7 @@ const COMMAND_LINES: [(&str, &str); 9] = [
     ),
     (
         "resume",
-        "resume t --bwlimit 1.5M/s --threads 3 --log-limit 4GiB --crash-consistent --no-read-back",
+        "resume t --bwlimit 1500KB/s --threads 3 --log-limit 4GiB --crash-consistent --no-read-back",
     ),
     (
         "remote",
