@@ -163,20 +163,7 @@ fn a_rotten_decision_is_read_from_its_mirror() {
 #[test]
 fn a_decided_session_without_its_log_is_reported_and_nothing_is_touched() {
     let setup = Setup::file(Strategy::Redo);
-    let disk = setup.machine(Some(&old()));
-    let mut replica = setup.open(&disk).unwrap();
-    let target = replica.target();
-    let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
-    setup.finish(&mut session, target.as_ref(), &new()).unwrap();
-    disk.inject(Fault::on(
-        OperationKind::Write,
-        "images/",
-        1,
-        FaultKind::PowerLoss,
-    ));
-    session.commit(root(&new()), &quiet).unwrap_err();
-    drop(replica);
-    let disk = disk.snapshot().after_kill();
+    let disk = committed_before(OperationKind::Write, &setup);
     disk.flip_bit(&log_of(1), 100);
 
     assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
@@ -191,19 +178,15 @@ fn replace_sibling(disk: &SimDisk) {
     disk.install("images", &name, &image(&[9, 9, 9, 9], 4 * PAGE));
 }
 
-/// A machine on which session 1 is committed, and the names are not exchanged yet.
-fn committed_before_its_exchange(setup: &Setup) -> SimDisk {
+/// A machine that stopped when session 1 was committed, before this first change of the target.
+fn committed_before(change: OperationKind, setup: &Setup) -> SimDisk {
     let disk = setup.machine(Some(&old()));
     let mut replica = setup.open(&disk).unwrap();
     let target = replica.target();
     let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
     setup.finish(&mut session, target.as_ref(), &new()).unwrap();
-    disk.inject(Fault::on(
-        OperationKind::Exchange,
-        "images/",
-        1,
-        FaultKind::PowerLoss,
-    ));
+    // Whatever was done of this kind until here was no change of the target.
+    disk.inject(Fault::on(change, "images/", 1, FaultKind::PowerLoss));
     session.commit(root(&new()), &quiet).unwrap_err();
     drop(replica);
     disk.snapshot().after_kill()
@@ -214,7 +197,7 @@ fn a_target_that_someone_replaced_or_removed_after_commit_is_left_alone() {
     for strategy in [Strategy::Clone, Strategy::Shadow] {
         let setup = Setup::file(strategy);
         for theirs in [Some(image(&[8, 8], 2 * PAGE)), None] {
-            let disk = committed_before_its_exchange(&setup);
+            let disk = committed_before(OperationKind::Exchange, &setup);
             disk.dir("images").remove(TARGET).unwrap();
             if let Some(theirs) = &theirs {
                 disk.install("images", TARGET, theirs);
@@ -232,7 +215,7 @@ fn a_target_that_someone_replaced_or_removed_after_commit_is_left_alone() {
 fn a_sibling_that_someone_replaced_never_becomes_the_target() {
     for strategy in [Strategy::Clone, Strategy::Shadow] {
         let setup = Setup::file(strategy);
-        let disk = committed_before_its_exchange(&setup);
+        let disk = committed_before(OperationKind::Exchange, &setup);
         replace_sibling(&disk);
 
         let refused = setup.open(&disk).unwrap_err();
