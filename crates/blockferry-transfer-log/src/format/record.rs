@@ -300,6 +300,10 @@ impl RecordHeader {
                 .ok_or_else(|| invalid("an extent is empty or lies outside of the image"))?;
             let new = new_of(d.u8()?).ok_or_else(|| invalid("unknown new content"))?;
             let old = old_of(d.u8()?).ok_or_else(|| invalid("unknown old content"))?;
+            let has_bytes = new == NewContent::Data || old == OldContent::Data;
+            if has_bytes && unit == Unit::Page && !start.is_multiple_of(PAGE as u64) {
+                return Err(invalid("pages start at multiples of 4096"));
+            }
             let units = unit.count(geometry, extent);
             new_count = new_count.saturating_add(if new == NewContent::Data { units } else { 0 });
             old_count = old_count.saturating_add(if old == OldContent::Data { units } else { 0 });
