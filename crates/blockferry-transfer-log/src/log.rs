@@ -503,6 +503,19 @@ impl Scan {
         self.evidences.iter().any(|seen| now.proves_same(seen))
     }
 
+    /// Refuses a decision that has another epoch than the log it is carried out from: no later decision of this
+    /// session would count beside it, so it would be carried out for ever.
+    pub(crate) fn check_epoch(&self, decision: &Decision) -> Result<()> {
+        let (expected, found) = (self.header.epoch, decision.epoch);
+        if found == expected {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!(
+            "decision {} of session {}: expected epoch {expected} as its log has, found {found}",
+            decision.ordinal, decision.session
+        )))
+    }
+
     /// Keeps exactly the records a decision counts.
     ///
     /// # Errors

@@ -511,7 +511,10 @@ impl Replica {
     /// A log that lost records still is a log: only what was applied says how many pre-images there must be.
     fn keep_applied(&self, scan: &mut Scan) -> Result<()> {
         let session = scan.header.session;
-        match self.state.last_decision(session).cloned() {
+        let last = self.state.last_decision(session).cloned();
+        last.as_ref()
+            .map_or(Ok(()), |decision| scan.check_epoch(decision))?;
+        match last {
             _ if scan.header.strategy != Strategy::Redo => Ok(()),
             Some(decision) => scan.keep_decided(&decision),
             None => Err(Error::corrupt(format!(
