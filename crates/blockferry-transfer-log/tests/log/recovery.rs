@@ -1,5 +1,6 @@
 //! Rot and failures: detected, and repaired where there is a source.
 
+use blockferry_core::checksum;
 use blockferry_testkit::{Fault, FaultKind, OperationKind, Repeat, SimDisk};
 use blockferry_transfer_log::{ErrorKind, Prepared, Recovered, Strategy};
 
@@ -169,6 +170,35 @@ fn a_decided_session_without_its_log_is_reported_and_nothing_is_touched() {
     assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(setup.content(&disk), Some(old()));
     assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+}
+
+/// Gives the first copy of the first decision another epoch, and its checksum.
+fn decide_in_epoch(disk: &SimDisk, epoch: u8) {
+    const EPOCH: usize = 28;
+    let mut state = disk.content("state/state").unwrap();
+    let (body, sum) = state[3 * PAGE..4 * PAGE].split_at_mut(PAGE - 32);
+    body[EPOCH] = epoch;
+    sum.copy_from_slice(checksum(body).as_bytes());
+    disk.install("state", "state", &state);
+}
+
+#[test]
+fn a_decision_of_another_epoch_than_its_log_is_refused_and_nothing_is_touched() {
+    let cases = [
+        (Strategy::Redo, OperationKind::Write),
+        (Strategy::Clone, OperationKind::Exchange),
+    ];
+    for (strategy, change) in cases {
+        let setup = Setup::file(strategy);
+        let disk = committed_before(change, &setup);
+        decide_in_epoch(&disk, 9);
+
+        let refused = setup.open(&disk).unwrap_err();
+
+        assert_eq!(refused.kind(), ErrorKind::Corrupt, "{refused}");
+        assert!(refused.to_string().contains("expected epoch 1"));
+        assert_eq!(setup.content(&disk), Some(old()), "{strategy}");
+    }
 }
 
 /// Puts another file of the same size at the name of the session's sibling.
