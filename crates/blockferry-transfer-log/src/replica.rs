@@ -512,8 +512,9 @@ impl Replica {
     fn keep_applied(&self, scan: &mut Scan) -> Result<()> {
         let session = scan.header.session;
         let last = self.state.last_decision(session).cloned();
-        last.as_ref()
-            .map_or(Ok(()), |decision| scan.check_epoch(decision))?;
+        if let Some(decision) = &last {
+            scan.check_epoch(decision)?;
+        }
         match last {
             _ if scan.header.strategy != Strategy::Redo => Ok(()),
             Some(decision) => scan.keep_decided(&decision),
