@@ -221,14 +221,17 @@ fn a_target_written_behind_our_back_is_noticed_compared_in_full_and_brought_righ
     );
     let verify = lab.run("verify target");
     assert_eq!(verify.code, Some(7), "{verify:#?}");
-    let strict = lab.run("sync source target --strict");
-    assert_eq!(strict.code, Some(4), "{strict:#?}");
+    // Whether it would be compared or, without a look at it, replaced.
+    for mode in ["auto", "delta", "full"] {
+        let strict = lab.run(&format!("sync source target --strict --mode {mode}"));
+        assert_eq!(strict.code, Some(4), "{mode}: {strict:#?}");
+    }
     assert!(
         !same(&lab.path("target"), &new),
         "a refused run changes nothing"
     );
 
-    // By name: where both modes are predicted equally fast, a busy machine may choose to compare nothing.
+    // By name: where both modes are predicted equally fast, either may be chosen, and full compares nothing.
     let again = lab.must("sync source target --mode delta");
 
     assert!(again.has_warning(), "{again:#?}");

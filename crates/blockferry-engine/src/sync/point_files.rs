@@ -21,13 +21,11 @@ impl Run<'_> {
         let Some(point) = target.replica.point().cloned() else {
             return self.without_map(files, "the target has no sync point");
         };
-        let compares = !writes_blocks(choice) && target.replica.target().is_some();
+        let present = target.replica.target().is_some();
+        let compares = !writes_blocks(choice) && present;
         let fits = point.geometry == self.geometry;
         files.manifest = Some(target.replica.manifest_source(&point))
             .filter(|manifest| fits && manifest.open().is_some());
-        if self.options.rescan || !compares {
-            return self.without_map(files, "both sides are to be read");
-        }
         let is_there = files.manifest.is_some();
         let trust = ManifestTrust {
             source: self.source_is_at_point(target),
@@ -35,9 +33,16 @@ impl Run<'_> {
             root: point.root,
         };
         let full = |what: &str| format!("{what}: the target is compared in full");
+        let written = "the target is not provably unwritten since its last sync point";
+        if self.options.rescan || !compares {
+            // Nothing is compared where blocks are written: whoever wrote the target is overwritten, and not silently.
+            if !self.options.rescan && present && !trust.target {
+                self.warn("target_written", format!("{written}: it is replaced"))?;
+            }
+            return self.without_map(files, "both sides are to be read");
+        }
         if !trust.target {
-            let what = "the target is not provably unwritten since its last sync point";
-            self.warn("target_written", full(what))?;
+            self.warn("target_written", full(written))?;
         } else if !fits {
             self.warn(
                 "manifest_unusable",

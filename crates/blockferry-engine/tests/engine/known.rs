@@ -79,6 +79,28 @@ fn only_blocks_that_changed_are_read_from_a_target_whose_manifest_is_proven() {
 }
 
 #[test]
+fn a_target_that_someone_wrote_is_never_replaced_silently() {
+    let full = |strict| {
+        options(|o| {
+            o.block_size = block_size(SMALL);
+            o.mode = Mode::Full;
+            o.strict = strict;
+        })
+    };
+    let (machine, source) = synced(6);
+    machine.scribble(3 * SMALL, &[9; 100]);
+
+    let refused = machine.sync(&source, &full(true)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Target, "{refused}");
+
+    let (context, events) = listening();
+    let receipt = machine.sync_in(&source, &full(false), &context).unwrap();
+    assert_eq!(warnings(&events), ["target_written"]);
+    assert_eq!(receipt.fallbacks.len(), 1);
+    assert_synced(&machine, &source.bytes(), block_size(SMALL), &receipt);
+}
+
+#[test]
 fn an_unchanged_source_is_not_read_when_only_the_target_was_written() {
     let (machine, source) = synced(5);
     machine.scribble(3 * SMALL, &[9; 100]);
