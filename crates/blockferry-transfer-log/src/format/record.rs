@@ -301,7 +301,7 @@ impl RecordHeader {
             let new = new_of(d.u8()?).ok_or_else(|| invalid("unknown new content"))?;
             let old = old_of(d.u8()?).ok_or_else(|| invalid("unknown old content"))?;
             let has_bytes = new == NewContent::Data || old == OldContent::Data;
-            if has_bytes && unit == Unit::Page && !start.is_multiple_of(PAGE as u64) {
+            if has_bytes && !start.is_multiple_of(PAGE as u64) {
                 return Err(invalid("pages start at multiples of 4096"));
             }
             let units = unit.count(geometry, extent);

@@ -181,16 +181,22 @@ fn an_extent_outside_of_the_image_is_refused() {
 
 #[test]
 fn pages_that_start_within_a_page_are_refused() {
-    let mut record = record(4, 2);
-    assert_eq!(record.unit, Unit::Page);
     let geometry = geometry(1 << 40);
-    let whole = record.encode().0;
-    RecordHeader::decode(&whole, &geometry, 1 << 40).unwrap();
+    for unit in [Unit::Page, Unit::Block] {
+        let mut record = RecordHeader {
+            unit,
+            ..record(4, 2)
+        };
+        RecordHeader::decode(&record.encode().0, &geometry, 1 << 40).unwrap();
 
-    record.extents[1].extent = Extent::from_range(8192 + 512..8192 + 4096);
-    let error = RecordHeader::decode(&record.encode().0, &geometry, 1 << 40).unwrap_err();
+        record.extents[1].extent = Extent::from_range(8192 + 512..8192 + 4096);
+        let error = RecordHeader::decode(&record.encode().0, &geometry, 1 << 40).unwrap_err();
 
-    assert!(error.to_string().contains("multiples of 4096"), "{error}");
+        assert!(
+            error.to_string().contains("multiples of 4096"),
+            "{unit:?}: {error}"
+        );
+    }
 }
 
 #[test]
