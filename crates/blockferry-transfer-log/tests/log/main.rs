@@ -14,6 +14,7 @@ mod harness;
 mod large;
 mod looked;
 mod model;
+mod points;
 mod recovery;
 mod refusals;
 mod sabotage;

@@ -1,0 +1,126 @@
+//! What is recorded of the target without a session: adopting and refreshing a point; and what a session tells of
+//! itself while it is under way.
+
+use std::cell::RefCell;
+
+use blockferry_core::Extent;
+use blockferry_device::{Evidence, Identity};
+use blockferry_testkit::SimDisk;
+use blockferry_transfer_log::{Replica, SourceStamp, Strategy, Unwritten};
+
+use crate::harness::{PAGE, Setup, id, image, root};
+
+fn stamp(label: &str) -> SourceStamp {
+    SourceStamp::new(label, Identity::unknown(), Evidence::unknown())
+}
+
+fn adopted(setup: &Setup, content: &[u8]) -> (SimDisk, Replica) {
+    let disk = setup.machine(Some(content));
+    let mut replica = setup.open(&disk).unwrap();
+    let geometry = setup.geometry(content);
+    replica
+        .adopt(id(5), root(content), geometry, stamp("here.raw"), 77)
+        .unwrap();
+    (disk, replica)
+}
+
+#[test]
+fn an_adopted_point_is_recorded_with_its_evidence() {
+    let content = image(&[1, 2, 3], 3 * PAGE);
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let (disk, replica) = adopted(&setup, &content);
+        drop(replica);
+
+        let mut replica = setup.open(&disk).unwrap();
+        let point = replica.point().unwrap().clone();
+        assert_eq!((point.id, point.root), (id(5), root(&content)));
+        assert_eq!(point.geometry, setup.geometry(&content));
+        assert_eq!((point.source, point.made_unix), (stamp("here.raw"), 77));
+        assert_eq!(replica.retained(), None);
+        assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
+
+        // A session begun on another handle before the point was adopted would have this epoch.
+        drop(replica.begin(&setup.plan(6, &content)).unwrap());
+        drop(replica);
+        let replica = setup.open(&disk).unwrap();
+        assert_eq!(replica.unfinished().unwrap().epoch, 2);
+    }
+}
+
+#[test]
+fn refreshing_follows_the_target_and_its_source_and_costs_nothing_where_nothing_changed() {
+    let setup = Setup::file(Strategy::Redo);
+    let content = image(&[1, 2, 3], 3 * PAGE);
+    let (_disk, mut replica) = adopted(&setup, &content);
+    let before = replica.stats().flushes();
+    replica.refresh(stamp("here.raw")).unwrap();
+    assert_eq!(replica.stats().flushes(), before, "nothing changed");
+
+    replica.refresh(stamp("there.raw")).unwrap();
+    let point = replica.point().unwrap();
+    assert_eq!((point.id, &point.source), (id(5), &stamp("there.raw")));
+    assert_eq!(replica.stats().flushes(), before + 1, "another source");
+
+    // Written with what is there already: the evidence changes, the content does not.
+    replica
+        .target()
+        .unwrap()
+        .write_at(0, &content[..PAGE])
+        .unwrap();
+    assert_eq!(replica.unwritten().unwrap(), Unwritten::Written);
+    replica.refresh(stamp("there.raw")).unwrap();
+    assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
+    assert_eq!(replica.point().unwrap().root, root(&content));
+    assert_eq!(replica.stats().flushes(), before + 2, "other evidence");
+}
+
+#[test]
+fn a_session_tells_what_it_holds() {
+    let setup = Setup::device(Strategy::Redo);
+    let old = image(&[1, 2, 3, 4, 5, 6], 6 * PAGE);
+    let new = image(&[1, 0, 7, 0, 8, 9], 6 * PAGE);
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+    assert!(session.staged_view().is_empty());
+    assert_eq!(session.totals().live_bytes, 0);
+
+    setup.finish(&mut session, target.as_ref(), &new).unwrap();
+
+    let (totals, view) = (session.totals(), session.staged_view());
+    let page = PAGE as u64;
+    assert_eq!(
+        (totals.live_bytes, totals.live_zero_bytes),
+        (3 * page, 2 * page)
+    );
+    assert!(!view.is_empty());
+    assert!(view.overlaps(Extent::from_range(page..2 * page)));
+    assert!(!view.overlaps(Extent::from_range(0..page)));
+}
+
+#[test]
+fn apply_and_restore_tell_how_far_they_are() {
+    let old = image(&[1, 2, 3, 4, 5, 6], 6 * PAGE);
+    let new = image(&[1, 0, 7, 0, 8, 9], 6 * PAGE);
+    for setup in [Setup::device(Strategy::Redo), Setup::file(Strategy::Redo)] {
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+        setup.finish(&mut session, target.as_ref(), &new).unwrap();
+        let told = RefCell::new(Vec::new());
+        let tell = |done, of| told.borrow_mut().push((done, of));
+
+        let applied = session.commit(root(&new), &tell).unwrap();
+
+        let page = PAGE as u64;
+        let changed = 5 * page;
+        assert_eq!(applied.proven_bytes, changed);
+        // Two pages to a batch.
+        let steps = [(2 * page, changed), (4 * page, changed), (changed, changed)];
+        assert_eq!(told.take(), steps, "apply");
+        replica.rollback(&tell).unwrap();
+        assert_eq!(told.take(), steps, "restore");
+    }
+}
