@@ -17,6 +17,7 @@ mod points;
 mod read_back;
 mod receipt;
 mod recorder;
+mod remote;
 mod sample;
 mod status;
 mod sync;

@@ -72,6 +72,12 @@ impl ShortDigests {
             .extend_from_slice(&digest.as_bytes()[..self.width.bytes()]);
     }
 
+    /// How much of each digest there is.
+    #[must_use]
+    pub fn width(&self) -> Width {
+        self.width
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -90,6 +96,19 @@ impl ShortDigests {
         let width = self.width.bytes();
         let found = self.bytes.chunks_exact(width).nth(number);
         found.is_some_and(|short| *short == digest.as_bytes()[..width])
+    }
+
+    /// The digest of this number alone.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn one(&self, number: usize) -> Self {
+        let width = self.width.bytes();
+        Self {
+            width: self.width,
+            bytes: self.bytes[number * width..(number + 1) * width].to_vec(),
+        }
     }
 
     pub(crate) fn encode(&self, e: &mut Encoder<'_>) {

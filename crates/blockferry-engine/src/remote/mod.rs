@@ -1,0 +1,33 @@
+//! A sync between two machines: the roles of the two sides, and what drives them.
+
+mod data;
+mod source_role;
+mod target_role;
+#[cfg(test)]
+mod tests;
+
+use blockferry_transport::Message;
+
+/// What became of a message.
+type ProtocolResult<T = ()> = Result<T, ProtocolError>;
+
+/// Why a role does not go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum ProtocolError {
+    /// The peer does what the protocol does not allow.
+    Violation(String),
+    /// A shortened digest was taken for another: the same again with whole ones.
+    Mistaken(String),
+}
+
+fn violates(what: impl Into<String>) -> ProtocolError {
+    ProtocolError::Violation(what.into())
+}
+
+fn unexpected(role: &str, message: &Message) -> ProtocolError {
+    violates(format!("the {role}'s side got a message {}", message.name()))
+}
+
+fn block_number(block: usize) -> u16 {
+    u16::try_from(block).unwrap_or_else(|_| unreachable!("a region has 256 blocks at most"))
+}

@@ -1,0 +1,322 @@
+//! The side that has the source. Sans I/O: messages and finished work in, messages and work out.
+//!
+//! It reads ahead of the target as far as it is let and tells the digests of its regions; what differs the target
+//! asks for. Its host, the [driver](super::drive), reads the source.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use blockferry_core::{Digest, Geometry, PAGE_BYTES, RegionIndex, RegionLeaves, TreeHasher};
+use blockferry_pipeline::block_in;
+use blockferry_transport::message::{Begin, MAX_REGIONS, Streams};
+use blockferry_transport::{Message, ShortDigests, Width};
+
+use super::{ProtocolResult, block_number, unexpected, violates};
+
+/// Most regions that may be read ahead of the last released one, whatever the target asks for.
+const MAX_WINDOW: u32 = 256;
+/// How often a block may be asked for: once by its pages, and once whole.
+const MAX_REQUESTS: u8 = 2;
+/// Most requests for pages that wait.
+const MAX_WAITING: usize = 1024;
+
+/// What its host does for it. Several at once; each is answered by one call.
+#[derive(Debug)]
+pub(super) enum SourceJob {
+    /// Read a region and take its leaves, then [`SourceRole::scanned`]; in a full download send its data before.
+    Scan(RegionIndex, Streams),
+    /// Read these blocks and send their pages that differ: nothing else is said of it.
+    Pages {
+        region: RegionIndex,
+        blocks: Vec<(u16, ShortDigests)>,
+    },
+    /// Read blocks and send digests of their pages.
+    Sample(Vec<u64>),
+    /// Look at the source and send what it is.
+    Examine,
+}
+
+/// The state of the source's side.
+#[derive(Debug)]
+pub(super) struct SourceRole {
+    size_bytes: u64,
+    run: Option<Run>,
+    jobs: VecDeque<SourceJob>,
+}
+
+/// A scan under way.
+#[derive(Debug)]
+struct Run {
+    begin: Begin,
+    geometry: Geometry,
+    tree: TreeHasher,
+    /// The first region that was not looked at.
+    next: u64,
+    /// Regions that are being read or wait for an earlier one; with their leaves once they are read.
+    reading: BTreeMap<u64, Option<RegionLeaves>>,
+    /// Told and not released: what the target may ask for.
+    told: BTreeMap<u64, Told>,
+    /// As far as the target was told.
+    told_below: u64,
+    finished: bool,
+}
+
+#[derive(Debug)]
+struct Told {
+    leaves: RegionLeaves,
+    opened: bool,
+    requests: Vec<u8>,
+}
+
+impl SourceRole {
+    /// For a source of this size.
+    pub(super) fn new(size_bytes: u64) -> Self {
+        Self {
+            size_bytes,
+            run: None,
+            jobs: VecDeque::new(),
+        }
+    }
+
+    /// Takes a message of the target; appends what is to be sent.
+    pub(super) fn message(&mut self, message: Message, out: &mut Vec<Message>) -> ProtocolResult {
+        match message {
+            Message::Begin(begin) => self.begin(begin),
+            Message::Examine => self.queue(SourceJob::Examine),
+            Message::Sample(blocks) => self.sample(blocks),
+            Message::OpenRegion { region, blocks } => {
+                let reply = self.run()?.open(region, &blocks)?;
+                out.push(reply);
+                Ok(())
+            }
+            Message::Want { region, blocks } => {
+                self.run()?.want(region, &blocks)?;
+                let region = RegionIndex::new(region);
+                self.queue(SourceJob::Pages { region, blocks })
+            }
+            Message::Release(below) => self.run()?.release(below),
+            other => Err(unexpected("source", &other)),
+        }
+    }
+
+    /// What to do next; `None` if there is nothing until more messages come or work is done. `next_data` is the
+    /// first region from there on that may hold data.
+    pub(super) fn next_job(
+        &mut self,
+        next_data: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> Option<SourceJob> {
+        if let Some(job) = self.jobs.pop_front() {
+            return Some(job);
+        }
+        let run = self.run.as_mut()?;
+        let streams = run.begin.streams;
+        let region = run.next_region(next_data)?;
+        Some(SourceJob::Scan(region, streams))
+    }
+
+    /// A region was read. Tells the target of it once all before it are read as well.
+    pub(super) fn scanned(&mut self, leaves: RegionLeaves, out: &mut Vec<Message>) {
+        if let Some(run) = &mut self.run
+            && run.geometry == *leaves.geometry()
+        {
+            run.scanned(leaves);
+            run.tell(out);
+        }
+    }
+
+    /// To be called when [`Self::next_job`] has no region any more: tells the root when all are read.
+    pub(super) fn tell_end(&mut self, out: &mut Vec<Message>) {
+        if let Some(run) = &mut self.run {
+            run.tell(out);
+        }
+    }
+
+    fn begin(&mut self, begin: Begin) -> ProtocolResult {
+        let begin = Begin {
+            window: begin.window.clamp(1, MAX_WINDOW),
+            ..begin
+        };
+        let geometry = Geometry::new(self.size_bytes, begin.block_size);
+        self.jobs.clear();
+        self.run = Some(Run {
+            begin,
+            geometry,
+            tree: TreeHasher::new(geometry),
+            next: 0,
+            reading: BTreeMap::new(),
+            told: BTreeMap::new(),
+            told_below: 0,
+            finished: false,
+        });
+        Ok(())
+    }
+
+    fn run(&mut self) -> ProtocolResult<&mut Run> {
+        self.run
+            .as_mut()
+            .ok_or_else(|| violates("expected begin before anything else"))
+    }
+
+    fn sample(&mut self, blocks: Vec<u64>) -> ProtocolResult {
+        let count = self.run()?.geometry.block_count();
+        if blocks.iter().any(|block| *block >= count) {
+            return Err(violates("a sample of blocks beyond the end of the source"));
+        }
+        self.queue(SourceJob::Sample(blocks))
+    }
+
+    fn queue(&mut self, job: SourceJob) -> ProtocolResult {
+        if self.jobs.len() >= MAX_WAITING {
+            return Err(violates("more requests wait than a target may have"));
+        }
+        self.jobs.push_back(job);
+        Ok(())
+    }
+}
+
+impl Run {
+    fn next_region(
+        &mut self,
+        next_data: &mut dyn FnMut(u64) -> Option<u64>,
+    ) -> Option<RegionIndex> {
+        let count = self.geometry.region_count();
+        let window = usize::try_from(self.begin.window).unwrap_or(usize::MAX);
+        if self.next >= count || self.reading.len() + self.told.len() >= window {
+            return None;
+        }
+        let found = next_data(self.next).filter(|region| *region < count);
+        self.next = found.map_or(count, |region| region + 1);
+        let region = found?;
+        self.reading.insert(region, None);
+        Some(RegionIndex::new(region))
+    }
+
+    fn scanned(&mut self, leaves: RegionLeaves) {
+        if let Some(waiting) = self.reading.get_mut(&leaves.region().get()) {
+            *waiting = Some(leaves);
+        }
+    }
+
+    /// Tells of all regions that are read and wait for no earlier one, and of the root after the last.
+    fn tell(&mut self, out: &mut Vec<Message>) {
+        let mut regions = Vec::new();
+        let mut digests = ShortDigests::new(self.width(Width::Sixteen));
+        while let Some(entry) = self.reading.first_entry()
+            && entry.get().is_some()
+            && let (region, Some(leaves)) = entry.remove_entry()
+        {
+            self.tree.push(&leaves);
+            // What is not told is zero.
+            if leaves.is_zero() {
+                continue;
+            }
+            regions.push(region);
+            digests.push(&leaves.digest());
+            let requests = vec![0; leaves.len()];
+            let opened = false;
+            self.told.insert(
+                region,
+                Told {
+                    leaves,
+                    opened,
+                    requests,
+                },
+            );
+        }
+        let below = self.reading.keys().next().copied().unwrap_or(self.next);
+        if below > self.told_below || !regions.is_empty() {
+            debug_assert!(regions.len() <= MAX_REGIONS, "no more than the window");
+            self.told_below = below;
+            out.push(Message::Regions {
+                regions,
+                digests,
+                below,
+            });
+        }
+        if below == self.geometry.region_count() && !self.finished {
+            self.finished = true;
+            out.push(Message::Scanned(self.tree.clone().finish()));
+        }
+    }
+
+    /// The blocks in which the target's region differs from the source's.
+    fn open(&mut self, region: u64, theirs: &ShortDigests) -> ProtocolResult<Message> {
+        let width = self.width(Width::Eight);
+        let told = self.told(region)?;
+        if std::mem::replace(&mut told.opened, true) {
+            return Err(violates(format!("region {region} is opened again")));
+        }
+        let leaves = &told.leaves;
+        if theirs.len() != leaves.len() || theirs.width() != width {
+            return Err(violates(format!(
+                "open region {region}: expected {} digests of {} bytes, found {} of {}",
+                leaves.len(),
+                width.bytes(),
+                theirs.len(),
+                theirs.width().bytes()
+            )));
+        }
+        let differing = leaves.iter().enumerate();
+        let differing = differing.filter(|(block, digest)| !theirs.matches(*block, digest));
+        let said = |(block, digest): (usize, Digest)| {
+            let digest = Some(digest).filter(|_| !leaves.is_zero_block(block));
+            (block_number(block), digest)
+        };
+        Ok(Message::Blocks {
+            region,
+            differing: differing.map(said).collect(),
+        })
+    }
+
+    fn want(&mut self, region: u64, blocks: &[(u16, ShortDigests)]) -> ProtocolResult {
+        let geometry = self.geometry;
+        let width = self.width(Width::Four);
+        let told = self.told(region)?;
+        for (block, pages) in blocks {
+            let number = usize::from(*block);
+            let requests = told
+                .requests
+                .get_mut(number)
+                .filter(|_| !told.leaves.is_zero_block(number))
+                .ok_or_else(|| violates(format!("region {region} has no block {block} with data")))?;
+            *requests += 1;
+            if *requests > MAX_REQUESTS {
+                return Err(violates(format!(
+                    "block {block} of region {region} is wanted again and again"
+                )));
+            }
+            let block = block_in(&geometry, RegionIndex::new(region), number);
+            let expected = usize::try_from(block.length().div_ceil(PAGE_BYTES)).unwrap_or(usize::MAX);
+            let fits = pages.len() == expected && pages.width() == width;
+            if !pages.is_empty() && !fits {
+                return Err(violates(format!(
+                    "want of {block}: expected {expected} digests of {} bytes or none, found {}",
+                    width.bytes(),
+                    pages.len()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, below: u64) -> ProtocolResult {
+        if below > self.told_below {
+            return Err(violates(format!(
+                "release of regions below {below}: told were only those below {}",
+                self.told_below
+            )));
+        }
+        self.told = self.told.split_off(&below);
+        Ok(())
+    }
+
+    fn told(&mut self, region: u64) -> ProtocolResult<&mut Told> {
+        self.told
+            .get_mut(&region)
+            .ok_or_else(|| violates(format!("region {region} was not told of, or is released")))
+    }
+
+    /// How much of a digest travels.
+    fn width(&self, short: Width) -> Width {
+        if self.begin.exact { Width::Whole } else { short }
+    }
+}
