@@ -30,10 +30,11 @@ pub use error::{Error, ErrorKind, Result};
 pub use options::{ChangesSince, Context, Mode, SyncOptions};
 pub use points::sync_from;
 pub use receipt::{Outcome, Prediction, RECEIPT_VERSION, Receipt};
+pub use remote::serve_source;
 pub use status::{
     Comparison, DigestReport, NextStep, PointStatus, SessionStatus, Status, VerifyReport,
     resume_source, status,
 };
-pub use sync::sync;
+pub use sync::{sync, sync_from_peer};
 pub use target::{Target, TargetOptions, list_targets};
 pub use verbs::{accept, cancel, predict, recover, rollback, verify_target};

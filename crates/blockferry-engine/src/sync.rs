@@ -7,6 +7,7 @@
 mod choosing;
 mod consumer;
 mod identical;
+mod origin;
 mod point_files;
 mod receipt;
 mod scan;
@@ -14,21 +15,25 @@ mod settle;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blockferry_core::{Geometry, Root};
-use blockferry_device::{BlockSource, Cancellable};
+use blockferry_device::BlockSource;
 use blockferry_pipeline::{Event, Phase};
 use blockferry_transfer_log::{
     Applied, Plan, Retained, Session, SessionId, SourceStamp, Strategy, Undo,
 };
+use blockferry_transport::Connection;
 
+use self::origin::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::LogHandle;
 use crate::options::{Context, Mode, SyncOptions};
 use crate::plan::Choice;
 use crate::receipt::Receipt;
+use crate::remote::Peer;
 use crate::target::Target;
 
 /// Brings `target` to the content of `source`. An unfinished session of the same kind is resumed.
@@ -42,25 +47,36 @@ pub fn sync(
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Receipt> {
-    let mut run = Run::new(source, target, options, context)?;
-    run.check_sizes(target)?;
-    let resumed = run.settle_unfinished(target)?;
-    if resumed.is_none() && run.is_proven_identical(target)? {
-        return run.proven_receipt(target);
-    }
-    let choice = match resumed {
-        Some(choice) => choice,
-        None => run.choose(target)?,
-    };
-    run.say(&Event::Decision(choice.to_string()));
-    let receipt = run.execute(target, &choice)?;
-    target.leave_receipt(&receipt);
-    Ok(receipt)
+    Run::new(Origin::device(source, context), target, options, context)?.sync(target)
 }
 
+/// As [`sync`], from a source on the other side of `connection`, where [`serve_source`](crate::serve_source) runs.
+/// Which is told what came of it.
+///
+/// # Errors
+/// As [`sync`]; or the connection or the other side failed, after which the same call over another connection goes on.
+pub fn sync_from_peer(
+    connection: Connection,
+    target: &mut Target,
+    options: &SyncOptions,
+    context: &Context,
+) -> Result<Receipt> {
+    let peer = Rc::new(Peer::new(connection)?);
+    let origin = Origin::Peer(Rc::clone(&peer));
+    let run = Run::new(origin, target, options, context);
+    let outcome = run.and_then(|run| run.sync(target));
+    let told = match &outcome {
+        Ok(receipt) => Ok(serde_json::to_vec(receipt).unwrap_or_default()),
+        Err(error) => Err(error),
+    };
+    if let Some(peer) = Rc::into_inner(peer) {
+        peer.finish(told);
+    }
+    outcome
+}
 /// The state of one run.
 struct Run<'a> {
-    source: Arc<dyn BlockSource>,
+    origin: Origin,
     target: String,
     options: &'a SyncOptions,
     context: &'a Context,
@@ -86,27 +102,23 @@ struct Counts {
 
 impl<'a> Run<'a> {
     fn new(
-        source: Arc<dyn BlockSource>,
+        origin: Origin,
         target: &Target,
         options: &'a SyncOptions,
         context: &'a Context,
     ) -> Result<Self> {
         let flushes_before = target.replica.stats().flushes();
         let target = target.label();
-        let failed = |e| Error::source(format!("examine source {}", source.label()), e);
-        let identity = source.identity().map_err(failed)?;
-        let evidence = source.evidence().map_err(failed)?;
+        let found = origin.look()?;
         let address = if options.source_address.is_empty() {
-            source.label()
+            origin.label()
         } else {
             &options.source_address
         };
-        let stamp = SourceStamp::new(address, identity, evidence);
-        let geometry = Geometry::new(source.size_bytes(), options.block_size);
-        // No read begins once the run is cancelled, wherever a worker is.
-        let source = Arc::new(Cancellable::new(source, context.cancel.clone()));
+        let stamp = SourceStamp::new(address, found.identity, found.evidence);
+        let geometry = Geometry::new(found.size_bytes, options.block_size);
         Ok(Self {
-            source,
+            origin,
             target,
             options,
             context,
@@ -119,6 +131,23 @@ impl<'a> Run<'a> {
             counts: Counts::default(),
             flushes_before,
         })
+    }
+
+    /// From settling what is unfinished to the receipt.
+    fn sync(mut self, target: &mut Target) -> Result<Receipt> {
+        self.check_sizes(target)?;
+        let resumed = self.settle_unfinished(target)?;
+        if resumed.is_none() && self.is_proven_identical(target)? {
+            return self.proven_receipt(target);
+        }
+        let choice = match resumed {
+            Some(choice) => choice,
+            None => self.choose(target)?,
+        };
+        self.say(&Event::Decision(choice.to_string()));
+        let receipt = self.execute(target, &choice)?;
+        target.leave_receipt(&receipt);
+        Ok(receipt)
     }
 
     /// Scans, stages, prepares, commits.

@@ -92,6 +92,10 @@ pub enum Message {
     Durable(Checkpoint),
     /// Is the source still what it was?
     Examine,
+    /// No more of this scan: answered by [`Message::Stopped`] behind the last that is said of it.
+    Stop,
+    /// Nothing more comes of the scan that was stopped.
+    Stopped,
     /// A sign of life, to be answered.
     Ping,
     /// The answer.
@@ -226,6 +230,8 @@ mod kind {
     pub(super) const EVENT: u8 = 19;
     pub(super) const OUTCOME: u8 = 20;
     pub(super) const FAILED: u8 = 21;
+    pub(super) const STOP: u8 = 22;
+    pub(super) const STOPPED: u8 = 23;
 }
 
 impl Message {
@@ -252,6 +258,8 @@ impl Message {
             Self::Event(_) => (kind::EVENT, "event"),
             Self::Outcome(_) => (kind::OUTCOME, "outcome"),
             Self::Failed { .. } => (kind::FAILED, "failed"),
+            Self::Stop => (kind::STOP, "stop"),
+            Self::Stopped => (kind::STOPPED, "stopped"),
         }
     }
 
@@ -273,7 +281,13 @@ impl Message {
 
     fn encode_body(&self, e: &mut Encoder<'_>) {
         match self {
-            Self::Opened | Self::Examine | Self::Ping | Self::Pong | Self::Cancel => {}
+            Self::Opened
+            | Self::Examine
+            | Self::Stop
+            | Self::Stopped
+            | Self::Ping
+            | Self::Pong
+            | Self::Cancel => {}
             Self::Open(open) => open.encode(e),
             Self::Begin(begin) => begin.encode(e),
             Self::Source(source) => source.encode(e),
@@ -381,6 +395,8 @@ impl Message {
             kind::RELEASE => Self::Release(d.u64()?),
             kind::DURABLE => Self::Durable(Checkpoint::decode(d)?),
             kind::EXAMINE => Self::Examine,
+            kind::STOP => Self::Stop,
+            kind::STOPPED => Self::Stopped,
             kind::PING => Self::Ping,
             kind::PONG => Self::Pong,
             kind::CANCEL => Self::Cancel,
@@ -649,6 +665,8 @@ mod tests {
             Message::Release(12),
             Message::Durable(checkpoint()),
             Message::Examine,
+            Message::Stop,
+            Message::Stopped,
             Message::Ping,
             Message::Pong,
             Message::Cancel,
@@ -690,8 +708,8 @@ mod tests {
             longer.body.push(0);
             assert!(Message::decode(&longer).is_err(), "{}", message.name());
         }
-        assert_eq!(kinds, (kind::OPEN..=kind::FAILED).collect(), "one of each");
-        for kind in [0, kind::FAILED + 1, 255] {
+        assert_eq!(kinds, (kind::OPEN..=kind::STOPPED).collect(), "one of each");
+        for kind in [0, kind::STOPPED + 1, 255] {
             let body = Vec::new();
             assert!(Message::decode(&Frame { kind, body }).is_err());
         }
@@ -756,7 +774,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn what_is_accepted_is_written_again_byte_for_byte(
-            kind in 0u8..23, body in proptest::collection::vec(0u8..4, 0..80),
+            kind in 0u8..25, body in proptest::collection::vec(0u8..4, 0..80),
         ) {
             let frame = Frame { kind, body };
             if let Ok(message) = Message::decode(&frame) {

@@ -65,7 +65,8 @@ impl Packer {
             }
             if !zero {
                 self.pages.extend_from_slice(page);
-                self.pages.resize(self.pages.len().next_multiple_of(PAGE), 0);
+                self.pages
+                    .resize(self.pages.len().next_multiple_of(PAGE), 0);
             }
             match &mut open {
                 Some(run) if run.zero == zero => run.count += 1,

@@ -1,12 +1,25 @@
-//! A sync between two machines: the roles of the two sides, and what drives them.
+//! A sync between two machines: the roles of the two sides, pure, and their hosts.
+//!
+//! ```text
+//! source's side: SourceRole <- serve_source (reads)        target's side: TargetRole <- TargetSide (reads, stages)
+//!                     |                                          |                        `-> Consumer, as locally
+//!                     `---------------- Connection --------------'
+//! ```
 
 mod data;
+mod scan;
+mod serve;
 mod source_role;
 mod target_role;
 #[cfg(test)]
 mod tests;
 
 use blockferry_transport::Message;
+
+pub(crate) use scan::{Peer, Scanned, TargetSide};
+pub use serve::serve_source;
+
+use crate::error::{Error, ErrorKind};
 
 /// What became of a message.
 type ProtocolResult<T = ()> = Result<T, ProtocolError>;
@@ -25,9 +38,69 @@ fn violates(what: impl Into<String>) -> ProtocolError {
 }
 
 fn unexpected(role: &str, message: &Message) -> ProtocolError {
-    violates(format!("the {role}'s side got a message {}", message.name()))
+    violates(format!(
+        "the {role}'s side got a message {}",
+        message.name()
+    ))
 }
 
 fn block_number(block: usize) -> u16 {
     u16::try_from(block).unwrap_or_else(|_| unreachable!("a region has 256 blocks at most"))
+}
+
+fn internal(what: &str) -> Error {
+    Error::new(ErrorKind::Internal, what)
+}
+
+/// The link failed, or the peer's messages did.
+fn lost(cause: blockferry_transport::Error) -> Error {
+    Error::because(ErrorKind::Peer, "the other side", cause).resumable(true)
+}
+
+fn violated(error: ProtocolError) -> Error {
+    let (ProtocolError::Violation(what) | ProtocolError::Mistaken(what)) = error;
+    Error::new(
+        ErrorKind::Peer,
+        format!("the other side does not keep to the protocol: {what}"),
+    )
+}
+
+/// Kinds of errors as they travel.
+const KINDS: [ErrorKind; 10] = [
+    ErrorKind::Usage,
+    ErrorKind::Source,
+    ErrorKind::Target,
+    ErrorKind::Interrupted,
+    ErrorKind::DecisionPending,
+    ErrorKind::Corruption,
+    ErrorKind::Peer,
+    ErrorKind::Hook,
+    ErrorKind::Cancelled,
+    ErrorKind::Internal,
+];
+
+/// What the other side is told of an error here.
+fn failure(error: &Error) -> Message {
+    let kind = KINDS.iter().position(|kind| *kind == error.kind());
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    let end = text.floor_char_boundary(blockferry_transport::message::MAX_TEXT_BYTES);
+    text.truncate(end);
+    let kind = kind
+        .and_then(|kind| u8::try_from(kind).ok())
+        .unwrap_or(u8::MAX);
+    Message::Failed { kind, text }
+}
+
+/// An error of the other side.
+fn failed_peer(kind: u8, text: String) -> Error {
+    let kind = KINDS.get(usize::from(kind)).copied();
+    Error::new(
+        kind.unwrap_or(ErrorKind::Peer),
+        format!("the other side: {text}"),
+    )
 }

@@ -77,6 +77,12 @@ impl SourceRole {
         }
     }
 
+    /// Ends the scan under way. Work that was handed out may still be answered, and comes to nothing.
+    pub(super) fn stop(&mut self) {
+        self.run = None;
+        self.jobs.clear();
+    }
+
     /// Takes a message of the target; appends what is to be sent.
     pub(super) fn message(&mut self, message: Message, out: &mut Vec<Message>) -> ProtocolResult {
         match message {
@@ -131,12 +137,14 @@ impl SourceRole {
     }
 
     fn begin(&mut self, begin: Begin) -> ProtocolResult {
+        if self.run.is_some() {
+            return Err(violates("begin before the scan under way was stopped"));
+        }
         let begin = Begin {
             window: begin.window.clamp(1, MAX_WINDOW),
             ..begin
         };
         let geometry = Geometry::new(self.size_bytes, begin.block_size);
-        self.jobs.clear();
         self.run = Some(Run {
             begin,
             geometry,
@@ -277,7 +285,9 @@ impl Run {
                 .requests
                 .get_mut(number)
                 .filter(|_| !told.leaves.is_zero_block(number))
-                .ok_or_else(|| violates(format!("region {region} has no block {block} with data")))?;
+                .ok_or_else(|| {
+                    violates(format!("region {region} has no block {block} with data"))
+                })?;
             *requests += 1;
             if *requests > MAX_REQUESTS {
                 return Err(violates(format!(
@@ -285,7 +295,8 @@ impl Run {
                 )));
             }
             let block = block_in(&geometry, RegionIndex::new(region), number);
-            let expected = usize::try_from(block.length().div_ceil(PAGE_BYTES)).unwrap_or(usize::MAX);
+            let expected =
+                usize::try_from(block.length().div_ceil(PAGE_BYTES)).unwrap_or(usize::MAX);
             let fits = pages.len() == expected && pages.width() == width;
             if !pages.is_empty() && !fits {
                 return Err(violates(format!(
@@ -317,6 +328,10 @@ impl Run {
 
     /// How much of a digest travels.
     fn width(&self, short: Width) -> Width {
-        if self.begin.exact { Width::Whole } else { short }
+        if self.begin.exact {
+            Width::Whole
+        } else {
+            short
+        }
     }
 }

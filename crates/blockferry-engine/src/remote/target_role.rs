@@ -29,9 +29,16 @@ pub(super) enum TargetJob {
     /// Take the leaves of a region of the target, as staged so far: [`TargetRole::scanned`].
     Scan(RegionIndex),
     /// Take digests of the pages of these blocks: [`TargetRole::paged`].
-    Pages { region: RegionIndex, blocks: Vec<u16>, width: Width },
+    Pages {
+        region: RegionIndex,
+        blocks: Vec<u16>,
+        width: Width,
+    },
     /// Stage zeros: [`TargetRole::staged`].
-    StageZeros { region: RegionIndex, blocks: Vec<u16> },
+    StageZeros {
+        region: RegionIndex,
+        blocks: Vec<u16>,
+    },
     /// Check that pages make of their blocks what they should become, and stage them: [`TargetRole::staged`].
     Stage(Arrived),
 }
@@ -275,7 +282,8 @@ impl TargetRole {
     ) -> ProtocolResult {
         let (from, count) = (self.told_below, self.geometry.region_count());
         let inside = regions.iter().all(|r| (from..below).contains(r));
-        if below < from || below > count || !inside || digests.width() != self.width(Width::Sixteen) {
+        if below < from || below > count || !inside || digests.width() != self.width(Width::Sixteen)
+        {
             return Err(violates(format!(
                 "regions below {below}: expected numbers from {from} to {count} and digests as agreed"
             )));
@@ -309,7 +317,9 @@ impl TargetRole {
             let ours = self.ours.remove(&region);
             let ours = ours.unwrap_or_else(|| RegionLeaves::zero(&self.geometry, index));
             match self.theirs.remove(&region) {
-                Some(told) if told.matches(0, &ours.digest()) => drop(self.done.insert(region, ours)),
+                Some(told) if told.matches(0, &ours.digest()) => {
+                    drop(self.done.insert(region, ours))
+                }
                 Some(told) => {
                     let blocks = ShortDigests::of(self.width(Width::Eight), ours.iter());
                     out.push(Message::OpenRegion { region, blocks });
@@ -351,7 +361,9 @@ impl TargetRole {
             ..
         }) = open
         else {
-            return Err(violates(format!("blocks of region {region}, which is not open")));
+            return Err(violates(format!(
+                "blocks of region {region}, which is not open"
+            )));
         };
         let mut new = ours.clone();
         for (block, digest) in differing {
@@ -400,7 +412,8 @@ impl TargetRole {
         if !zeros.is_empty() {
             let region = RegionIndex::new(region);
             let blocks = zeros;
-            self.jobs.push_back(TargetJob::StageZeros { region, blocks });
+            self.jobs
+                .push_back(TargetJob::StageZeros { region, blocks });
         }
         for (blocks, by_pages) in [(whole, false), (pages, true)] {
             let most = MAX_REQUEST_BYTES / self.begin.block_size.bytes();
@@ -469,7 +482,8 @@ impl TargetRole {
         let mut expected = Vec::with_capacity(blocks.len());
         for &(region, block) in blocks {
             let open = self.open.get_mut(&region);
-            let found = open.and_then(|open| Some((open.left.get_mut(&block)?, open.new.as_ref()?)));
+            let found =
+                open.and_then(|open| Some((open.left.get_mut(&block)?, open.new.as_ref()?)));
             let Some((left @ Left::Asked { .. }, new)) = found else {
                 return Err(violates(format!(
                     "pages of block {block} of region {region}, which nobody asked for"
@@ -488,7 +502,9 @@ impl TargetRole {
             })
         };
         if !runs.iter().all(belongs) {
-            return Err(violates("pages outside of the blocks that they are sent for"));
+            return Err(violates(
+                "pages outside of the blocks that they are sent for",
+            ));
         }
         self.jobs.push_back(TargetJob::Stage(Arrived {
             blocks: expected,
@@ -531,7 +547,11 @@ impl TargetRole {
 
     /// How much of a digest travels.
     fn width(&self, short: Width) -> Width {
-        if self.begin.exact { Width::Whole } else { short }
+        if self.begin.exact {
+            Width::Whole
+        } else {
+            short
+        }
     }
 
     /// With whole digests it is a lie, else it may be chance.

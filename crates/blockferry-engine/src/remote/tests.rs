@@ -176,7 +176,8 @@ impl Pair {
         match job {
             SourceJob::Scan(region, _) => {
                 let extent = self.geometry.region_extent(region);
-                let leaves = RegionLeaves::of_bytes(&self.geometry, region, &self.new[range(extent)]);
+                let leaves =
+                    RegionLeaves::of_bytes(&self.geometry, region, &self.new[range(extent)]);
                 let mut out = Vec::new();
                 self.source.scanned(leaves, &mut out);
                 self.send_to_target(out);
@@ -201,7 +202,8 @@ impl Pair {
         match job {
             TargetJob::Scan(region) => {
                 let extent = self.geometry.region_extent(region);
-                let leaves = RegionLeaves::of_bytes(&self.geometry, region, &self.old[range(extent)]);
+                let leaves =
+                    RegionLeaves::of_bytes(&self.geometry, region, &self.old[range(extent)]);
                 self.target.scanned(leaves, &mut out);
             }
             TargetJob::Pages {
@@ -225,12 +227,15 @@ impl Pair {
                 self.target.staged(&blocks, &[], &mut out)?;
             }
             TargetJob::Stage(arrived) => {
-                let arrived = Unpacked::of(arrived)
-                    .map_err(|e| ProtocolError::Violation(e.to_string()))?;
+                let arrived =
+                    Unpacked::of(arrived).map_err(|e| ProtocolError::Violation(e.to_string()))?;
                 let (mut blocks, mut wrong) = (Vec::new(), Vec::new());
                 for (region, block, expected) in arrived.blocks() {
-                    let extent =
-                        block_in(&self.geometry, RegionIndex::new(*region), usize::from(*block));
+                    let extent = block_in(
+                        &self.geometry,
+                        RegionIndex::new(*region),
+                        usize::from(*block),
+                    );
                     let mut content = self.old[range(extent)].to_vec();
                     blocks.push((*region, *block));
                     if arrived.patch(extent, &mut content, expected) {

@@ -4,8 +4,10 @@ use blockferry_device::{BlockSource, StorageDir};
 use blockferry_pipeline::Phase;
 
 use super::Run;
+use super::origin::Origin;
 use crate::data_blocks::DataBlocks;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{Mode, SyncOptions};
 use crate::plan::{Choice, Situation, check_space, choose, choose_unread};
 use crate::sample::Sample;
 use crate::target::Target;
@@ -16,30 +18,47 @@ impl Run<'_> {
         let start = self.context.clock.now();
         let present = target.replica.target();
         let present = present.as_ref().map(|t| &**t as &dyn BlockSource);
-        let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*self.source]).collect();
+        let Origin::Device(source) = self.origin.clone() else {
+            let found = self.situation(target)?;
+            return self.choose_for_peer(found);
+        };
+        let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*source]).collect();
         let data = DataBlocks::of(&sides, &self.geometry);
         let found = self.situation(target)?;
         let at_most = Sample::at_most(&data, &self.geometry);
         let choice = match choose_unread(self.options, found, &at_most) {
             Some(choice) => choice,
-            None => choose(self.options, found, &self.sample(present, &data)?),
+            None => choose(self.options, found, &self.sample(&*source, present, &data)?),
         };
         self.time("sampling", start);
         check_space(&choice)?;
         Ok(choice)
     }
 
-    fn sample(&self, target: Option<&dyn BlockSource>, data: &DataBlocks) -> Result<Sample> {
+    fn sample(
+        &self,
+        source: &dyn BlockSource,
+        target: Option<&dyn BlockSource>,
+        data: &DataBlocks,
+    ) -> Result<Sample> {
         let context = self.context;
         context.progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
-        Sample::take(
-            &*self.source,
-            target,
-            &self.geometry,
-            data,
-            self.seed(),
-            context,
-        )
+        Sample::take(source, target, &self.geometry, data, self.seed(), context)
+    }
+
+    /// Over a link a comparison is always worth it; the target's file system says how the result is put in place.
+    fn choose_for_peer(&self, found: Situation) -> Result<Choice> {
+        if !found.target_present || self.options.mode == Mode::Full {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "a full download from another machine: not possible yet",
+            ));
+        }
+        let options = SyncOptions {
+            mode: Mode::Delta,
+            ..self.options.clone()
+        };
+        Ok(choose(&options, found, &Sample::default()))
     }
 
     fn situation(&self, target: &mut Target) -> Result<Situation> {

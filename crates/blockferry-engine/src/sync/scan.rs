@@ -10,6 +10,7 @@ use blockferry_pipeline::{PIECE_BYTES, Phase, Stopped, WalkOptions, read_padded,
 use blockferry_transfer_log::{Lost, Old, Prepared, StagedView, Stager, Strategy, Undo};
 
 use super::consumer::Consumer;
+use super::origin::Origin;
 use super::{Counts, Run, internal, writes_blocks};
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::{LogHandle, PointFiles};
@@ -18,6 +19,7 @@ use crate::knowledge::{Doubt, Doubts};
 use crate::plan::Choice;
 use crate::read_back::ReadBackThreads;
 use crate::recorder::{Recorded, Recorder};
+use crate::remote::{Peer, Scanned, TargetSide};
 
 /// How often staged pages may turn out not to have survived on the medium: another time would be no better.
 const MOST_LOSSES: u32 = 3;
@@ -44,9 +46,17 @@ impl Run<'_> {
             if let Some(device) = &device {
                 self.stage_cut_off(handle, &**device)?;
             }
-            let job = self.job(handle, choice, device.clone())?;
             let mut recorder = Recorder::new(self.geometry, files.open_target());
-            let doubt = self.scan(handle, &job, &files, &mut recorder)?;
+            let doubt = match self.origin.clone() {
+                Origin::Device(source) => {
+                    let job = self.job(source, handle, choice, device.clone())?;
+                    self.scan(handle, &job, &files, &mut recorder)?
+                }
+                Origin::Peer(peer) => {
+                    let side = self.target_side(handle, choice, device.clone())?;
+                    self.scan_with(&peer, &side, handle, &files, &mut recorder)?
+                }
+            };
             self.time("scanning", start);
             self.check_source_unchanged()?;
             if let Some(doubt) = doubt {
@@ -90,6 +100,7 @@ impl Run<'_> {
 
     fn job(
         &self,
+        source: Arc<dyn BlockSource>,
         handle: &LogHandle<'_>,
         choice: &Choice,
         device: Option<Arc<dyn BlockSource>>,
@@ -99,7 +110,7 @@ impl Run<'_> {
             let stager = handle
                 .stager()
                 .ok_or_else(|| internal("no session to write blocks to"))?;
-            let mut copying = Copying::new(Arc::clone(&self.source), self.geometry, stager);
+            let mut copying = Copying::new(source, self.geometry, stager);
             copying.source_unchanged = handle.source_stamp().is_some_and(|s| {
                 s.evidence.proves_same(&self.stamp.evidence)
                     && s.identity.proves_same(&self.stamp.identity)
@@ -111,12 +122,70 @@ impl Run<'_> {
         }
         let device = device.ok_or_else(|| internal("a delta needs a target"))?;
         let stager = Stager::detached(self.geometry);
-        let mut comparison =
-            Comparison::new(Arc::clone(&self.source), device, self.geometry, stager);
+        let mut comparison = Comparison::new(source, device, self.geometry, stager);
         comparison.staged = staged;
-        comparison.keep_old = self.options.undo == Undo::Keep && choice.strategy == Strategy::Redo;
+        comparison.keep_old = self.keeps_old(choice);
         comparison.limiter = self.limiter();
         Ok(Job::Delta(comparison))
+    }
+
+    /// What compares the target with a source on another machine.
+    fn target_side(
+        &self,
+        handle: &LogHandle<'_>,
+        choice: &Choice,
+        device: Option<Arc<dyn BlockSource>>,
+    ) -> Result<TargetSide> {
+        let target = device.ok_or_else(|| internal("a delta needs a target"))?;
+        Ok(TargetSide {
+            target,
+            geometry: self.geometry,
+            stager: Stager::detached(self.geometry),
+            staged: handle.staged_view(),
+            keep_old: self.keeps_old(choice),
+        })
+    }
+
+    /// Whether the pages that are replaced go to the log.
+    fn keeps_old(&self, choice: &Choice) -> bool {
+        self.options.undo == Undo::Keep && choice.strategy == Strategy::Redo
+    }
+
+    /// Scans with the source's side until nothing was mistaken; ends early, and says why, when what was known turns
+    /// out to be wrong.
+    fn scan_with(
+        &mut self,
+        peer: &Peer,
+        side: &TargetSide,
+        handle: &mut LogHandle<'_>,
+        files: &PointFiles,
+        recorder: &mut Recorder,
+    ) -> Result<Option<Doubt>> {
+        self.counts = Counts::default();
+        let doubts = Doubts::default();
+        let mut knowledge = files.knowledge(self.geometry, self.seed(), doubts.clone());
+        let (threads, context) = (self.options.threads(), self.context);
+        let scanned = std::thread::scope(|scope| {
+            let read_back = ReadBackThreads::start(scope);
+            let mut consumer =
+                Consumer::new(self, handle, files, recorder, read_back, doubts.clone());
+            let scanned = side.scan(
+                peer,
+                false,
+                threads,
+                context,
+                &mut |region| knowledge.of(region),
+                &mut |step| consumer.take(step),
+            )?;
+            knowledge.check_whole();
+            consumer.finish()?;
+            Ok::<_, Error>(scanned)
+        })?;
+        match (doubts.first(), scanned) {
+            (Some(doubt), _) => Ok(Some(doubt)),
+            (None, Scanned::Whole(_)) => Ok(None),
+            (None, Scanned::Again) => Err(internal("digests were mistaken for others")),
+        }
     }
 
     /// Holds all workers together to the rate asked for.
@@ -223,10 +292,10 @@ impl Run<'_> {
 
     /// D10: the source is what it was when the run began, or nothing is committed.
     fn check_source_unchanged(&self) -> Result<()> {
-        let failed = |e| Error::source(format!("examine source {}", self.source.label()), e);
-        let now = self.source.evidence().map_err(failed)?;
-        let size = self.source.size_bytes();
-        let moved = self.stamp.evidence.is_known() && !now.proves_same(&self.stamp.evidence);
+        let now = self.origin.look()?;
+        let size = now.size_bytes;
+        let known = self.stamp.evidence.is_known();
+        let moved = known && !now.evidence.proves_same(&self.stamp.evidence);
         if !moved && size == self.geometry.image_bytes() {
             return Ok(());
         }
@@ -235,7 +304,7 @@ impl Run<'_> {
             format!(
                 "source {} was written while it was read: what was staged is kept and compared again by the \
                  next run; nothing was committed",
-                self.source.label()
+                self.origin.label()
             ),
         )
         .resumable(true))

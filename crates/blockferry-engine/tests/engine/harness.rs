@@ -209,6 +209,17 @@ impl Source {
         counting
     }
 
+    /// Reads count, and can fail, from now on.
+    pub(crate) fn count_from_now(&self) {
+        *self.sampled_bytes.lock().unwrap() = Some(0);
+        self.take_reads();
+    }
+
+    /// Another version from now on, of the same bytes.
+    pub(crate) fn bump(&self) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// Bytes read by the last run to choose mode and strategy; nothing if it had nothing to choose.
     pub(crate) fn sampled_bytes(&self) -> Option<u64> {
         *self.sampled_bytes.lock().unwrap()

@@ -16,3 +16,4 @@ mod points;
 mod proof;
 mod reading;
 mod real;
+mod remote;

@@ -1,0 +1,547 @@
+//! The host of the target's role: reads the target on several threads, stages what arrives, and hands regions that are
+//! done to the consumer in order, as a walk over two local devices does.
+
+use std::sync::Arc;
+
+use blockferry_core::{
+    Extent, Geometry, RegionIndex, RegionLeaves, Root, block_digest, is_zero, page_digests,
+};
+use blockferry_delta_sync::{Known, differing_runs};
+use blockferry_device::{AlignedBuffer, BlockSource};
+use blockferry_pipeline::{BUFFER_BYTES, DataMap, DataRegions, Step, block_in, read_padded, runs};
+use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
+use blockferry_transport::message::{Begin, Source};
+use blockferry_transport::{Connection, Message, ShortDigests};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+
+use super::data::Unpacked;
+use super::target_role::{Arrived, TargetJob, TargetRole};
+use super::{ProtocolError, failed_peer, lost, violated};
+use crate::error::{Error, ErrorKind, Result};
+use crate::job::RegionDone;
+use crate::options::Context;
+
+/// Regions that the source may be ahead.
+const WINDOW: u32 = 64;
+/// How pages are packed: what a processor packs faster than most links carry.
+pub(crate) const LEVEL: i8 = 1;
+const TICK: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// A source on the other side of a connection.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    connection: Connection,
+    pub(crate) source: Source,
+}
+
+impl Peer {
+    /// Asks what the source is.
+    pub(crate) fn new(connection: Connection) -> Result<Self> {
+        connection.trust();
+        let source = examine(&connection)?;
+        Ok(Self { connection, source })
+    }
+
+    /// What the source is now.
+    pub(crate) fn examine(&self) -> Result<Source> {
+        examine(&self.connection)
+    }
+
+    /// Ends a scan: what the source still says of it is passed over.
+    fn stop(&self) -> Result<()> {
+        let connection = &self.connection;
+        connection.outbox().send(Message::Stop).map_err(lost)?;
+        loop {
+            match connection.receive().map_err(lost)? {
+                Message::Stopped => return Ok(()),
+                Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
+                _of_that_scan => {}
+            }
+        }
+    }
+
+    /// Tells the source's side what came of the run, and ends the connection.
+    pub(crate) fn finish(self, outcome: std::result::Result<Vec<u8>, &Error>) {
+        let message = match outcome {
+            Ok(json) => Message::Outcome(json),
+            Err(error) => super::failure(error),
+        };
+        let _nobody_listens = self.connection.outbox().send(message);
+        self.connection.finish();
+    }
+
+    /// Bytes sent so far, and bytes received.
+    pub(crate) fn wire_bytes(&self) -> (u64, u64) {
+        self.connection.wire_bytes()
+    }
+}
+
+fn examine(connection: &Connection) -> Result<Source> {
+    connection.outbox().send(Message::Examine).map_err(lost)?;
+    match connection.receive().map_err(lost)? {
+        Message::Source(source) => Ok(source),
+        Message::Failed { kind, text } => Err(failed_peer(kind, text)),
+        other => Err(violated(super::unexpected("target", &other))),
+    }
+}
+
+/// What the workers of a scan share.
+#[derive(Debug)]
+pub(crate) struct TargetSide {
+    /// The old content.
+    pub(crate) target: Arc<dyn BlockSource>,
+    pub(crate) geometry: Geometry,
+    pub(crate) stager: Stager,
+    /// What a resumed session has staged already; it wins over the target.
+    pub(crate) staged: Option<Arc<StagedView>>,
+    /// Whether what is replaced is kept.
+    pub(crate) keep_old: bool,
+}
+
+/// What a scan came to.
+pub(crate) enum Scanned {
+    /// The target, as staged, is the source: its root.
+    Whole(Root),
+    /// A shortened digest was taken for another, or what was known of the target is wrong.
+    Again,
+}
+
+/// What a worker did.
+enum Finished {
+    Scanned {
+        leaves: RegionLeaves,
+        read_bytes: u64,
+    },
+    Paged(RegionIndex, Vec<(u16, ShortDigests)>),
+    Staged {
+        blocks: Vec<(u64, u16)>,
+        wrong: Vec<(u64, u16)>,
+        batches: Vec<Batch>,
+    },
+}
+
+/// What the calling thread of a scan hands to the log and the manifest.
+pub(crate) type Consume<'c> = dyn FnMut(Step<Batch, RegionDone>) -> Result<()> + 'c;
+
+impl TargetSide {
+    /// Scans once. `known` says what is known of each region of the target, asked for in ascending order.
+    pub(crate) fn scan(
+        &self,
+        peer: &Peer,
+        exact: bool,
+        threads: usize,
+        context: &Context,
+        known: &mut dyn FnMut(RegionIndex) -> Option<Known>,
+        consume: &mut Consume<'_>,
+    ) -> Result<Scanned> {
+        let begin = Begin {
+            block_size: self.geometry.block_size(),
+            streams: blockferry_transport::message::Streams::Digests,
+            exact,
+            level: LEVEL,
+            window: WINDOW,
+            resumed: None,
+        };
+        let outbox = peer.connection.outbox();
+        outbox.send(Message::Begin(begin)).map_err(lost)?;
+        std::thread::scope(|scope| {
+            let (jobs, waiting) = bounded::<(TargetJob, Known)>(2 * threads);
+            let (finish, finished) = bounded(2 * threads);
+            for _ in 0..threads {
+                let (waiting, finish) = (waiting.clone(), finish.clone());
+                scope.spawn(move || self.work(begin, &waiting, &finish));
+            }
+            let mut host = Host {
+                role: TargetRole::new(begin, self.geometry.image_bytes()),
+                regions: self.regions(),
+                under_way: 0,
+                most: 2 * threads,
+                read_bytes: 0,
+            };
+            host.run(&peer.connection, &jobs, &finished, context, known, consume)
+        })
+        .and_then(|scanned| peer.stop().map(|()| scanned))
+    }
+
+    fn regions(&self) -> DataRegions {
+        match &self.staged {
+            // Something may be staged where the target is zero.
+            Some(_) => DataRegions::every(self.geometry),
+            None => DataRegions::of(self.geometry, vec![Arc::clone(&self.target)]),
+        }
+    }
+
+    fn work(
+        &self,
+        begin: Begin,
+        waiting: &Receiver<(TargetJob, Known)>,
+        finish: &Sender<Result<Finished>>,
+    ) {
+        let piece = || AlignedBuffer::zeroed(usize::try_from(BUFFER_BYTES).unwrap_or(usize::MAX));
+        let mut buffers = (piece(), piece());
+        for (job, known) in waiting {
+            if finish
+                .send(self.job(begin, job, &known, &mut buffers))
+                .is_err()
+            {
+                break;
+            }
+        }
+    }
+
+    fn job(
+        &self,
+        begin: Begin,
+        job: TargetJob,
+        known: &Known,
+        buffers: &mut (AlignedBuffer, AlignedBuffer),
+    ) -> Result<Finished> {
+        match job {
+            TargetJob::Scan(region) => self.leaves(region, known, &mut buffers.0),
+            TargetJob::Pages {
+                region,
+                blocks,
+                width,
+            } => {
+                let mut taken = Vec::with_capacity(blocks.len());
+                for block in blocks {
+                    let extent = block_in(&self.geometry, region, usize::from(block));
+                    let shown = self.shown(extent, &mut buffers.0)?;
+                    let pages = page_digests(begin.block_size, shown);
+                    taken.push((block, ShortDigests::of(width, pages)));
+                }
+                Ok(Finished::Paged(region, taken))
+            }
+            TargetJob::StageZeros { region, blocks } => self.zeros(region, blocks, buffers),
+            TargetJob::Stage(arrived) => self.stage(arrived, buffers),
+        }
+    }
+
+    /// The leaves of the target as staged so far. What is known and not staged over is not read.
+    fn leaves(
+        &self,
+        region: RegionIndex,
+        known: &Known,
+        buffer: &mut AlignedBuffer,
+    ) -> Result<Finished> {
+        let whole = self.geometry.region_extent(region);
+        let is_staged = self.staged.as_ref().is_some_and(|s| s.overlaps(whole));
+        if let Some(leaves) = known.target.as_ref().filter(|_| !is_staged) {
+            let leaves = leaves.clone();
+            return Ok(Finished::Scanned {
+                leaves,
+                read_bytes: 0,
+            });
+        }
+        let failed = |e| Error::target(format!("read {whole} of {}", self.target.label()), e);
+        let map = DataMap::of(&*self.target, &self.geometry, region).map_err(failed)?;
+        let mut leaves = RegionLeaves::zero(&self.geometry, region);
+        let mut read_bytes = 0;
+        let block_bytes = to_usize(self.geometry.block_size().bytes());
+        let wanted = |block| is_staged || !map.is_zero_block(block);
+        for run in runs(&self.geometry, region, wanted) {
+            let bytes = &mut buffer[..to_usize(run.extent.length())];
+            read_bytes += map.read(&*self.target, run.extent, bytes).map_err(failed)?;
+            self.patch(run.extent, bytes)?;
+            for (block, place) in bytes.chunks(block_bytes).zip(run.first..) {
+                if !is_zero(block) {
+                    leaves.set(place, block_digest(block));
+                }
+            }
+        }
+        Ok(Finished::Scanned { leaves, read_bytes })
+    }
+
+    /// Reads what the target holds.
+    fn old<'b>(&self, extent: Extent, buffer: &'b mut AlignedBuffer) -> Result<&'b mut [u8]> {
+        let bytes = &mut buffer[..to_usize(extent.length())];
+        read_padded(&*self.target, extent, bytes)
+            .map_err(|e| Error::target(format!("read {extent} of {}", self.target.label()), e))?;
+        Ok(bytes)
+    }
+
+    /// Reads what the target holds as staged so far.
+    fn shown<'b>(&self, extent: Extent, buffer: &'b mut AlignedBuffer) -> Result<&'b mut [u8]> {
+        let bytes = self.old(extent, buffer)?;
+        self.patch(extent, bytes)?;
+        Ok(bytes)
+    }
+
+    fn patch(&self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
+        match self.staged.as_ref().filter(|s| s.overlaps(extent)) {
+            Some(staged) => staged
+                .patch(extent, bytes)
+                .map_err(|e| Error::log("read what is staged", e)),
+            None => Ok(()),
+        }
+    }
+
+    fn zeros(
+        &self,
+        region: RegionIndex,
+        blocks: Vec<u16>,
+        (old, view): &mut (AlignedBuffer, AlignedBuffer),
+    ) -> Result<Finished> {
+        let mut staging = Staging::new(self);
+        for block in &blocks {
+            let extent = block_in(&self.geometry, region, usize::from(*block));
+            let old = self.old(extent, old)?;
+            let view = &mut view[..old.len()];
+            view.copy_from_slice(old);
+            self.patch(extent, view)?;
+            let zeros = vec![0; view.len()];
+            differing_runs(extent, &zeros, view, |run| {
+                staging.zero(run.extent, part(old, extent, run.extent));
+            });
+        }
+        Ok(Finished::Staged {
+            blocks: blocks.into_iter().map(|b| (region.get(), b)).collect(),
+            wrong: Vec::new(),
+            batches: staging.finish(),
+        })
+    }
+
+    /// Stages what arrived, packed as it came, unless some of it is not what it should be.
+    fn stage(
+        &self,
+        arrived: Arrived,
+        (old, view): &mut (AlignedBuffer, AlignedBuffer),
+    ) -> Result<Finished> {
+        let arrived = Unpacked::of(arrived)
+            .map_err(|e| Error::because(ErrorKind::Peer, "unpack pages of the peer", e))?;
+        let (mut blocks, mut wrong) = (Vec::new(), Vec::new());
+        let mut staging = Staging::new(self);
+        for (region, block, expected) in arrived.blocks() {
+            let extent = block_in(
+                &self.geometry,
+                RegionIndex::new(*region),
+                usize::from(*block),
+            );
+            let old = self.old(extent, old)?;
+            let view = &mut view[..old.len()];
+            view.copy_from_slice(old);
+            self.patch(extent, view)?;
+            blocks.push((*region, *block));
+            if !arrived.patch(extent, view, expected) {
+                wrong.push((*region, *block));
+                continue;
+            }
+            for (run, bytes) in arrived.runs_in(extent) {
+                let old = part(old, extent, run);
+                if bytes.is_empty() {
+                    staging.zero(run, old);
+                } else {
+                    staging.data(run, bytes, old);
+                }
+            }
+        }
+        if wrong.is_empty() {
+            staging.keep_frame(arrived.frame());
+        }
+        Ok(Finished::Staged {
+            blocks,
+            wrong,
+            batches: staging.finish(),
+        })
+    }
+}
+
+/// The bytes of `inside` among those of `extent`.
+fn part(bytes: &[u8], extent: Extent, inside: Extent) -> &[u8] {
+    let from = to_usize(inside.start() - extent.start());
+    &bytes[from..from + to_usize(inside.length())]
+}
+
+/// Batches in the making: one of data, which may keep the frame that it came in, and some of zeros.
+struct Staging<'s> {
+    side: &'s TargetSide,
+    data: Batch,
+    zeros: Vec<Batch>,
+}
+
+impl<'s> Staging<'s> {
+    fn new(side: &'s TargetSide) -> Self {
+        Self {
+            side,
+            data: side.stager.pages(),
+            zeros: Vec::new(),
+        }
+    }
+
+    fn replaced<'o>(&self, old: &'o [u8]) -> Old<'o> {
+        match (self.side.keep_old, is_zero(old)) {
+            (false, _) => Old::None,
+            (true, true) => Old::Zero,
+            (true, false) => Old::Data(old),
+        }
+    }
+
+    /// All data of one message fits one batch: they have the same limits.
+    fn data(&mut self, extent: Extent, new: &[u8], old: &[u8]) {
+        let old = self.replaced(old);
+        self.side.stager.add(&mut self.data, extent, new, old);
+    }
+
+    fn zero(&mut self, extent: Extent, old: &[u8]) {
+        let old = self.replaced(old);
+        if self
+            .zeros
+            .last()
+            .is_none_or(|batch| !batch.has_room(extent.length()))
+        {
+            self.zeros.push(self.side.stager.pages());
+        }
+        if let Some(batch) = self.zeros.last_mut() {
+            self.side.stager.add_zero(batch, extent, old);
+        }
+    }
+
+    fn keep_frame(&mut self, frame: &[u8]) {
+        if !self.data.is_empty() && (frame.len() as u64) < self.data.data_bytes() {
+            self.data.store_frame(frame);
+        }
+    }
+
+    fn finish(self) -> Vec<Batch> {
+        let batches = std::iter::once(self.data).chain(self.zeros);
+        batches.filter(|batch| !batch.is_empty()).collect()
+    }
+}
+
+struct Host {
+    role: TargetRole,
+    regions: DataRegions,
+    under_way: usize,
+    most: usize,
+    read_bytes: u64,
+}
+
+impl Host {
+    fn run(
+        &mut self,
+        connection: &Connection,
+        jobs: &Sender<(TargetJob, Known)>,
+        finished: &Receiver<Result<Finished>>,
+        context: &Context,
+        known: &mut dyn FnMut(RegionIndex) -> Option<Known>,
+        consume: &mut Consume<'_>,
+    ) -> Result<Scanned> {
+        let mut out = Vec::new();
+        loop {
+            if !self.hand_out(jobs, known, &mut out) {
+                return Ok(Scanned::Again);
+            }
+            for message in out.drain(..) {
+                connection.outbox().send(message).map_err(lost)?;
+            }
+            self.take_finished(consume)?;
+            match self.role.outcome() {
+                Ok(Some(root)) => return Ok(Scanned::Whole(root)),
+                Ok(None) => {}
+                Err(error) => return again(error),
+            }
+            context.check_cancelled()?;
+            let taken = select! {
+                recv(connection.receiver()) -> message => {
+                    let message = message.unwrap_or_else(|_ended| connection.receive());
+                    match message.map_err(lost)? {
+                        Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
+                        message => self.role.message(message, &mut out),
+                    }
+                }
+                recv(finished) -> done => {
+                    self.under_way -= 1;
+                    let done = done.map_err(|_ended| super::internal("the workers ended"))?;
+                    self.done(done?, &mut out, consume)?
+                }
+                default(TICK) => {
+                    connection.check_alive().map_err(lost)?;
+                    consume(Step::Tick)?;
+                    Ok(())
+                }
+            };
+            if let Err(error) = taken {
+                return again(error);
+            }
+        }
+    }
+
+    fn done(
+        &mut self,
+        done: Finished,
+        out: &mut Vec<Message>,
+        consume: &mut Consume<'_>,
+    ) -> Result<super::ProtocolResult> {
+        match done {
+            Finished::Scanned { leaves, read_bytes } => {
+                self.read_bytes += read_bytes;
+                self.role.scanned(leaves, out);
+            }
+            Finished::Paged(region, blocks) => self.role.paged(region, blocks, out),
+            Finished::Staged {
+                blocks,
+                wrong,
+                batches,
+            } => {
+                for batch in batches {
+                    consume(Step::Part(batch))?;
+                }
+                return Ok(self.role.staged(&blocks, &wrong, out));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn take_finished(&mut self, consume: &mut Consume<'_>) -> Result<()> {
+        for leaves in self.role.take_finished() {
+            consume(Step::Done(RegionDone {
+                leaves,
+                source_read_bytes: 0,
+                target_read_bytes: std::mem::take(&mut self.read_bytes),
+                changed_bytes: 0,
+                lies: 0,
+            }))?;
+        }
+        Ok(())
+    }
+
+    /// `false` if what was known is doubted.
+    fn hand_out(
+        &mut self,
+        jobs: &Sender<(TargetJob, Known)>,
+        known: &mut dyn FnMut(RegionIndex) -> Option<Known>,
+        out: &mut Vec<Message>,
+    ) -> bool {
+        while self.under_way < self.most {
+            let regions = &mut self.regions;
+            let mut next_data =
+                |from: u64| regions.map(RegionIndex::get).find(|region| *region >= from);
+            let Some(job) = self.role.next_job(&mut next_data, out) else {
+                break;
+            };
+            let of_region = match &job {
+                TargetJob::Scan(region) => known(*region),
+                _ => Some(Known::default()),
+            };
+            let Some(of_region) = of_region else {
+                return false;
+            };
+            self.under_way += 1;
+            if jobs.send((job, of_region)).is_err() {
+                break;
+            }
+        }
+        true
+    }
+}
+
+fn again(error: ProtocolError) -> Result<Scanned> {
+    match error {
+        ProtocolError::Mistaken(_) => Ok(Scanned::Again),
+        violation => Err(violated(violation)),
+    }
+}
+
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,308 @@
+//! The host of the source's role: reads the source on several threads and answers the target's side until the run is
+//! over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockferry_core::{Geometry, RegionIndex, RegionLeaves, page_digests};
+use blockferry_device::{AlignedBuffer, BlockSource, Cancellable, Status};
+use blockferry_full_download::{Copying, Scratch};
+use blockferry_pipeline::{BUFFER_BYTES, DataRegions, block_in, read_padded};
+use blockferry_transport::message::{Begin, Source};
+use blockferry_transport::{Connection, Message, Outbox, ShortDigests, Width};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+
+use super::data::Packer;
+use super::source_role::{SourceJob, SourceRole};
+use super::{failed_peer, lost, violated};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::Context;
+
+/// How often the caller's wish to end is looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Lets the peer of `connection` sync from `source`, until it says what came of it, which is returned as it said it.
+///
+/// # Errors
+/// The source failed, the peer or its run failed, or the caller cancelled.
+pub fn serve_source(
+    source: &Arc<dyn BlockSource>,
+    connection: Connection,
+    threads: usize,
+    context: &Context,
+) -> Result<Vec<u8>> {
+    connection.trust();
+    let cancellable = Cancellable::new(Arc::clone(source), context.cancel.clone());
+    let reading = Reading {
+        source: Arc::new(cancellable),
+        outbox: connection.outbox().clone(),
+    };
+    let threads = threads.clamp(1, 64);
+    let outcome = std::thread::scope(|scope| {
+        let (jobs, waiting) = bounded::<(SourceJob, Option<Begin>)>(2 * threads);
+        let (finish, finished) = bounded(2 * threads);
+        for _ in 0..threads {
+            let (waiting, finish) = (waiting.clone(), finish.clone());
+            let reading = &reading;
+            scope.spawn(move || reading.work(&waiting, &finish));
+        }
+        let mut host = Host {
+            role: SourceRole::new(reading.source.size_bytes()),
+            source: Arc::clone(&reading.source),
+            begin: None,
+            regions: None,
+            under_way: 0,
+            most: 2 * threads,
+            stopping: false,
+        };
+        let outcome = host.run(&connection, &jobs, &finished, context);
+        if let Err(error) = &outcome {
+            say_failed(connection.outbox(), error);
+        }
+        // Threads that wait to send find the link closed.
+        connection.finish();
+        outcome
+    });
+    outcome
+}
+
+/// Tells the peer why this side ends, if it still listens.
+fn say_failed(outbox: &Outbox, error: &Error) {
+    if error.kind() != ErrorKind::Peer {
+        let _nobody_listens = outbox.send(super::failure(error));
+    }
+}
+
+struct Host {
+    role: SourceRole,
+    source: Arc<dyn BlockSource>,
+    begin: Option<Begin>,
+    regions: Option<DataRegions>,
+    under_way: usize,
+    most: usize,
+    /// To be answered when no work is under way.
+    stopping: bool,
+}
+
+/// What a worker did.
+enum Finished {
+    Scanned(RegionLeaves),
+    Answered(Option<Message>),
+    Failed(Error),
+}
+
+impl Host {
+    fn run(
+        &mut self,
+        connection: &Connection,
+        jobs: &Sender<(SourceJob, Option<Begin>)>,
+        finished: &Receiver<Finished>,
+        context: &Context,
+    ) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        loop {
+            self.hand_out(jobs, &mut out);
+            for message in out.drain(..) {
+                connection.outbox().send(message).map_err(lost)?;
+            }
+            if self.stopping && self.under_way == 0 {
+                self.stopping = false;
+                connection
+                    .outbox()
+                    .send_data(Message::Stopped)
+                    .map_err(lost)?;
+            }
+            context.check_cancelled()?;
+            select! {
+                recv(connection.receiver()) -> message => {
+                    let message = message.unwrap_or_else(|_ended| connection.receive());
+                    if let Some(outcome) = self.take(message.map_err(lost)?, &mut out)? {
+                        return Ok(outcome);
+                    }
+                }
+                recv(finished) -> done => {
+                    self.under_way -= 1;
+                    match done {
+                        Ok(Finished::Scanned(leaves)) => self.role.scanned(leaves, &mut out),
+                        Ok(Finished::Answered(message)) => out.extend(message),
+                        Ok(Finished::Failed(error)) => return Err(error),
+                        Err(_ended) => return Err(super::internal("the workers ended")),
+                    }
+                }
+                default(TICK) => connection.check_alive().map_err(lost)?,
+            }
+        }
+    }
+
+    /// Takes a message; what the run came to ends it.
+    fn take(&mut self, message: Message, out: &mut Vec<Message>) -> Result<Option<Vec<u8>>> {
+        match message {
+            Message::Outcome(json) => return Ok(Some(json)),
+            Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
+            // What is durable there no source of ours waits for yet.
+            Message::Durable(_) | Message::Event(_) => return Ok(None),
+            Message::Stop => {
+                self.role.stop();
+                self.stopping = true;
+                Ok(())
+            }
+            Message::Begin(begin) => {
+                let geometry = Geometry::new(self.source.size_bytes(), begin.block_size);
+                let source = vec![Arc::clone(&self.source)];
+                self.regions = Some(DataRegions::of(geometry, source));
+                self.begin = Some(begin);
+                self.role.message(Message::Begin(begin), out)
+            }
+            message => self.role.message(message, out),
+        }
+        .map_err(violated)?;
+        Ok(None)
+    }
+
+    fn hand_out(&mut self, jobs: &Sender<(SourceJob, Option<Begin>)>, out: &mut Vec<Message>) {
+        while self.under_way < self.most {
+            let regions = &mut self.regions;
+            let mut next_data = |from: u64| {
+                let regions = regions.as_mut()?;
+                regions.map(RegionIndex::get).find(|region| *region >= from)
+            };
+            let Some(job) = self.role.next_job(&mut next_data) else {
+                self.role.tell_end(out);
+                break;
+            };
+            self.under_way += 1;
+            if jobs.send((job, self.begin)).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// What the workers share.
+struct Reading {
+    source: Arc<dyn BlockSource>,
+    outbox: Outbox,
+}
+
+impl Reading {
+    fn work(&self, waiting: &Receiver<(SourceJob, Option<Begin>)>, finish: &Sender<Finished>) {
+        let mut scratch = Scratch::default();
+        for (job, begin) in waiting {
+            let done = self
+                .job(job, begin, &mut scratch)
+                .unwrap_or_else(Finished::Failed);
+            if finish.send(done).is_err() {
+                break;
+            }
+        }
+    }
+
+    fn job(&self, job: SourceJob, begin: Option<Begin>, scratch: &mut Scratch) -> Result<Finished> {
+        if let SourceJob::Examine = job {
+            let source = examine(&*self.source)?;
+            return Ok(Finished::Answered(Some(Message::Source(source))));
+        }
+        let begin = begin.ok_or_else(|| super::internal("work before it began"))?;
+        let geometry = Geometry::new(self.source.size_bytes(), begin.block_size);
+        match job {
+            SourceJob::Scan(region, _) => {
+                let copying = Copying::digesting(Arc::clone(&self.source), geometry);
+                let scanned = copying.region(region, scratch, &mut |_| Ok(()))?;
+                Ok(Finished::Scanned(scanned.leaves))
+            }
+            SourceJob::Pages { region, blocks } => {
+                self.send_pages(&geometry, begin, region, &blocks)?;
+                Ok(Finished::Answered(None))
+            }
+            SourceJob::Sample(blocks) => {
+                let width = if begin.exact {
+                    Width::Whole
+                } else {
+                    Width::Four
+                };
+                let mut pages = ShortDigests::new(width);
+                let mut buffer = buffer();
+                for block in blocks {
+                    let extent = geometry.block_extent(blockferry_core::BlockIndex::new(block));
+                    let bytes = self.read(extent, &mut buffer)?;
+                    page_digests(begin.block_size, bytes).for_each(|page| pages.push(&page));
+                }
+                Ok(Finished::Answered(Some(Message::Sampled(pages))))
+            }
+            SourceJob::Examine => unreachable!("answered above"),
+        }
+    }
+
+    fn send_pages(
+        &self,
+        geometry: &Geometry,
+        begin: Begin,
+        region: RegionIndex,
+        blocks: &[(u16, ShortDigests)],
+    ) -> Result<()> {
+        let mut packer = Packer::new(*geometry, begin.level);
+        let mut buffer = buffer();
+        let send = |message: Option<Message>| match message {
+            Some(message) => self.outbox.send_data(message).map_err(lost),
+            None => Ok(()),
+        };
+        for (block, theirs) in blocks {
+            let extent = block_in(geometry, region, usize::from(*block));
+            let bytes = self.read(extent, &mut buffer)?;
+            send(packer.add(region, *block, bytes, theirs).map_err(packing)?)?;
+        }
+        send(packer.take().map_err(packing)?)
+    }
+
+    fn read<'b>(
+        &self,
+        extent: blockferry_core::Extent,
+        buffer: &'b mut AlignedBuffer,
+    ) -> Result<&'b [u8]> {
+        let bytes = &mut buffer[..usize::try_from(extent.length()).unwrap_or(usize::MAX)];
+        read_padded(&*self.source, extent, bytes)
+            .map_err(|e| Error::source(format!("read {extent} of {}", self.source.label()), e))?;
+        Ok(bytes)
+    }
+}
+
+/// What a source is now.
+fn examine(source: &dyn BlockSource) -> Result<Source> {
+    let failed = |e| Error::source(format!("examine source {}", source.label()), e);
+    Ok(Source {
+        label: source.label().to_owned(),
+        size_bytes: source.size_bytes(),
+        identity: source.identity().map_err(failed)?,
+        evidence: source.evidence().map_err(failed)?,
+        data_bytes: data_bytes(source),
+    })
+}
+
+/// At most so many bytes are data; holes that the device cannot name count.
+fn data_bytes(source: &dyn BlockSource) -> u64 {
+    const MOST_RUNS: usize = 65_536;
+    let size = source.size_bytes();
+    let (mut offset, mut data) = (0, 0);
+    for _ in 0..MOST_RUNS {
+        if offset >= size {
+            return data;
+        }
+        let Ok((status, end)) = source.status_at(offset) else {
+            break;
+        };
+        let end = end.clamp(offset + 1, size);
+        if status == Status::Data {
+            data += end - offset;
+        }
+        offset = end;
+    }
+    data + (size - offset.min(size))
+}
+
+fn buffer() -> AlignedBuffer {
+    AlignedBuffer::zeroed(usize::try_from(BUFFER_BYTES).unwrap_or(usize::MAX))
+}
+
+fn packing(cause: blockferry_transfer_log::Error) -> Error {
+    Error::because(ErrorKind::Internal, "pack pages", cause)
+}

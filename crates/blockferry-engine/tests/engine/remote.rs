@@ -1,0 +1,213 @@
+//! The source on the other side of a connection: what holds of a local run holds of it, and little travels.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::thread;
+
+use blockferry_device::BlockSource;
+use blockferry_engine::{
+    Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Undo, serve_source,
+    sync_from_peer,
+};
+use blockferry_testkit::Random;
+use blockferry_transport::{Connection, Deadlines, Link};
+
+use crate::harness::{
+    Machine, On, Source, assert_rolls_back_to, assert_synced, block_size, edited, image, options,
+};
+
+const BYTES: u64 = 6 << 20;
+
+fn delta(strategy: Option<Strategy>) -> SyncOptions {
+    options(|o| {
+        o.block_size = block_size(16 * 1024);
+        o.mode = Mode::Delta;
+        o.strategy = strategy;
+    })
+}
+
+/// What both sides came to, and what travelled: bytes to the source's side, and from there.
+struct Ran {
+    target: Result<Receipt>,
+    source: Result<Vec<u8>>,
+}
+
+/// A sync over this pair of links.
+fn run(
+    machine: &Machine,
+    source: &Arc<Source>,
+    options: &SyncOptions,
+    (here, there): (Link, Link),
+) -> Ran {
+    let served: Arc<dyn BlockSource> = Arc::<Source>::clone(source);
+    let serving = thread::spawn(move || {
+        let connection = Connection::open(there, Deadlines::default()).map_err(unopened)?;
+        serve_source(&served, connection, 2, &Context::default())
+    });
+    let target = Connection::open(here, Deadlines::default())
+        .map_err(unopened)
+        .and_then(|connection| {
+            sync_from_peer(
+                connection,
+                &mut machine.open(),
+                options,
+                &Context::default(),
+            )
+        });
+    Ran {
+        target,
+        source: serving.join().unwrap(),
+    }
+}
+
+fn unopened(error: blockferry_transport::Error) -> Error {
+    Error::new(ErrorKind::Peer, error.to_string())
+}
+
+#[test]
+fn a_target_becomes_what_the_other_side_has_and_can_go_back() {
+    let ways = [
+        (On::File, false, delta(Some(Strategy::Redo))),
+        (On::Device, false, delta(None)),
+        (On::File, true, delta(Some(Strategy::Clone))),
+    ];
+    for (number, (on, clones, options)) in ways.into_iter().enumerate() {
+        let mut old = image(40, BYTES);
+        let machine = Machine::new(on, clones, Some(&old));
+        let source = Source::new(old.clone());
+        for round in 0..4 {
+            let size = match (on, round) {
+                (On::File, 2) => BYTES + 70_001,
+                (On::File, 3) => BYTES - 5,
+                _ => BYTES,
+            };
+            let next = edited(round, &source.bytes(), size, 30);
+            source.change(|bytes| *bytes = next);
+
+            let ran = run(&machine, &source, &options, Link::pair().unwrap());
+
+            let receipt = ran
+                .target
+                .unwrap_or_else(|e| panic!("way {number}, {round}: {e:?}"));
+            let told = ran.source.unwrap();
+            assert_eq!(told, serde_json::to_vec(&receipt).unwrap());
+            assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
+            assert_rolls_back_to(&machine, &old);
+            let ran = run(&machine, &source, &options, Link::pair().unwrap());
+            ran.target.unwrap();
+            old = source.bytes();
+        }
+    }
+}
+
+/// Passes so many bytes, then fails as a cut cable does.
+struct Cut<S> {
+    stream: S,
+    left: usize,
+}
+
+impl<S: Read> Read for Cut<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 {
+            return Ok(0);
+        }
+        let most = buffer.len().min(self.left);
+        let count = self.stream.read(&mut buffer[..most])?;
+        self.left -= count;
+        Ok(count)
+    }
+}
+
+/// A pair of links of which the target's side hears no more than `bytes` bytes.
+fn cut_after(bytes: usize) -> (Link, Link) {
+    let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (reader, closer) = (one.try_clone().unwrap(), one.try_clone().unwrap());
+    let cut = Cut {
+        stream: reader,
+        left: bytes,
+    };
+    let close = move || {
+        closer
+            .shutdown(std::net::Shutdown::Both)
+            .unwrap_or_default()
+    };
+    let here = Link::new(cut, one, close, "the source's side");
+    let there = Link::over_socket(other, "the target's side").unwrap();
+    (here, there)
+}
+
+#[test]
+fn a_link_cut_anywhere_is_resumed_without_sending_anything_durable_again() {
+    let mut random = Random::new(41);
+    for undo in [Undo::Keep, Undo::None] {
+        let mut options = delta(Some(Strategy::Redo));
+        options.undo = undo;
+        let old = image(41, BYTES);
+        let machine = Machine::file(&old);
+        let source = Source::new(edited(41, &old, BYTES, 300));
+        let mut cuts = 0;
+        let receipt = loop {
+            let after = usize::try_from(random.below(1 << 20)).unwrap();
+            let link = if cuts < 12 {
+                cut_after(after)
+            } else {
+                Link::pair().unwrap()
+            };
+            let ran = run(&machine, &source, &options, link);
+            match ran.target {
+                Ok(receipt) => break receipt,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Peer, "{error}"),
+            }
+            assert!(ran.source.is_err());
+            assert_eq!(machine.content().unwrap(), old, "the old point");
+            cuts += 1;
+        };
+
+        assert!(cuts > 3);
+        assert!(receipt.resumed_bytes > 0);
+        assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
+    }
+}
+
+#[test]
+fn a_source_that_is_written_meanwhile_is_never_committed() {
+    let old = image(42, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(42, &old, BYTES, 100));
+    let changing = Arc::clone(&source);
+    source.count_from_now();
+    source.on_read(move |number| {
+        if number == 30 {
+            changing.bump();
+        }
+        Ok(())
+    });
+
+    let ran = run(&machine, &source, &delta(None), Link::pair().unwrap());
+
+    let error = ran.target.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Source, "{error}");
+    assert!(error.is_resumable());
+    assert_eq!(machine.content().unwrap(), old);
+}
+
+#[test]
+fn a_source_that_fails_is_told_of_on_the_other_side() {
+    let old = image(43, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(43, &old, BYTES, 100));
+    source.count_from_now();
+    source.fail_from(20);
+
+    let ran = run(&machine, &source, &delta(None), Link::pair().unwrap());
+
+    let (target, source) = (ran.target.unwrap_err(), ran.source.unwrap_err());
+    assert_eq!(
+        (target.kind(), source.kind()),
+        (ErrorKind::Source, ErrorKind::Source)
+    );
+    assert!(
+        target.to_string().contains("injected read error"),
+        "{target}"
+    );
+}
