@@ -548,12 +548,20 @@ impl<'r> Session<'r> {
     /// Joins what was written into few records and appends them.
     fn record_written(&mut self) -> Result<()> {
         let mut joined: Option<Batch> = None;
+        let mut places = ExtentSet::new();
         for batch in std::mem::take(&mut self.written) {
+            // What was written twice is in two records: only the later one says what is there.
+            let again = batch.extents().any(|extent| places.overlaps(extent));
             let fits = joined.as_ref().is_some_and(|j| {
-                j.extents.len() + batch.extents.len() <= JOINED_EXTENTS
+                !again
+                    && j.extents.len() + batch.extents.len() <= JOINED_EXTENTS
                     && j.new_digests.len() + batch.new_digests.len() <= JOINED_DIGESTS
                     && j.fuzzy == batch.fuzzy
             });
+            if !fits {
+                places = ExtentSet::new();
+            }
+            places.extend(batch.extents());
             match &mut joined {
                 Some(joined) if fits => {
                     joined.extents.extend(batch.extents);
