@@ -416,3 +416,36 @@ fn a_failed_flush_of_the_sibling_is_never_taken_back() {
     assert_eq!(disk.misuses(), Vec::<String>::new());
     assert_eq!(setup.content(&disk), Some(old()));
 }
+
+#[test]
+fn a_way_back_that_a_failed_session_left_can_be_taken_and_is_finished_by_recovery() {
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let images: Vec<Vec<u8>> = [1, 11, 21]
+            .map(|fill| image(&[fill, fill + 1, fill + 2, fill + 3], 4 * PAGE))
+            .into();
+        let disk = setup.machine(Some(&images[0]));
+        let mut replica = setup.open(&disk).unwrap();
+        setup.sync(&mut replica, 1, &images[1]).unwrap();
+        let failing = || Fault::on(OperationKind::Write, TARGET, 2, FaultKind::Io);
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(2, &images[2])).unwrap();
+        setup
+            .finish(&mut session, target.as_ref(), &images[2])
+            .unwrap();
+        disk.inject(failing());
+        let failed = session.commit(root(&images[2]), &quiet).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::Target, "{failed}");
+        assert!(failed.to_string().contains("injected"), "{failed}");
+        assert_eq!(setup.content(&disk).as_ref(), Some(&images[1]));
+
+        // On the same handle, which has seen decisions of both sessions.
+        disk.inject(failing());
+        let pending = replica.rollback(&quiet).unwrap_err();
+        assert_eq!(pending.kind(), ErrorKind::DecisionPending, "{pending}");
+        drop(replica);
+
+        let replica = setup.open(&disk).unwrap();
+        assert_eq!(*replica.recovered(), Recovered::RolledBack(id(1)));
+        assert_eq!(setup.content(&disk).as_ref(), Some(&images[0]), "{setup:?}");
+    }
+}

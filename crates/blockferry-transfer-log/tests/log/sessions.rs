@@ -1,8 +1,9 @@
 //! Every strategy takes a target to the new point and back.
 
 use blockferry_core::{Extent, block_digest};
+use blockferry_device::Status;
 use blockferry_testkit::{Fault, FaultKind, OperationKind};
-use blockferry_transfer_log::{Old, Prepared, Recovered, Strategy, Undo, Unwritten};
+use blockferry_transfer_log::{Old, Prepared, Recovered, Replica, Strategy, Undo, Unwritten};
 
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 
@@ -167,6 +168,31 @@ fn accept_frees_what_held_the_old_point() {
         );
         assert_eq!(replica.accept().unwrap(), 0);
     }
+}
+
+#[test]
+fn what_became_zero_gives_its_space_back_with_accept_and_not_before() {
+    let (old, new) = (
+        image(&[1, 2, 3, 4, 5], 5 * PAGE),
+        image(&[1, 0, 0, 9, 0], 5 * PAGE),
+    );
+    let holes = |replica: &Replica| -> Vec<bool> {
+        let target = replica.target().unwrap();
+        let status = |page: u64| target.status_at(page * PAGE as u64).unwrap().0;
+        (0..5).map(|page| status(page) == Status::Zero).collect()
+    };
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    setup.sync(&mut replica, 1, &new).unwrap();
+    // Space given back before could be missing for the way back.
+    assert_eq!(holes(&replica), [false; 5]);
+
+    replica.accept().unwrap();
+
+    assert_eq!(holes(&replica), [false, true, true, false, true]);
+    assert_eq!(setup.content(&disk), Some(new));
+    assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
 }
 
 #[test]
