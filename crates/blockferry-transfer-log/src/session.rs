@@ -190,9 +190,12 @@ impl<'r> Session<'r> {
             Strategy::Clone => Basis::Working,
             Strategy::Shadow | Strategy::Redo | Strategy::Direct => Basis::Target,
         };
+        let target_evidence = replica.content.evidence()?;
+        let unwritten = scan.is_target_unwritten(&target_evidence);
         let header = SegmentHeader {
-            // Proven unchanged just now, by evidence or by its pre-images.
-            target_evidence: replica.content.evidence()?,
+            // Else somebody may have written it where nothing is staged: it is not at that point any more.
+            base: scan.header.base.filter(|_| unwritten),
+            target_evidence,
             source: source_of_all(&scan.header.source, source),
             segment: scan.next_segment,
             kind: SegmentKind::Continues,
