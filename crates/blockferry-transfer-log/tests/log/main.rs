@@ -19,5 +19,6 @@ mod recovery;
 mod refusals;
 mod sabotage;
 mod sessions;
+mod settled;
 mod stories;
 mod story;
