@@ -6,6 +6,7 @@
     reason = "helpers of tests fail as tests do; what was explored is printed for people"
 )]
 
+mod batches;
 mod bitrot;
 mod explorer;
 mod faults;
