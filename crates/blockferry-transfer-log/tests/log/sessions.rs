@@ -433,24 +433,25 @@ fn what_later_records_left_of_a_working_file_is_proven_before_it_counts() {
     let block = |fill: u8| image(&[fill, fill + 1], 2 * PAGE);
     let old = image(&[1; 8], 8 * PAGE);
     let written = [block(10), block(20), block(30), block(40)].concat();
-    let new = [block(50), block(20), block(30), block(40)].concat();
+    let new = [block(50), block(20), block(30), block(60)].concat();
     for strategy in [Strategy::Clone, Strategy::Shadow] {
         let setup = Setup::file(strategy);
         let disk = setup.machine(Some(&old));
         let mut replica = setup.open(&disk).unwrap();
         let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
         let stager = session.stager();
-        let mut write = |bytes: &[u8]| {
+        let mut write = |start: usize, bytes: &[u8]| {
             let mut batch = stager.blocks();
             let digests: Vec<_> = bytes.chunks(2 * PAGE).map(block_digest).collect();
-            let extent = Extent::from_range(0..bytes.len() as u64);
+            let extent = Extent::from_range(start as u64..(start + bytes.len()) as u64);
             stager
                 .write_blocks(&mut batch, extent, bytes, &digests, Old::None)
                 .unwrap();
             session.stage(batch).unwrap();
         };
-        write(&written);
-        write(&new[..2 * PAGE]);
+        write(0, &written);
+        write(0, &new[..2 * PAGE]);
+        write(6 * PAGE, &new[6 * PAGE..]);
         let prepared = session.prepare().unwrap();
         assert!(matches!(prepared, Prepared::Complete), "{prepared:?}");
 
