@@ -141,15 +141,20 @@ fn a_slot_that_is_lost_is_derived_from_the_outcome() {
     let setup = Setup::file(Strategy::Redo);
     let disk = synced(&setup);
     fill(&disk, [NEWER_SLOT], 0x77);
+    // The outcome does not need the log any more.
+    let rotten = disk.snapshot().after_kill();
+    assert!(rotten.flip_bit(&format!("state/{}.log.0000", id(1)), PAGE as u64 + 50));
+    let replica = setup.open(&rotten).unwrap();
+    assert_eq!(replica.point().map(|p| p.root), Some(root(&new())));
+    drop(replica);
 
-    let mut replica = setup.open(&disk).unwrap();
+    let replica = setup.open(&disk).unwrap();
 
     assert_eq!(*replica.recovered(), Recovered::Applied(id(1)));
     assert_eq!(replica.point().map(|p| p.root), Some(root(&new())));
     assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
-    replica.accept().unwrap();
     drop(replica);
-    // Nothing but the slot knows the epoch now.
+    // Nothing but the slot is asked for the epoch now.
     let mut replica = setup.open(&disk).unwrap();
     drop(replica.begin(&setup.plan(2, &old())).unwrap());
     drop(replica);
@@ -158,6 +163,13 @@ fn a_slot_that_is_lost_is_derived_from_the_outcome() {
 
 #[test]
 fn opening_what_is_settled_writes_nothing() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    drop(setup.open(&disk).unwrap());
+    let before = state(&disk);
+    drop(setup.open(&disk).unwrap());
+    assert!(state(&disk) == before, "never synced");
+
     for setup in Setup::of_every_kind() {
         let disk = synced(&setup);
         let mut replica = setup.open(&disk).unwrap();
@@ -210,10 +222,17 @@ fn a_log_that_lost_records_after_they_were_applied_keeps_nobody_out() {
 
 #[test]
 fn a_rotten_pre_image_is_found_before_the_way_back_is_decided() {
-    let setup = Setup::file(Strategy::Redo).at_once();
-    let disk = synced(&setup);
+    let setup = Setup::file(Strategy::Redo);
+    let (old, new) = (
+        image(&[1, 2, 3, 4, 5, 6, 7, 8], 8 * PAGE),
+        image(&[11, 12, 13, 14, 15, 16, 17, 18], 8 * PAGE),
+    );
+    let disk = setup.machine(Some(&old));
+    setup
+        .sync(&mut setup.open(&disk).unwrap(), 1, &new)
+        .unwrap();
     let log = format!("state/{}.log.0000", id(1));
-    // Header of the segment, header of the record, two new pages, two old ones.
+    // Header of the segment, header of the first record of four, two new pages, two old ones.
     assert!(disk.flip_bit(&log, 5 * PAGE as u64 + 50));
     let mut replica = setup.open(&disk).unwrap();
 
@@ -222,7 +241,7 @@ fn a_rotten_pre_image_is_found_before_the_way_back_is_decided() {
     assert_eq!(refused.kind(), ErrorKind::Corrupt, "{refused}");
     drop(replica);
     assert_eq!(*setup.open(&disk).unwrap().recovered(), Recovered::Clean);
-    assert_eq!(setup.content(&disk), Some(new()));
+    assert_eq!(setup.content(&disk), Some(new));
 }
 
 #[test]
