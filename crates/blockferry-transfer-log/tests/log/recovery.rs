@@ -162,14 +162,17 @@ fn a_rotten_decision_is_read_from_its_mirror() {
 }
 
 #[test]
-fn a_decided_session_without_its_log_is_reported_and_nothing_is_touched() {
+fn a_decided_session_without_all_of_its_log_is_reported_and_nothing_is_touched() {
     let setup = Setup::file(Strategy::Redo);
-    let disk = committed_before(OperationKind::Write, &setup);
-    disk.flip_bit(&log_of(1), 100);
+    // The header of the log, and that of its first record.
+    for rotten in [100, PAGE as u64 + 50] {
+        let disk = committed_before(OperationKind::Write, &setup);
+        disk.flip_bit(&log_of(1), rotten);
 
-    assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
-    assert_eq!(setup.content(&disk), Some(old()));
-    assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+        assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(setup.content(&disk), Some(old()), "byte {rotten}");
+        assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+    }
 }
 
 /// Gives the first copy of the first decision another epoch, and its checksum.
