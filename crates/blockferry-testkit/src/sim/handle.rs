@@ -128,6 +128,7 @@ impl SimFile {
             return Err(Error::new(ErrorKind::OutOfRange, text));
         }
         if let Some(sector) = content.first_bad(offset, length) {
+            buffer.fill(LEFT_BY_A_FAILED_READ);
             let text = format!("{}: sector {sector} is unreadable", attempt());
             return Err(Error::new(ErrorKind::Io, text));
         }
