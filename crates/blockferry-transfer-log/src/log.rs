@@ -692,8 +692,9 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
         .map_or(&segment.header.target_evidence, |latest| *latest)
         .clone();
     scan.evidences.extend(known.cloned());
-    // A later run may have found the source changed.
+    // A later run may have found the source changed, or the target.
     scan.header.source = segment.header.source.clone();
+    scan.header.base = segment.header.base;
     scan.next_sequence = segment.header.first_sequence + segment.records.len() as u64;
     scan.records.append(&mut segment.records);
     scan.chain = segment.chains.pop().unwrap_or(scan.chain);

@@ -221,23 +221,38 @@ impl Replica {
         if scan.is_target_unwritten(&self.content.evidence()?) {
             return Ok(true);
         }
-        self.still_holds_pre_images()
+        self.may_compare_afresh(scan)
     }
 
-    /// A device's evidence ends with the boot. Where every pre-image is still in place nobody wrote what is
-    /// staged; the rest of the target is compared afresh.
-    fn still_holds_pre_images(&self) -> Result<bool> {
-        let (Some(scan), Content::Device(device)) = (&self.staged, &self.content) else {
+    /// Whether the target is provably as the unfinished session last saw it. Else what is staged may count all the same
+    /// ([`Self::can_resume`]), and the rest of the target is compared afresh.
+    ///
+    /// # Errors
+    /// The target cannot be examined.
+    pub fn is_unwritten_since_session(&self) -> Result<bool> {
+        self.staged
+            .as_ref()
+            .map_or(Ok(false), |scan| self.is_unwritten_since(scan))
+    }
+
+    /// Whether what is staged counts although the target may have been written since: the rest of it is compared
+    /// afresh, and its old point is not vouched for. A device's evidence ends with the boot, and a file's is changed by
+    /// a reservation that a kill left without a note.
+    fn may_compare_afresh(&self, scan: &Scan) -> Result<bool> {
+        let header = &scan.header;
+        let Some(target) = self.content.target() else {
             return Ok(false);
         };
-        let header = &scan.header;
-        if header.strategy != Strategy::Redo || header.undo != Undo::Keep {
+        if header.strategy != Strategy::Redo || target.size_bytes() != header.old_bytes {
             return Ok(false);
         }
-        let loaded = LoadedSession::of(scan);
-        loaded
-            .staged(scan)
-            .holds_pre_images(&**device, header.old_bytes)
+        match header.undo {
+            Undo::None => Ok(true),
+            // Where every pre-image is still in place nobody wrote what is staged.
+            Undo::Keep => LoadedSession::of(scan)
+                .staged(scan)
+                .holds_pre_images(&*target, header.old_bytes),
+        }
     }
 
     /// Where the manifest of `point` is. Its content is checked while it is read.

@@ -190,9 +190,12 @@ impl<'r> Session<'r> {
             Strategy::Clone => Basis::Working,
             Strategy::Shadow | Strategy::Redo | Strategy::Direct => Basis::Target,
         };
+        let target_evidence = replica.content.evidence()?;
+        let unwritten = scan.is_target_unwritten(&target_evidence);
         let header = SegmentHeader {
-            // Proven unchanged just now, by evidence or by its pre-images.
-            target_evidence: replica.content.evidence()?,
+            // Else somebody may have written it where nothing is staged: it is not at that point any more.
+            base: scan.header.base.filter(|_| unwritten),
+            target_evidence,
             source: source_of_all(&scan.header.source, source),
             segment: scan.next_segment,
             kind: SegmentKind::Continues,
@@ -548,12 +551,20 @@ impl<'r> Session<'r> {
     /// Joins what was written into few records and appends them.
     fn record_written(&mut self) -> Result<()> {
         let mut joined: Option<Batch> = None;
+        let mut places = ExtentSet::new();
         for batch in std::mem::take(&mut self.written) {
+            // What was written twice is in two records: only the later one says what is there.
+            let again = batch.extents().any(|extent| places.overlaps(extent));
             let fits = joined.as_ref().is_some_and(|j| {
-                j.extents.len() + batch.extents.len() <= JOINED_EXTENTS
+                !again
+                    && j.extents.len() + batch.extents.len() <= JOINED_EXTENTS
                     && j.new_digests.len() + batch.new_digests.len() <= JOINED_DIGESTS
                     && j.fuzzy == batch.fuzzy
             });
+            if !fits {
+                places = ExtentSet::new();
+            }
+            places.extend(batch.extents());
             match &mut joined {
                 Some(joined) if fits => {
                     joined.extents.extend(batch.extents);

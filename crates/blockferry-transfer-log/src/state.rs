@@ -386,3 +386,69 @@ impl StateView {
         last_of(&self.decisions, session).map(|d| d.kind)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockferry_core::{BlockSize, Digest, Geometry, Root};
+    use blockferry_device::Evidence;
+    use blockferry_testkit::{SimDisk, SimOptions};
+
+    use crate::format::{Point, SourceStamp};
+
+    fn decision(session: u8, ordinal: usize) -> Decision {
+        Decision {
+            session: SessionId::from_bytes([session; 16]),
+            epoch: u64::from(session),
+            ordinal: u32::try_from(ordinal).unwrap(),
+            kind: DecisionKind::Rollback,
+            records: 1,
+            chain: Digest::from_bytes([1; 32]),
+            root: Digest::from_bytes([2; 32]),
+            group: [0; 16],
+            evidence: Evidence::unknown(),
+        }
+    }
+
+    #[test]
+    fn a_session_has_a_lane_of_its_own_for_all_its_decisions() {
+        let disk = SimDisk::new(SimOptions::default());
+        let (dir, stats) = (disk.dir("state"), Arc::new(Stats::default()));
+        let open = || StateFile::open_or_create(&*dir, &Identity::unknown(), &stats).unwrap();
+        let mut state = open();
+        for ordinal in 0..ORDINALS {
+            state.decide(&decision(1, ordinal)).unwrap();
+        }
+        // The point that session 1 made keeps its lane; session 2 has the other one.
+        let point = Point {
+            id: SessionId::from_bytes([1; 16]),
+            root: Root::from_bytes([2; 32]),
+            geometry: Geometry::new(4096, BlockSize::MIN),
+            source: SourceStamp::new("", Identity::unknown(), Evidence::unknown()),
+            made_unix: 0,
+        };
+        let slot = state.slot().clone();
+        state
+            .publish(Slot {
+                point: Some(point),
+                ..slot
+            })
+            .unwrap();
+        for ordinal in 0..ORDINALS {
+            state.decide(&decision(2, ordinal)).unwrap();
+        }
+        assert!(
+            state.decide(&decision(2, ORDINALS)).is_err(),
+            "one too many"
+        );
+
+        let state = open();
+
+        let last = decision(0, ORDINALS - 1).ordinal;
+        for session in [1, 2] {
+            let id = SessionId::from_bytes([session; 16]);
+            assert_eq!(state.last_decision(id).map(|d| d.ordinal), Some(last));
+        }
+        assert_eq!(state.decisions.len(), LANES * ORDINALS, "each is read once");
+    }
+}

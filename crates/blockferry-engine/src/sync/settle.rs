@@ -51,6 +51,19 @@ impl Run<'_> {
             .map_err(|e| Error::log("look at the session", e))?;
         if fits && can {
             self.id = header.session;
+            let replica = &target.replica;
+            let unwritten = replica
+                .is_unwritten_since_session()
+                .map_err(|e| Error::log("look at the target", e))?;
+            // Where the target has a point, it is said with what is known of that.
+            if header.strategy == Strategy::Redo && !unwritten && replica.point().is_none() {
+                let what = format!(
+                    "the target is not provably unwritten since session {} was begun: what is not staged is compared \
+                     afresh",
+                    header.session
+                );
+                self.warn("target_written", what)?;
+            }
             return Ok(Some(Choice {
                 mode,
                 strategy: header.strategy,

@@ -128,6 +128,7 @@ impl SimFile {
             return Err(Error::new(ErrorKind::OutOfRange, text));
         }
         if let Some(sector) = content.first_bad(offset, length) {
+            buffer.fill(LEFT_BY_A_FAILED_READ);
             let text = format!("{}: sector {sector} is unreadable", attempt());
             return Err(Error::new(ErrorKind::Io, text));
         }
@@ -343,6 +344,8 @@ impl BlockTarget for SimFile {
             let attempt = || format!("reservation of space in {}", self.label);
             self.check_space(world, needed_bytes, attempt)?;
             let allocated = self.change(world, |inode| {
+                // As a real file's change time does.
+                inode.generation += 1;
                 let page_run = |&page: &u64| inode.allocate(operation, page, page + 1);
                 let first = pages.iter().take(index(share.of(count(pages.len()))));
                 first.flat_map(page_run).collect::<Vec<u64>>()

@@ -6,6 +6,7 @@
     reason = "helpers of tests fail as tests do; what was explored is printed for people"
 )]
 
+mod batches;
 mod bitrot;
 mod explorer;
 mod faults;
@@ -19,5 +20,6 @@ mod recovery;
 mod refusals;
 mod sabotage;
 mod sessions;
+mod settled;
 mod stories;
 mod story;

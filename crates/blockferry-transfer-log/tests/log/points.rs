@@ -3,10 +3,10 @@
 
 use std::cell::RefCell;
 
-use blockferry_core::Extent;
+use blockferry_core::{Extent, Root};
 use blockferry_device::{Evidence, Identity};
 use blockferry_testkit::SimDisk;
-use blockferry_transfer_log::{Replica, SourceStamp, Strategy, Unwritten};
+use blockferry_transfer_log::{ErrorKind, Replica, SourceStamp, Strategy, Unwritten};
 
 use crate::harness::{PAGE, Setup, id, image, root};
 
@@ -72,6 +72,42 @@ fn refreshing_follows_the_target_and_its_source_and_costs_nothing_where_nothing_
     assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
     assert_eq!(replica.point().unwrap().root, root(&content));
     assert_eq!(replica.stats().flushes(), before + 2, "other evidence");
+}
+
+#[test]
+fn a_point_is_digested_anew_only_while_nobody_wrote_the_target() {
+    let setup = Setup::file(Strategy::Redo);
+    let content = image(&[1, 2, 3], 3 * PAGE);
+    let (disk, mut replica) = adopted(&setup, &content);
+    let blocks = Setup {
+        block_bytes: 4096,
+        ..setup
+    };
+    let (anew, geometry) = (Root::from_bytes([9; 32]), blocks.geometry(&content));
+    replica.create_manifest(id(6)).unwrap().finish().unwrap();
+
+    replica
+        .redigest(id(6), anew, geometry, stamp("there.raw"))
+        .unwrap();
+
+    drop(replica);
+    let mut replica = setup.open(&disk).unwrap();
+    let point = replica.point().unwrap();
+    assert_eq!((point.id, point.root), (id(5), anew));
+    assert_eq!((point.geometry, point.made_unix), (geometry, 77));
+    assert_eq!(point.source, stamp("there.raw"));
+    let names = disk.dir("state").names().unwrap();
+    let manifests = names.iter().filter(|name| name.ends_with(".manifest"));
+    let only = format!("{}.manifest", id(5));
+    assert_eq!(manifests.collect::<Vec<_>>(), [&only]);
+
+    let longer = setup.geometry(&image(&[1, 2, 3, 4], 4 * PAGE));
+    let refused = replica.redigest(id(7), anew, longer, stamp("there.raw"));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Refused, "size");
+    let target = replica.target().unwrap();
+    target.write_at(0, &content[..PAGE]).unwrap();
+    let refused = replica.redigest(id(7), anew, geometry, stamp("there.raw"));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Refused, "written");
 }
 
 #[test]

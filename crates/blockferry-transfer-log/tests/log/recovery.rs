@@ -2,7 +2,7 @@
 
 use blockferry_core::checksum;
 use blockferry_testkit::{Fault, FaultKind, OperationKind, Repeat, SimDisk};
-use blockferry_transfer_log::{ErrorKind, Prepared, Recovered, Strategy};
+use blockferry_transfer_log::{ErrorKind, Prepared, Recovered, Strategy, Unwritten};
 
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 use crate::sessions::stage_some;
@@ -162,14 +162,17 @@ fn a_rotten_decision_is_read_from_its_mirror() {
 }
 
 #[test]
-fn a_decided_session_without_its_log_is_reported_and_nothing_is_touched() {
+fn a_decided_session_without_all_of_its_log_is_reported_and_nothing_is_touched() {
     let setup = Setup::file(Strategy::Redo);
-    let disk = committed_before(OperationKind::Write, &setup);
-    disk.flip_bit(&log_of(1), 100);
+    // The header of the log, and that of its first record.
+    for rotten in [100, PAGE as u64 + 50] {
+        let disk = committed_before(OperationKind::Write, &setup);
+        disk.flip_bit(&log_of(1), rotten);
 
-    assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
-    assert_eq!(setup.content(&disk), Some(old()));
-    assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+        assert_eq!(setup.open(&disk).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(setup.content(&disk), Some(old()), "byte {rotten}");
+        assert!(disk.content(&log_of(1)).is_some(), "evidence is kept");
+    }
 }
 
 /// Gives the first copy of the first decision another epoch, and its checksum.
@@ -415,4 +418,118 @@ fn a_failed_flush_of_the_sibling_is_never_taken_back() {
 
     assert_eq!(disk.misuses(), Vec::<String>::new());
     assert_eq!(setup.content(&disk), Some(old()));
+}
+
+#[test]
+fn a_way_back_that_a_failed_session_left_can_be_taken_and_is_finished_by_recovery() {
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let images: Vec<Vec<u8>> = [1, 11, 21]
+            .map(|fill| image(&[fill, fill + 1, fill + 2, fill + 3], 4 * PAGE))
+            .into();
+        let disk = setup.machine(Some(&images[0]));
+        let mut replica = setup.open(&disk).unwrap();
+        setup.sync(&mut replica, 1, &images[1]).unwrap();
+        let failing = || Fault::on(OperationKind::Write, TARGET, 2, FaultKind::Io);
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(2, &images[2])).unwrap();
+        setup
+            .finish(&mut session, target.as_ref(), &images[2])
+            .unwrap();
+        disk.inject(failing());
+        let failed = session.commit(root(&images[2]), &quiet).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::Target, "{failed}");
+        assert!(failed.to_string().contains("injected"), "{failed}");
+        assert_eq!(setup.content(&disk).as_ref(), Some(&images[1]));
+
+        // On the same handle, which has seen decisions of both sessions.
+        disk.inject(failing());
+        let pending = replica.rollback(&quiet).unwrap_err();
+        assert_eq!(pending.kind(), ErrorKind::DecisionPending, "{pending}");
+        drop(replica);
+
+        let replica = setup.open(&disk).unwrap();
+        assert_eq!(*replica.recovered(), Recovered::RolledBack(id(1)));
+        assert_eq!(setup.content(&disk).as_ref(), Some(&images[0]), "{setup:?}");
+    }
+}
+
+/// A machine at point 1, on which session 2 has staged the first page towards the third image, and then somebody wrote
+/// this page of the target.
+fn written_by_somebody(setup: &Setup, images: &[Vec<u8>], page: usize) -> SimDisk {
+    let disk = setup.machine(Some(&images[0]));
+    setup
+        .sync(&mut setup.open(&disk).unwrap(), 1, &images[1])
+        .unwrap();
+    stage_some(setup, &disk, 2, &images[2], 1, false);
+    let mut written = images[1].clone();
+    written[page * PAGE..][..PAGE].fill(0xEE);
+    if setup.device {
+        // As after a reboot.
+        disk.install_device(TARGET, &written);
+    } else {
+        let target = setup.open(&disk).unwrap().target().unwrap();
+        target.write_at(0, &written).unwrap();
+        target.flush().unwrap();
+    }
+    disk
+}
+
+#[test]
+fn a_session_that_goes_on_after_somebody_wrote_elsewhere_does_not_vouch_for_the_old_point() {
+    let images: Vec<Vec<u8>> = [[1, 2, 3, 4], [11, 12, 13, 14], [21, 12, 13, 24]]
+        .map(|fills| image(&fills, 4 * PAGE))
+        .into();
+    let one_page = |setup: Setup| Setup {
+        batch_pages: 1,
+        ..setup
+    };
+    let setups = [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)].map(one_page);
+    for setup in setups.into_iter().chain(setups.map(Setup::without_undo)) {
+        let disk = written_by_somebody(&setup, &images, 2);
+        let mut somebodys = images[1].clone();
+        somebodys[2 * PAGE..3 * PAGE].fill(0xEE);
+        let mut replica = setup.open(&disk).unwrap();
+        assert!(replica.can_resume().unwrap(), "{setup:?}");
+        let target = replica.target();
+        let mut session = replica.resume(u64::MAX).unwrap();
+        setup
+            .finish(&mut session, target.as_ref(), &images[2])
+            .unwrap();
+        assert_eq!(session.totals().restaged_bytes, 0);
+        session.commit(root(&images[2]), &quiet).unwrap();
+        assert_eq!(setup.content(&disk).as_ref(), Some(&images[2]), "{setup:?}");
+        if !setup.is_without_undo() {
+            // What it returns to is not point 1.
+            assert_eq!(replica.rollback(&quiet).unwrap(), None);
+            assert_eq!(setup.content(&disk).as_ref(), Some(&somebodys), "{setup:?}");
+            assert_eq!(replica.point(), None);
+        }
+
+        let disk = written_by_somebody(&setup, &images, 2);
+        let mut replica = setup.open(&disk).unwrap();
+        drop(replica.resume(u64::MAX).unwrap());
+        drop(replica);
+        let mut replica = setup.open(&disk).unwrap();
+        replica.cancel().unwrap();
+        assert_ne!(replica.unwritten().unwrap(), Unwritten::Proven, "{setup:?}");
+        assert_eq!(setup.content(&disk).as_ref(), Some(&somebodys), "{setup:?}");
+    }
+}
+
+#[test]
+fn a_session_does_not_go_on_where_somebody_wrote_what_it_keeps_the_old_content_of() {
+    let images: Vec<Vec<u8>> = [[1, 2, 3, 4], [11, 12, 13, 14], [21, 12, 13, 24]]
+        .map(|fills| image(&fills, 4 * PAGE))
+        .into();
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let setup = Setup {
+            batch_pages: 1,
+            ..setup
+        };
+        let disk = written_by_somebody(&setup, &images, 0);
+
+        let replica = setup.open(&disk).unwrap();
+
+        assert!(!replica.can_resume().unwrap(), "{setup:?}");
+    }
 }

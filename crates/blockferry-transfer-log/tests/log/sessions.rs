@@ -1,9 +1,11 @@
 //! Every strategy takes a target to the new point and back.
 
-use blockferry_core::Extent;
-use blockferry_transfer_log::{Old, Recovered, Strategy, Undo, Unwritten};
+use blockferry_core::{Extent, block_digest};
+use blockferry_device::Status;
+use blockferry_testkit::{Fault, FaultKind, OperationKind};
+use blockferry_transfer_log::{Old, Prepared, Recovered, Replica, Strategy, Undo, Unwritten};
 
-use crate::harness::{PAGE, Setup, id, image, quiet, root};
+use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 
 /// Old and new content: changed, new, zeroed and unchanged pages; same size, grown, shrunk; even and odd sizes.
 pub(crate) fn pairs() -> Vec<(Vec<u8>, Vec<u8>)> {
@@ -139,10 +141,7 @@ fn an_absent_target_is_made_by_direct_and_shadow() {
             setup.sync(&mut replica, 1, &new).unwrap();
 
             assert_eq!(setup.content(&disk), Some(new));
-            assert_eq!(
-                disk.dir("images").names().unwrap(),
-                [crate::harness::TARGET]
-            );
+            assert_eq!(disk.dir("images").names().unwrap(), [TARGET]);
         }
     }
 }
@@ -169,6 +168,31 @@ fn accept_frees_what_held_the_old_point() {
         );
         assert_eq!(replica.accept().unwrap(), 0);
     }
+}
+
+#[test]
+fn what_became_zero_gives_its_space_back_with_accept_and_not_before() {
+    let (old, new) = (
+        image(&[1, 2, 3, 4, 5], 5 * PAGE),
+        image(&[1, 0, 0, 9, 0], 5 * PAGE),
+    );
+    let holes = |replica: &Replica| -> Vec<bool> {
+        let target = replica.target().unwrap();
+        let status = |page: u64| target.status_at(page * PAGE as u64).unwrap().0;
+        (0..5).map(|page| status(page) == Status::Zero).collect()
+    };
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    setup.sync(&mut replica, 1, &new).unwrap();
+    // Space given back before could be missing for the way back.
+    assert_eq!(holes(&replica), [false; 5]);
+
+    replica.accept().unwrap();
+
+    assert_eq!(holes(&replica), [false, true, true, false, true]);
+    assert_eq!(setup.content(&disk), Some(new));
+    assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
 }
 
 #[test]
@@ -277,6 +301,34 @@ fn a_dropped_session_resumes_without_staging_a_durable_byte_again() {
 }
 
 #[test]
+fn what_a_working_file_lost_in_a_flush_that_lied_is_found_and_staged_again() {
+    for strategy in [Strategy::Clone, Strategy::Shadow, Strategy::Direct] {
+        let setup = Setup::file(strategy);
+        let (old, new) = pairs().swap_remove(0);
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+        let lies = Fault::on(OperationKind::Flush, TARGET, 1, FaultKind::SilentLoss);
+        disk.inject(lies);
+        setup
+            .stage(&mut session, target.as_ref(), &new, usize::MAX, &mut |_| {})
+            .unwrap();
+
+        let prepared = session.prepare().unwrap();
+
+        assert!(matches!(prepared, Prepared::Missing(_)), "{strategy}");
+        setup.finish(&mut session, target.as_ref(), &new).unwrap();
+        let live = session.totals();
+        let applied = session.commit(root(&new), &quiet).unwrap();
+        assert_eq!(setup.content(&disk), Some(new), "{strategy}");
+        // Clone and shadow prove the file before it takes the target's place: all that is live, zeros too.
+        let proven = live.live_bytes + live.live_zero_bytes;
+        assert_eq!(applied.proven_bytes, proven, "{strategy}");
+    }
+}
+
+#[test]
 fn pages_staged_again_with_other_content_win_and_keep_the_first_pre_image() {
     for setup in setups() {
         let (old, new) = pairs().swap_remove(0);
@@ -333,6 +385,81 @@ fn blocks_and_pages_mix_in_one_session() {
     assert_eq!(setup.content(&disk), Some(new));
     replica.rollback(&quiet).unwrap();
     assert_eq!(setup.content(&disk), Some(old));
+}
+
+#[test]
+fn what_later_records_left_of_a_record_is_proven_by_its_own_digests() {
+    let pages = |range: std::ops::Range<u64>| {
+        let page = PAGE as u64;
+        Extent::from_range(range.start * page..range.end * page)
+    };
+    let filled = |fills: &[u8]| image(fills, fills.len() * PAGE);
+    let old = filled(&[1; 8]);
+    let (first, blocks) = (filled(&[11, 12, 13, 14]), filled(&[15, 16, 17, 18]));
+    let (page, block) = (filled(&[21]), filled(&[22, 23]));
+    let new = filled(&[21, 12, 13, 14, 22, 23, 17, 21]);
+
+    let setup = Setup::device(Strategy::Redo).without_undo();
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+    let stager = session.stager();
+    let mut staged = |extent, bytes: &[u8], in_blocks| {
+        let mut batch = if in_blocks {
+            stager.blocks()
+        } else {
+            stager.pages()
+        };
+        stager.add(&mut batch, extent, bytes, Old::None);
+        session.stage(batch).unwrap();
+    };
+    staged(pages(0..4), &first, false);
+    // Leaves pages 1 to 3.
+    staged(pages(0..1), &page, false);
+    staged(pages(4..8), &blocks, true);
+    // Leaves the second block, of which page 6 stays in the end.
+    staged(pages(4..6), &block, true);
+    staged(pages(7..8), &page, false);
+    assert!(matches!(session.prepare().unwrap(), Prepared::Complete));
+
+    let applied = session.commit(root(&new), &quiet).unwrap();
+
+    assert_eq!(applied.proven_bytes, new.len() as u64);
+    assert_eq!(setup.content(&disk), Some(new));
+}
+
+#[test]
+fn what_later_records_left_of_a_working_file_is_proven_before_it_counts() {
+    let block = |fill: u8| image(&[fill, fill + 1], 2 * PAGE);
+    let old = image(&[1; 8], 8 * PAGE);
+    let written = [block(10), block(20), block(30), block(40)].concat();
+    let new = [block(50), block(20), block(30), block(60)].concat();
+    for strategy in [Strategy::Clone, Strategy::Shadow] {
+        let setup = Setup::file(strategy);
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+        let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+        let stager = session.stager();
+        let mut write = |start: usize, bytes: &[u8]| {
+            let mut batch = stager.blocks();
+            let digests: Vec<_> = bytes.chunks(2 * PAGE).map(block_digest).collect();
+            let extent = Extent::from_range(start as u64..(start + bytes.len()) as u64);
+            stager
+                .write_blocks(&mut batch, extent, bytes, &digests, Old::None)
+                .unwrap();
+            session.stage(batch).unwrap();
+        };
+        write(0, &written);
+        write(0, &new[..2 * PAGE]);
+        write(6 * PAGE, &new[6 * PAGE..]);
+        let prepared = session.prepare().unwrap();
+        assert!(matches!(prepared, Prepared::Complete), "{prepared:?}");
+
+        let applied = session.commit(root(&new), &quiet).unwrap();
+
+        assert_eq!(applied.proven_bytes, new.len() as u64, "{strategy}");
+        assert_eq!(setup.content(&disk).as_ref(), Some(&new), "{strategy}");
+    }
 }
 
 #[test]
