@@ -13,10 +13,8 @@ use crate::short::ShortDigests;
 
 /// Most bytes of a name, an address or a text.
 pub const MAX_TEXT_BYTES: usize = 4096;
-/// Most bytes of options, of an event and of an outcome, which are JSON.
+/// Most bytes of an outcome, which is JSON.
 pub const MAX_JSON_BYTES: usize = 12 * 1024;
-/// Most blocks in a sample.
-pub const MAX_SAMPLE: usize = 256;
 /// Most regions in one [`Message::Regions`].
 pub const MAX_REGIONS: usize = 1024;
 /// Most blocks of a region.
@@ -32,18 +30,10 @@ pub const MAX_FRAME_BYTES: usize = 1024 * 1024 + 8 * 1024;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "a role decides for each")]
 pub enum Message {
-    /// The side that connects says what it wants of the other.
-    Open(Open),
-    /// It gets it.
-    Opened,
-    /// The source, as it is now: the answer to [`Message::Begin`] and to [`Message::Examine`].
+    /// The source, as it is now: the answer to [`Message::Examine`].
     Source(Source),
     /// The target begins, or begins anew.
     Begin(Begin),
-    /// Which of the pages of these blocks the source has: the blocks by number.
-    Sample(Vec<u64>),
-    /// The answer: digests of all their pages, block by block.
-    Sampled(ShortDigests),
     /// Digests of regions; those below `below` that are in no such message are zero.
     Regions {
         /// Their numbers, ascending.
@@ -88,8 +78,6 @@ pub enum Message {
     },
     /// The source need not remember regions below this one.
     Release(u64),
-    /// What is durable now.
-    Durable(Checkpoint),
     /// Is the source still what it was?
     Examine,
     /// No more of this scan: answered by [`Message::Stopped`] behind the last that is said of it.
@@ -100,10 +88,6 @@ pub enum Message {
     Ping,
     /// The answer.
     Pong,
-    /// End the run cleanly.
-    Cancel,
-    /// Something the other side wants to show: JSON.
-    Event(Vec<u8>),
     /// The run is over; what came of it: JSON.
     Outcome(Vec<u8>),
     /// The run is over, and failed.
@@ -113,28 +97,6 @@ pub enum Message {
         /// What was attempted, expected and found.
         text: String,
     },
-}
-
-/// What the side that connects wants of the other.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_structs, reason = "a plain value")]
-pub struct Open {
-    /// What the other side is to be.
-    pub role: Role,
-    /// A path, or the name of an export.
-    pub name: Vec<u8>,
-    /// How the run is done: JSON.
-    pub options: Vec<u8>,
-}
-
-/// The two sides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "there are two sides")]
-pub enum Role {
-    /// Has the new content.
-    Source,
-    /// Has the old content and its log.
-    Target,
 }
 
 /// The source as it is at some moment.
@@ -159,38 +121,12 @@ pub struct Source {
 pub struct Begin {
     /// Unit of digests.
     pub block_size: BlockSize,
-    /// What is sent without being asked for.
-    pub streams: Streams,
     /// Digests travel whole: a shortened one has been mistaken for another.
     pub exact: bool,
     /// Level of zstd.
     pub level: i8,
     /// So many regions may be read ahead of the last released one.
     pub window: u32,
-    /// What is durable from before, if anything is.
-    pub resumed: Option<Checkpoint>,
-}
-
-/// What the source sends on its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "there are two modes")]
-pub enum Streams {
-    /// Digests of regions: a delta.
-    Digests,
-    /// All that is not zero: a full download.
-    Everything,
-}
-
-/// How far a session's log is durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_structs, reason = "a plain value")]
-pub struct Checkpoint {
-    /// The session.
-    pub session: [u8; 16],
-    /// Its last durable record.
-    pub sequence: u64,
-    /// The chain value of that record.
-    pub chain: Digest,
 }
 
 /// A run of neighbouring pages.
@@ -209,40 +145,29 @@ type Decoded<T> = blockferry_core::Result<T>;
 
 /// Numbers on the wire; they are never given to anything else.
 mod kind {
-    pub(super) const OPEN: u8 = 1;
-    pub(super) const OPENED: u8 = 2;
-    pub(super) const BEGIN: u8 = 3;
-    pub(super) const SOURCE: u8 = 4;
-    pub(super) const SAMPLE: u8 = 5;
-    pub(super) const SAMPLED: u8 = 6;
-    pub(super) const REGIONS: u8 = 7;
-    pub(super) const SCANNED: u8 = 8;
-    pub(super) const OPEN_REGION: u8 = 9;
-    pub(super) const BLOCKS: u8 = 10;
-    pub(super) const WANT: u8 = 11;
-    pub(super) const DATA: u8 = 12;
-    pub(super) const RELEASE: u8 = 13;
-    pub(super) const DURABLE: u8 = 14;
-    pub(super) const EXAMINE: u8 = 15;
-    pub(super) const PING: u8 = 16;
-    pub(super) const PONG: u8 = 17;
-    pub(super) const CANCEL: u8 = 18;
-    pub(super) const EVENT: u8 = 19;
-    pub(super) const OUTCOME: u8 = 20;
-    pub(super) const FAILED: u8 = 21;
-    pub(super) const STOP: u8 = 22;
-    pub(super) const STOPPED: u8 = 23;
+    pub(super) const BEGIN: u8 = 1;
+    pub(super) const SOURCE: u8 = 2;
+    pub(super) const REGIONS: u8 = 3;
+    pub(super) const SCANNED: u8 = 4;
+    pub(super) const OPEN_REGION: u8 = 5;
+    pub(super) const BLOCKS: u8 = 6;
+    pub(super) const WANT: u8 = 7;
+    pub(super) const DATA: u8 = 8;
+    pub(super) const RELEASE: u8 = 9;
+    pub(super) const EXAMINE: u8 = 10;
+    pub(super) const STOP: u8 = 11;
+    pub(super) const STOPPED: u8 = 12;
+    pub(super) const PING: u8 = 13;
+    pub(super) const PONG: u8 = 14;
+    pub(super) const OUTCOME: u8 = 15;
+    pub(super) const FAILED: u8 = 16;
 }
 
 impl Message {
     fn kind(&self) -> (u8, &'static str) {
         match self {
-            Self::Open(_) => (kind::OPEN, "open"),
-            Self::Opened => (kind::OPENED, "opened"),
             Self::Begin(_) => (kind::BEGIN, "begin"),
             Self::Source(_) => (kind::SOURCE, "source"),
-            Self::Sample(_) => (kind::SAMPLE, "sample"),
-            Self::Sampled(_) => (kind::SAMPLED, "sampled"),
             Self::Regions { .. } => (kind::REGIONS, "regions"),
             Self::Scanned(_) => (kind::SCANNED, "scanned"),
             Self::OpenRegion { .. } => (kind::OPEN_REGION, "open region"),
@@ -250,12 +175,9 @@ impl Message {
             Self::Want { .. } => (kind::WANT, "want"),
             Self::Data { .. } => (kind::DATA, "data"),
             Self::Release(_) => (kind::RELEASE, "release"),
-            Self::Durable(_) => (kind::DURABLE, "durable"),
             Self::Examine => (kind::EXAMINE, "examine"),
             Self::Ping => (kind::PING, "ping"),
             Self::Pong => (kind::PONG, "pong"),
-            Self::Cancel => (kind::CANCEL, "cancel"),
-            Self::Event(_) => (kind::EVENT, "event"),
             Self::Outcome(_) => (kind::OUTCOME, "outcome"),
             Self::Failed { .. } => (kind::FAILED, "failed"),
             Self::Stop => (kind::STOP, "stop"),
@@ -281,23 +203,9 @@ impl Message {
 
     fn encode_body(&self, e: &mut Encoder<'_>) {
         match self {
-            Self::Opened
-            | Self::Examine
-            | Self::Stop
-            | Self::Stopped
-            | Self::Ping
-            | Self::Pong
-            | Self::Cancel => {}
-            Self::Open(open) => open.encode(e),
+            Self::Examine | Self::Stop | Self::Stopped | Self::Ping | Self::Pong => {}
             Self::Begin(begin) => begin.encode(e),
             Self::Source(source) => source.encode(e),
-            Self::Sample(blocks) => {
-                e.count(blocks.len());
-                for block in blocks {
-                    e.u64(*block);
-                }
-            }
-            Self::Sampled(pages) => pages.encode(e),
             Self::Regions {
                 regions,
                 digests,
@@ -340,8 +248,7 @@ impl Message {
             Self::Release(below) => {
                 e.u64(*below);
             }
-            Self::Durable(checkpoint) => checkpoint.encode(e),
-            Self::Event(json) | Self::Outcome(json) => {
+            Self::Outcome(json) => {
                 e.bytes_u16(json);
             }
             Self::Failed { kind, text } => {
@@ -363,12 +270,8 @@ impl Message {
 
     fn decode_body(kind: u8, d: &mut Decoder<'_>) -> Decoded<Self> {
         Ok(match kind {
-            kind::OPEN => Self::Open(Open::decode(d)?),
-            kind::OPENED => Self::Opened,
             kind::BEGIN => Self::Begin(Begin::decode(d)?),
             kind::SOURCE => Self::Source(Source::decode(d)?),
-            kind::SAMPLE => Self::Sample(list(d, MAX_SAMPLE, Decoder::u64)?),
-            kind::SAMPLED => Self::Sampled(ShortDigests::decode(d, MAX_SAMPLE * MAX_PAGES)?),
             kind::REGIONS => decode_regions(d)?,
             kind::SCANNED => Self::Scanned(Root::from_bytes(d.array()?)),
             kind::OPEN_REGION => Self::OpenRegion {
@@ -393,36 +296,17 @@ impl Message {
             },
             kind::DATA => decode_data(d)?,
             kind::RELEASE => Self::Release(d.u64()?),
-            kind::DURABLE => Self::Durable(Checkpoint::decode(d)?),
             kind::EXAMINE => Self::Examine,
             kind::STOP => Self::Stop,
             kind::STOPPED => Self::Stopped,
             kind::PING => Self::Ping,
             kind::PONG => Self::Pong,
-            kind::CANCEL => Self::Cancel,
-            kind::EVENT => Self::Event(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
             kind::OUTCOME => Self::Outcome(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
             kind::FAILED => Self::Failed {
                 kind: d.u8()?,
                 text: text(d)?,
             },
             _ => return Err(invalid("no message has this kind".to_owned())),
-        })
-    }
-}
-
-impl Open {
-    fn encode(&self, e: &mut Encoder<'_>) {
-        e.u8(u8::from(self.role == Role::Target))
-            .bytes_u16(&self.name)
-            .bytes_u16(&self.options);
-    }
-
-    fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
-        Ok(Self {
-            role: if flag(d)? { Role::Target } else { Role::Source },
-            name: d.bytes_u16(MAX_TEXT_BYTES)?.to_vec(),
-            options: d.bytes_u16(MAX_JSON_BYTES)?.to_vec(),
         })
     }
 }
@@ -450,42 +334,17 @@ impl Source {
 impl Begin {
     fn encode(&self, e: &mut Encoder<'_>) {
         e.u64(self.block_size.bytes())
-            .u8(u8::from(self.streams == Streams::Everything))
             .u8(u8::from(self.exact))
             .bytes(&self.level.to_le_bytes())
-            .u32(self.window)
-            .u8(u8::from(self.resumed.is_some()));
-        self.resumed.iter().for_each(|resumed| resumed.encode(e));
+            .u32(self.window);
     }
 
     fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
         Ok(Self {
             block_size: BlockSize::new(d.u64()?)?,
-            streams: if flag(d)? {
-                Streams::Everything
-            } else {
-                Streams::Digests
-            },
             exact: flag(d)?,
             level: i8::from_le_bytes(d.array()?),
             window: d.u32()?,
-            resumed: flag(d)?.then(|| Checkpoint::decode(d)).transpose()?,
-        })
-    }
-}
-
-impl Checkpoint {
-    fn encode(&self, e: &mut Encoder<'_>) {
-        e.bytes(&self.session)
-            .u64(self.sequence)
-            .digest(&self.chain);
-    }
-
-    fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
-        Ok(Self {
-            session: d.array()?,
-            sequence: d.u64()?,
-            chain: d.digest()?,
         })
     }
 }
@@ -597,39 +456,17 @@ mod tests {
         ShortDigests::of(width, (0..count).map(digest))
     }
 
-    fn checkpoint() -> Checkpoint {
-        Checkpoint {
-            session: [7; 16],
-            sequence: 1 << 40,
-            chain: digest(9),
-        }
-    }
-
     /// One of each kind, with something in every field.
     fn one_of_each() -> Vec<Message> {
         let begin = Begin {
             block_size: BlockSize::DEFAULT,
-            streams: Streams::Everything,
             exact: true,
             level: -7,
             window: 64,
-            resumed: Some(checkpoint()),
         };
         let run = |first, count, zero| PageRun { first, count, zero };
         vec![
-            Message::Open(Open {
-                role: Role::Target,
-                name: b"/srv/di\xFFsk".to_vec(),
-                options: b"{}".to_vec(),
-            }),
-            Message::Opened,
             Message::Begin(begin),
-            Message::Begin(Begin {
-                streams: Streams::Digests,
-                exact: false,
-                resumed: None,
-                ..begin
-            }),
             Message::Source(Source {
                 label: "disk.raw".to_owned(),
                 size_bytes: u64::MAX,
@@ -637,8 +474,6 @@ mod tests {
                 evidence: Evidence::unknown(),
                 data_bytes: 5,
             }),
-            Message::Sample(vec![9, 1, u64::MAX]),
-            Message::Sampled(short(Width::Four, 32)),
             Message::Regions {
                 regions: vec![1, 5, u64::MAX],
                 digests: short(Width::Sixteen, 3),
@@ -663,14 +498,11 @@ mod tests {
                 frame: vec![1, 2, 3],
             },
             Message::Release(12),
-            Message::Durable(checkpoint()),
             Message::Examine,
             Message::Stop,
             Message::Stopped,
             Message::Ping,
             Message::Pong,
-            Message::Cancel,
-            Message::Event(b"{}".to_vec()),
             Message::Outcome(b"{\"a\":1}".to_vec()),
             Message::Failed {
                 kind: 3,
@@ -708,8 +540,8 @@ mod tests {
             longer.body.push(0);
             assert!(Message::decode(&longer).is_err(), "{}", message.name());
         }
-        assert_eq!(kinds, (kind::OPEN..=kind::STOPPED).collect(), "one of each");
-        for kind in [0, kind::STOPPED + 1, 255] {
+        assert_eq!(kinds, (kind::BEGIN..=kind::FAILED).collect(), "one of each");
+        for kind in [0, kind::FAILED + 1, 255] {
             let body = Vec::new();
             assert!(Message::decode(&Frame { kind, body }).is_err());
         }
@@ -774,7 +606,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn what_is_accepted_is_written_again_byte_for_byte(
-            kind in 0u8..25, body in proptest::collection::vec(0u8..4, 0..80),
+            kind in 0u8..18, body in proptest::collection::vec(0u8..4, 0..80),
         ) {
             let frame = Frame { kind, body };
             if let Ok(message) = Message::decode(&frame) {

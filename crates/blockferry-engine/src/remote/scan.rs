@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use blockferry_core::{
-    Extent, Geometry, RegionIndex, RegionLeaves, Root, block_digest, is_zero, page_digests,
+    Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero, page_digests,
 };
 use blockferry_delta_sync::{Known, differing_runs};
 use blockferry_device::{AlignedBuffer, BlockSource};
@@ -70,9 +70,9 @@ impl Peer {
         self.connection.finish();
     }
 
-    /// Bytes sent so far, and bytes received.
-    pub(crate) fn wire_bytes(&self) -> (u64, u64) {
-        self.connection.wire_bytes()
+    /// Bytes that came from the source's side so far.
+    pub(crate) fn received_bytes(&self) -> u64 {
+        self.connection.wire_bytes().1
     }
 }
 
@@ -100,8 +100,8 @@ pub(crate) struct TargetSide {
 
 /// What a scan came to.
 pub(crate) enum Scanned {
-    /// The target, as staged, is the source: its root.
-    Whole(Root),
+    /// The target, as staged, is the source.
+    Whole,
     /// A shortened digest was taken for another, or what was known of the target is wrong.
     Again,
 }
@@ -136,11 +136,9 @@ impl TargetSide {
     ) -> Result<Scanned> {
         let begin = Begin {
             block_size: self.geometry.block_size(),
-            streams: blockferry_transport::message::Streams::Digests,
             exact,
             level: LEVEL,
             window: WINDOW,
-            resumed: None,
         };
         let outbox = peer.connection.outbox();
         outbox.send(Message::Begin(begin)).map_err(lost)?;
@@ -436,7 +434,7 @@ impl Host {
             }
             self.take_finished(consume)?;
             match self.role.outcome() {
-                Ok(Some(root)) => return Ok(Scanned::Whole(root)),
+                Ok(Some(_root)) => return Ok(Scanned::Whole),
                 Ok(None) => {}
                 Err(error) => return again(error),
             }

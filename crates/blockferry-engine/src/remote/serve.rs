@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockferry_core::{Geometry, RegionIndex, RegionLeaves, page_digests};
+use blockferry_core::{Geometry, RegionIndex, RegionLeaves};
 use blockferry_device::{AlignedBuffer, BlockSource, Cancellable, Status};
 use blockferry_full_download::{Copying, Scratch};
 use blockferry_pipeline::{BUFFER_BYTES, DataRegions, block_in, read_padded};
 use blockferry_transport::message::{Begin, Source};
-use blockferry_transport::{Connection, Message, Outbox, ShortDigests, Width};
+use blockferry_transport::{Connection, Message, Outbox, ShortDigests};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::data::Packer;
@@ -139,8 +139,6 @@ impl Host {
         match message {
             Message::Outcome(json) => return Ok(Some(json)),
             Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
-            // What is durable there no source of ours waits for yet.
-            Message::Durable(_) | Message::Event(_) => return Ok(None),
             Message::Stop => {
                 self.role.stop();
                 self.stopping = true;
@@ -205,7 +203,7 @@ impl Reading {
         let begin = begin.ok_or_else(|| super::internal("work before it began"))?;
         let geometry = Geometry::new(self.source.size_bytes(), begin.block_size);
         match job {
-            SourceJob::Scan(region, _) => {
+            SourceJob::Scan(region) => {
                 let copying = Copying::digesting(Arc::clone(&self.source), geometry);
                 let scanned = copying.region(region, scratch, &mut |_| Ok(()))?;
                 Ok(Finished::Scanned(scanned.leaves))
@@ -213,21 +211,6 @@ impl Reading {
             SourceJob::Pages { region, blocks } => {
                 self.send_pages(&geometry, begin, region, &blocks)?;
                 Ok(Finished::Answered(None))
-            }
-            SourceJob::Sample(blocks) => {
-                let width = if begin.exact {
-                    Width::Whole
-                } else {
-                    Width::Four
-                };
-                let mut pages = ShortDigests::new(width);
-                let mut buffer = buffer();
-                for block in blocks {
-                    let extent = geometry.block_extent(blockferry_core::BlockIndex::new(block));
-                    let bytes = self.read(extent, &mut buffer)?;
-                    page_digests(begin.block_size, bytes).for_each(|page| pages.push(&page));
-                }
-                Ok(Finished::Answered(Some(Message::Sampled(pages))))
             }
             SourceJob::Examine => unreachable!("answered above"),
         }

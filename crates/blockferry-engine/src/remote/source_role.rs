@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use blockferry_core::{Digest, Geometry, PAGE_BYTES, RegionIndex, RegionLeaves, TreeHasher};
 use blockferry_pipeline::block_in;
-use blockferry_transport::message::{Begin, MAX_REGIONS, Streams};
+use blockferry_transport::message::{Begin, MAX_REGIONS};
 use blockferry_transport::{Message, ShortDigests, Width};
 
 use super::{ProtocolResult, block_number, unexpected, violates};
@@ -22,15 +22,13 @@ const MAX_WAITING: usize = 1024;
 /// What its host does for it. Several at once; each is answered by one call.
 #[derive(Debug)]
 pub(super) enum SourceJob {
-    /// Read a region and take its leaves, then [`SourceRole::scanned`]; in a full download send its data before.
-    Scan(RegionIndex, Streams),
+    /// Read a region and take its leaves: [`SourceRole::scanned`].
+    Scan(RegionIndex),
     /// Read these blocks and send their pages that differ: nothing else is said of it.
     Pages {
         region: RegionIndex,
         blocks: Vec<(u16, ShortDigests)>,
     },
-    /// Read blocks and send digests of their pages.
-    Sample(Vec<u64>),
     /// Look at the source and send what it is.
     Examine,
 }
@@ -88,7 +86,6 @@ impl SourceRole {
         match message {
             Message::Begin(begin) => self.begin(begin),
             Message::Examine => self.queue(SourceJob::Examine),
-            Message::Sample(blocks) => self.sample(blocks),
             Message::OpenRegion { region, blocks } => {
                 let reply = self.run()?.open(region, &blocks)?;
                 out.push(reply);
@@ -114,9 +111,7 @@ impl SourceRole {
             return Some(job);
         }
         let run = self.run.as_mut()?;
-        let streams = run.begin.streams;
-        let region = run.next_region(next_data)?;
-        Some(SourceJob::Scan(region, streams))
+        run.next_region(next_data).map(SourceJob::Scan)
     }
 
     /// A region was read. Tells the target of it once all before it are read as well.
@@ -162,14 +157,6 @@ impl SourceRole {
         self.run
             .as_mut()
             .ok_or_else(|| violates("expected begin before anything else"))
-    }
-
-    fn sample(&mut self, blocks: Vec<u64>) -> ProtocolResult {
-        let count = self.run()?.geometry.block_count();
-        if blocks.iter().any(|block| *block >= count) {
-            return Err(violates("a sample of blocks beyond the end of the source"));
-        }
-        self.queue(SourceJob::Sample(blocks))
     }
 
     fn queue(&mut self, job: SourceJob) -> ProtocolResult {

@@ -6,7 +6,7 @@ use blockferry_core::{
     BlockSize, Extent, Geometry, RegionIndex, RegionLeaves, Root, block_digest, page_digests,
 };
 use blockferry_pipeline::block_in;
-use blockferry_transport::message::{Begin, Streams};
+use blockferry_transport::message::Begin;
 use blockferry_transport::{Message, ShortDigests};
 
 use super::data::{Packer, Unpacked};
@@ -44,11 +44,9 @@ struct Sent {
 fn begin(exact: bool) -> Begin {
     Begin {
         block_size: BlockSize::new(16 * 1024).unwrap(),
-        streams: Streams::Digests,
         exact,
         level: 1,
         window: 4,
-        resumed: None,
     }
 }
 
@@ -174,7 +172,7 @@ impl Pair {
 
     fn do_source(&mut self, job: SourceJob) {
         match job {
-            SourceJob::Scan(region, _) => {
+            SourceJob::Scan(region) => {
                 let extent = self.geometry.region_extent(region);
                 let leaves =
                     RegionLeaves::of_bytes(&self.geometry, region, &self.new[range(extent)]);
@@ -193,7 +191,7 @@ impl Pair {
                 out.extend(packer.take().unwrap());
                 self.send_to_target(out);
             }
-            SourceJob::Sample(_) | SourceJob::Examine => unreachable!("not asked for here"),
+            SourceJob::Examine => unreachable!("not asked for here"),
         }
     }
 

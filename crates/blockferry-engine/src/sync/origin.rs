@@ -37,6 +37,14 @@ impl Origin {
         }
     }
 
+    /// Bytes that crossed to the target's side, where there is a wire to cross.
+    pub(super) fn crossed_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Device(_) => None,
+            Self::Peer(peer) => Some(peer.received_bytes()),
+        }
+    }
+
     /// What the source is now.
     pub(super) fn look(&self) -> Result<Found> {
         match self {

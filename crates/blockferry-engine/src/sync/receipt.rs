@@ -43,7 +43,7 @@ impl Run<'_> {
             scanned_bytes: self.counts.source_read,
             target_read_bytes: self.counts.target_read,
             changed_bytes: compared.then_some(totals.live_bytes + totals.live_zero_bytes),
-            sent_bytes: totals.staged_bytes,
+            sent_bytes: self.origin.crossed_bytes().unwrap_or(totals.staged_bytes),
             staged_bytes: totals.staged_bytes,
             resumed_bytes: totals.resumed_bytes,
             restaged_bytes: totals.restaged_bytes,

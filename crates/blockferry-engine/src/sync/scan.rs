@@ -183,7 +183,7 @@ impl Run<'_> {
         })?;
         match (doubts.first(), scanned) {
             (Some(doubt), _) => Ok(Some(doubt)),
-            (None, Scanned::Whole(_)) => Ok(None),
+            (None, Scanned::Whole) => Ok(None),
             (None, Scanned::Again) => Err(internal("digests were mistaken for others")),
         }
     }
