@@ -118,7 +118,7 @@ impl Staged<'_> {
         }
     }
 
-    /// Hands to `add` what a record of the working file says of the new point and no later record replaced; returns
+    /// Hands to `add` what a record of the working file proves of the new point and no later record replaced; returns
     /// how many bytes that is.
     pub(crate) fn add_live(
         &self,
@@ -128,9 +128,10 @@ impl Staged<'_> {
     ) -> Result<u64> {
         let mut bytes = 0;
         for live in self.live(number, header) {
-            bytes += live.run.extent.length();
-            live.check(&self.geometry, header, &[])
-                .map_or(Ok(()), &mut *add)?;
+            if let Some(check) = live.check(&self.geometry, header, &[]) {
+                bytes += check.bytes();
+                add(check)?;
+            }
         }
         Ok(bytes)
     }
