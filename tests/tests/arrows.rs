@@ -13,7 +13,11 @@ use crate::lab::output;
 const LEVELS: [&[&str]; 7] = [
     &["blockferry-core"],
     &["blockferry-device"],
-    &["blockferry-transfer-log", "blockferry-pipeline"],
+    &[
+        "blockferry-transfer-log",
+        "blockferry-transport",
+        "blockferry-pipeline",
+    ],
     &["blockferry-delta-sync", "blockferry-full-download"],
     &["blockferry-engine"],
     &["blockferry"],

@@ -6,6 +6,7 @@ use blockferry_core::{
     BlockSize, Extent, Geometry, RegionIndex, RegionLeaves, Root, block_digest, page_digests,
 };
 use blockferry_pipeline::block_in;
+use blockferry_transport::frame::FrameDecoder;
 use blockferry_transport::message::Begin;
 use blockferry_transport::{Message, ShortDigests};
 
@@ -31,6 +32,8 @@ struct Pair {
     finished: Vec<RegionLeaves>,
     sent: Sent,
     seed: u64,
+    /// One in so many messages has a byte changed on its way; none if 0.
+    changed_in: usize,
 }
 
 /// What travelled.
@@ -73,6 +76,7 @@ impl Pair {
             finished: Vec::new(),
             sent: Sent::default(),
             seed,
+            changed_in: 0,
         };
         pair.seed = scramble(seed);
         pair
@@ -85,7 +89,7 @@ impl Pair {
 
     /// Until both sides agree that they are done.
     fn run(&mut self) -> ProtocolResult<Root> {
-        for _ in 0..1_000_000 {
+        for _ in 0..200_000 {
             self.finished.extend(self.target.take_finished());
             if let Some(root) = self.target.outcome()? {
                 return Ok(root);
@@ -94,6 +98,7 @@ impl Pair {
             match self.draw(4) {
                 0 => {
                     if let Some(message) = self.to_source.pop_front() {
+                        let message = self.on_its_way(message)?;
                         let mut out = Vec::new();
                         self.source.message(message, &mut out)?;
                         self.send_to_target(out);
@@ -101,6 +106,7 @@ impl Pair {
                 }
                 1 => {
                     if let Some(message) = self.to_target.pop_front() {
+                        let message = self.on_its_way(message)?;
                         let mut out = Vec::new();
                         self.target.message(message, &mut out)?;
                         self.send_to_source(out);
@@ -119,7 +125,35 @@ impl Pair {
                 _ => {}
             }
         }
-        panic!("both sides wait: {:?} {:?}", self.source, self.target);
+        // A message that means something else now may never be answered: in life the link's deadline ends that.
+        assert!(
+            self.changed_in > 0,
+            "both sides wait: {:?} {:?}",
+            self.source,
+            self.target
+        );
+        Err(ProtocolError::Violation("both sides wait".to_owned()))
+    }
+
+    /// What arrives of a message; an error if it is none any more.
+    fn on_its_way(&mut self, message: Message) -> ProtocolResult<Message> {
+        if self.changed_in == 0 || self.draw(self.changed_in) > 0 {
+            return Ok(message);
+        }
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let at = blockferry_transport::frame::HEADER_BYTES - 1;
+        let at = at + self.draw(bytes.len() - at);
+        bytes[at] ^= 1 << self.draw(8);
+        let mut decoder = FrameDecoder::new();
+        decoder.trust();
+        decoder.push(&bytes);
+        let frame = decoder
+            .next_frame()
+            .ok()
+            .flatten()
+            .expect("its length is as it was");
+        Message::decode(&frame).map_err(|e| ProtocolError::Violation(e.to_string()))
     }
 
     fn fill_jobs(&mut self) {
@@ -313,4 +347,30 @@ fn identical_images_cost_a_digest_for_each_region() {
     assert_eq!(data_messages, 0);
     assert!(to_target_bytes <= 4 * 60 + 60, "{to_target_bytes}");
     assert!(to_source_bytes <= 120, "{to_source_bytes}");
+}
+
+#[test]
+fn whatever_is_changed_on_its_way_never_makes_another_image() {
+    let size = (3 << 20) * 4;
+    let old = image(&[1, 0, 3], size);
+    let mut new = image(&[1, 2, 3], size);
+    for at in (0..size).step_by(700_001) {
+        new[at] ^= 0xFF;
+    }
+    let (mut whole, mut refused) = (0, 0);
+    for seed in 0..300 {
+        let mut pair = Pair::new(&old, &new, begin(seed % 2 == 0), seed);
+        pair.changed_in = 12;
+        match pair.run() {
+            Ok(_) => {
+                assert!(pair.old == new, "seed {seed}");
+                whole += 1;
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(
+        whole > 5 && refused > 50,
+        "{whole} whole, {refused} refused"
+    );
 }
