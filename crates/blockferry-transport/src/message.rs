@@ -18,7 +18,11 @@ pub const MAX_JSON_BYTES: usize = 12 * 1024;
 /// Most regions in one [`Message::Regions`].
 pub const MAX_REGIONS: usize = 1024;
 /// Most blocks of a region.
-const MAX_BLOCKS: usize = REGION_BLOCKS as usize;
+const MAX_BLOCKS: usize = 256;
+const _: () = assert!(
+    MAX_BLOCKS as u64 == REGION_BLOCKS,
+    "a list takes all of them"
+);
 /// Most pages of a block.
 const MAX_PAGES: usize = 256;
 /// Most runs in one [`Message::Data`]: as many as a record of the transfer log has extents.
@@ -197,7 +201,7 @@ impl Message {
     /// When it is beyond the limits of this module, which is a bug of the caller.
     pub fn encode(&self, out: &mut Vec<u8>) {
         frame::encode(self.kind().0, out, |body| {
-            self.encode_body(&mut Encoder::new(body))
+            self.encode_body(&mut Encoder::new(body));
         });
     }
 

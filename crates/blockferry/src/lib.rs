@@ -11,6 +11,7 @@ pub use blockferry_device::{
 };
 pub use blockferry_engine::*;
 pub use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};
+pub use blockferry_transport::{Connection, Deadlines, Link};
 
 /// Blocks, digests, manifests, change maps.
 pub use blockferry_core as core;
@@ -18,3 +19,5 @@ pub use blockferry_core as core;
 pub use blockferry_device as device;
 /// Sessions and decisions, for those who drive them themselves.
 pub use blockferry_transfer_log as transfer_log;
+/// Links, connections and messages between two machines.
+pub use blockferry_transport as transport;

@@ -57,3 +57,13 @@ fn a_service_stays_responsive_while_a_worker_syncs() {
     let (old, new) = (place.join("old.raw"), place.join("new.raw"));
     assert!(std::fs::read(old).unwrap() == std::fs::read(new).unwrap());
 }
+
+#[test]
+fn two_machines_sync_over_streams_of_the_callers_own() {
+    let (said, _) = run("two_machines");
+
+    assert!(said.contains("4096 of 8388608 bytes differed"), "{said}");
+    let crossed = said.split(" bytes came").next().unwrap();
+    let crossed: u64 = crossed.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(crossed < 2000, "{said}");
+}

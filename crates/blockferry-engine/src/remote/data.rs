@@ -12,7 +12,8 @@ use super::target_role::Arrived;
 
 /// Most pages that are not zero in one message: as many as a record of the transfer log has.
 pub(super) const MAX_PAGES: usize = 256;
-const PAGE: usize = PAGE_BYTES as usize;
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_BYTES, "one size of pages");
 
 /// Gathers the pages of blocks that differ into messages.
 #[derive(Debug)]

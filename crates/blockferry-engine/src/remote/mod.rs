@@ -97,7 +97,7 @@ fn failure(error: &Error) -> Message {
 }
 
 /// An error of the other side.
-fn failed_peer(kind: u8, text: String) -> Error {
+fn failed_peer(kind: u8, text: &str) -> Error {
     let kind = KINDS.get(usize::from(kind)).copied();
     Error::new(
         kind.unwrap_or(ErrorKind::Peer),

@@ -54,7 +54,7 @@ impl Peer {
         loop {
             match connection.receive().map_err(lost)? {
                 Message::Stopped => return Ok(()),
-                Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
+                Message::Failed { kind, text } => return Err(failed_peer(kind, &text)),
                 _of_that_scan => {}
             }
         }
@@ -80,7 +80,7 @@ fn examine(connection: &Connection) -> Result<Source> {
     connection.outbox().send(Message::Examine).map_err(lost)?;
     match connection.receive().map_err(lost)? {
         Message::Source(source) => Ok(source),
-        Message::Failed { kind, text } => Err(failed_peer(kind, text)),
+        Message::Failed { kind, text } => Err(failed_peer(kind, &text)),
         other => Err(violated(super::unexpected("target", &other))),
     }
 }
@@ -443,7 +443,7 @@ impl Host {
                 recv(connection.receiver()) -> message => {
                     let message = message.unwrap_or_else(|_ended| connection.receive());
                     match message.map_err(lost)? {
-                        Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
+                        Message::Failed { kind, text } => return Err(failed_peer(kind, &text)),
                         message => self.role.message(message, &mut out),
                     }
                 }

@@ -38,7 +38,7 @@ pub fn serve_source(
         outbox: connection.outbox().clone(),
     };
     let threads = threads.clamp(1, 64);
-    let outcome = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let (jobs, waiting) = bounded::<(SourceJob, Option<Begin>)>(2 * threads);
         let (finish, finished) = bounded(2 * threads);
         for _ in 0..threads {
@@ -62,8 +62,7 @@ pub fn serve_source(
         // Threads that wait to send find the link closed.
         connection.finish();
         outcome
-    });
-    outcome
+    })
 }
 
 /// Tells the peer why this side ends, if it still listens.
@@ -138,7 +137,7 @@ impl Host {
     fn take(&mut self, message: Message, out: &mut Vec<Message>) -> Result<Option<Vec<u8>>> {
         match message {
             Message::Outcome(json) => return Ok(Some(json)),
-            Message::Failed { kind, text } => return Err(failed_peer(kind, text)),
+            Message::Failed { kind, text } => return Err(failed_peer(kind, &text)),
             Message::Stop => {
                 self.role.stop();
                 self.stopping = true;

@@ -318,7 +318,7 @@ impl TargetRole {
             let ours = ours.unwrap_or_else(|| RegionLeaves::zero(&self.geometry, index));
             match self.theirs.remove(&region) {
                 Some(told) if told.matches(0, &ours.digest()) => {
-                    drop(self.done.insert(region, ours))
+                    self.done.insert(region, ours);
                 }
                 Some(told) => {
                     let blocks = ShortDigests::of(self.width(Width::Eight), ours.iter());

@@ -61,6 +61,7 @@ fn run(
 }
 
 fn unopened(error: blockferry_transport::Error) -> Error {
+    let error: Box<dyn std::error::Error> = error.into();
     Error::new(ErrorKind::Peer, error.to_string())
 }
 
@@ -127,9 +128,7 @@ fn cut_after(bytes: usize) -> (Link, Link) {
         left: bytes,
     };
     let close = move || {
-        closer
-            .shutdown(std::net::Shutdown::Both)
-            .unwrap_or_default()
+        closer.shutdown(std::net::Shutdown::Both).ok();
     };
     let here = Link::new(cut, one, close, "the source's side");
     let there = Link::over_socket(other, "the target's side").unwrap();
@@ -147,7 +146,7 @@ fn a_link_cut_anywhere_is_resumed_without_sending_anything_durable_again() {
         let source = Source::new(edited(41, &old, BYTES, 300));
         let mut cuts = 0;
         let receipt = loop {
-            let after = usize::try_from(random.below(1 << 20)).unwrap();
+            let after = usize::try_from(random.below(200_000)).unwrap();
             let link = if cuts < 12 {
                 cut_after(after)
             } else {
