@@ -141,12 +141,13 @@ fn a_link_cut_anywhere_is_resumed_without_sending_anything_durable_again() {
     for undo in [Undo::Keep, Undo::None] {
         let mut options = delta(Some(Strategy::Redo));
         options.undo = undo;
-        let old = image(41, BYTES);
+        // Some ten megabytes travel, in messages of up to one.
+        let old = image(41, 6 * BYTES);
         let machine = Machine::file(&old);
-        let source = Source::new(edited(41, &old, BYTES, 300));
+        let source = Source::new(edited(41, &old, 6 * BYTES, 300));
         let mut cuts = 0;
         let receipt = loop {
-            let after = usize::try_from(random.below(200_000)).unwrap();
+            let after = usize::try_from(random.below(3 << 20)).unwrap();
             let link = if cuts < 12 {
                 cut_after(after)
             } else {
