@@ -110,7 +110,7 @@ pub(crate) fn run_with<S: Scenario>(options: &ExploreOptions, name: &str, scenar
 }
 
 /// The least that the usual effort explores, in distinct crash images of each test: together what a change must pass.
-const LEAST: [(&str, usize); 12] = [
+const LEAST: [(&str, usize); 13] = [
     ("redo on a file", 40_000),
     ("redo on a device", 34_000),
     ("redo without undo", 5_000),
@@ -123,6 +123,7 @@ const LEAST: [(&str, usize); 12] = [
     ("adopting", 10_000),
     ("a restart in the cache", 14_000),
     ("a group", 5_000),
+    ("nothing staged", 3_000),
 ];
 
 #[test]

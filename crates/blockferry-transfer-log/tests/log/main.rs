@@ -13,6 +13,7 @@ mod faults;
 mod groups;
 mod harness;
 mod large;
+mod limits;
 mod looked;
 mod model;
 mod points;

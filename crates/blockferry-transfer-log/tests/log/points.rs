@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use blockferry_core::{Extent, Root};
 use blockferry_device::{Evidence, Identity};
-use blockferry_testkit::SimDisk;
+use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{ErrorKind, Replica, SourceStamp, Strategy, Unwritten};
 
 use crate::harness::{PAGE, Setup, id, image, root};
@@ -159,4 +159,28 @@ fn apply_and_restore_tell_how_far_they_are() {
         replica.rollback(&tell).unwrap();
         assert_eq!(told.take(), steps, "restore");
     }
+}
+
+#[test]
+fn a_replica_tells_what_it_is_and_what_its_file_system_can() {
+    let content = image(&[1, 2, 3], 3 * PAGE);
+    for clones in [true, false] {
+        let disk = SimDisk::new(SimOptions {
+            clones,
+            ..SimOptions::default()
+        });
+        let setup = Setup::file(Strategy::Redo);
+        setup.install(&disk, Some(&content));
+        let replica = setup.open(&disk).unwrap();
+        assert_eq!(replica.supports_clone(id(9)), clones);
+        assert!(replica.supports_exchange(id(9)).unwrap());
+        assert!(replica.is_file() && replica.target_dir().is_some());
+        assert!(replica.label().contains("disk.raw"), "{}", replica.label());
+        assert_eq!(disk.dir("images").names().unwrap(), ["disk.raw"]);
+    }
+    let setup = Setup::device(Strategy::Redo);
+    let disk = setup.machine(Some(&content));
+    let replica = setup.open(&disk).unwrap();
+    assert!(!replica.is_file() && replica.target_dir().is_none());
+    assert!(!replica.supports_clone(id(9)) && !replica.supports_exchange(id(9)).unwrap());
 }

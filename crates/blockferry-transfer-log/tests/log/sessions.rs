@@ -535,6 +535,11 @@ fn the_manifest_of_the_new_point_is_durable_with_it() {
     std::io::Write::write_all(&mut manifest, b"what the manifest says").unwrap();
     manifest.finish().unwrap();
     session.commit(root(&new), &quiet).unwrap();
+    let point = replica.point().unwrap().clone();
+    let mut read = Vec::new();
+    let mut source = replica.manifest_source(&point).open().unwrap();
+    std::io::Read::read_to_end(&mut source, &mut read).unwrap();
+    assert_eq!(read, b"what the manifest says");
     drop(replica);
 
     for image in disk

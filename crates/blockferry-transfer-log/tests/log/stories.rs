@@ -87,6 +87,23 @@ fn pages_that_came_compressed_survive_every_crash() {
 }
 
 #[test]
+fn a_session_that_stages_nothing_survives_every_crash() {
+    let mut explored = Explored::of("nothing staged");
+    let content = image(&[1, 2, 3, 4], 4 * PAGE);
+    let mut grown = content.clone();
+    grown.resize(6 * PAGE, 0);
+    for setup in [
+        Setup::file(Strategy::Redo),
+        Setup::file(Strategy::Redo).without_undo(),
+        Setup::file(Strategy::Clone),
+    ] {
+        let images = vec![Some(content.clone()), Some(grown.clone())];
+        explored.story(&story(setup, images, &[], &[Step::Sync(1, 1)]));
+    }
+    explored.finish();
+}
+
+#[test]
 fn adopting_a_point_survives_every_crash() {
     let mut explored = Explored::of("adopting");
     for setup in [
