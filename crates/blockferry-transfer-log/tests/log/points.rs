@@ -5,8 +5,8 @@ use std::cell::RefCell;
 
 use blockferry_core::{Extent, Root};
 use blockferry_device::{Evidence, Identity};
-use blockferry_testkit::{SimDisk, SimOptions};
-use blockferry_transfer_log::{ErrorKind, Replica, SourceStamp, Strategy, Unwritten};
+use blockferry_testkit::{Fault, FaultKind, OperationKind, SimDisk, SimOptions};
+use blockferry_transfer_log::{ErrorKind, Old, Proof, Replica, SourceStamp, Strategy, Unwritten};
 
 use crate::harness::{PAGE, Setup, id, image, root};
 
@@ -183,4 +183,88 @@ fn a_replica_tells_what_it_is_and_what_its_file_system_can() {
     let replica = setup.open(&disk).unwrap();
     assert!(!replica.is_file() && replica.target_dir().is_none());
     assert!(!replica.supports_clone(id(9)) && !replica.supports_exchange(id(9)).unwrap());
+}
+
+#[test]
+fn a_session_goes_on_from_a_source_that_may_have_changed() {
+    let known = |version: u8| {
+        let identity = Identity::from_bytes(b"source");
+        SourceStamp::new("source.raw", identity, Evidence::from_bytes(&[version]))
+    };
+    let (old, new) = (image(&[1, 2, 3], 3 * PAGE), image(&[4, 5, 6], 3 * PAGE));
+    let setup = Setup::file(Strategy::Redo);
+    for (now, proven) in [(known(1), true), (known(2), false)] {
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut plan = setup.plan(1, &new);
+        plan.source = known(1);
+        let mut session = replica.begin(&plan).unwrap();
+        setup
+            .stage(&mut session, target.as_ref(), &new, 1, &mut |_| {})
+            .unwrap();
+        drop(session);
+        drop(replica);
+        let mut replica = setup.open(&disk).unwrap();
+
+        let session = replica.resume_from(u64::MAX, &now).unwrap();
+
+        assert_eq!(session.source().evidence.proves_same(&now.evidence), proven);
+        drop(session);
+        drop(replica);
+        // As the next run finds it, too.
+        let replica = setup.open(&disk).unwrap();
+        let stamp = &replica.unfinished().unwrap().source;
+        assert_eq!(stamp.evidence.proves_same(&now.evidence), proven);
+    }
+}
+
+#[test]
+fn a_session_that_could_not_be_taken_up_keeps_others_out_until_the_next_open() {
+    let (old, new) = (image(&[1, 2, 3], 3 * PAGE), image(&[4, 5, 6], 3 * PAGE));
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old));
+    crate::sessions::stage_some(&setup, &disk, 1, &new, 1, false);
+    let mut replica = setup.open(&disk).unwrap();
+    disk.inject(Fault::on(OperationKind::Create, "state/", 1, FaultKind::Io));
+    replica.resume(u64::MAX).unwrap_err();
+
+    let refused = replica.begin(&setup.plan(2, &new)).unwrap_err();
+
+    assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
+    drop(replica);
+    let mut replica = setup.open(&disk).unwrap();
+    let session = replica.resume(u64::MAX).unwrap();
+    assert!(session.totals().resumed_bytes > 0, "nothing is lost by it");
+}
+
+#[test]
+fn a_session_tells_what_it_proves_and_when_its_group_is_full() {
+    let (old, new) = (image(&[1, 2, 3], 3 * PAGE), image(&[4, 5, 6], 3 * PAGE));
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+        assert_eq!(session.is_file(), !setup.device);
+        assert!(session.keeps_old() && !session.group_is_full() && session.group_is_empty());
+        let page = image(&[7], PAGE);
+        let stager = session.stager();
+        let mut batch = stager.pages();
+        stager.add(
+            &mut batch,
+            Extent::from_range(0..PAGE as u64),
+            &page,
+            Old::Zero,
+        );
+        session.stage(batch).unwrap();
+        assert!(!session.group_is_full() && !session.group_is_empty());
+        session.prove_by(Proof::Flush);
+        setup.finish(&mut session, target.as_ref(), &new).unwrap();
+
+        let applied = session.commit(root(&new), &|_, _| {}).unwrap();
+
+        assert_eq!(applied.proven_bytes, 0, "the flush is believed");
+        assert_eq!(setup.content(&disk).as_ref(), Some(&new));
+    }
 }
