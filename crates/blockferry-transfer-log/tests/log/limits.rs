@@ -5,7 +5,8 @@ use blockferry_core::{BlockSize, Extent, Geometry};
 use blockferry_device::{Evidence, Identity};
 use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{
-    Batch, ErrorKind, Old, Plan, Prepared, SessionTotals, SourceStamp, Stager, Strategy, Undo,
+    Batch, ErrorKind, Old, Plan, Prepared, Session, SessionTotals, SourceStamp, Stager, Strategy,
+    Undo,
 };
 
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
@@ -135,4 +136,69 @@ fn what_is_longer_than_one_reading_is_proven_piece_by_piece() {
 
     assert_eq!(applied.proven_bytes, new.len() as u64);
     assert!(setup.content(&disk) == Some(new));
+}
+
+#[test]
+fn a_log_takes_as_much_as_it_may_and_no_more() {
+    let (setup, disk, plan) = machine(Strategy::Redo);
+    let page = vec![7; PAGE];
+    let batch = |stager: &Stager, n: u64| {
+        let mut batch = stager.pages();
+        stager.add(&mut batch, pages(n, 1), &page, Old::None);
+        batch
+    };
+    let mut replica = setup.open(&disk).unwrap();
+    let mut session = replica.begin(&plan).unwrap();
+    let stager = session.stager();
+    session.stage(batch(&stager, 0)).unwrap();
+    let used = session.close_group().unwrap().log_bytes;
+    drop(session);
+    drop(replica);
+
+    // Its new pages count; their header comes on top.
+    for (limit, fits) in [(used + PAGE as u64, true), (used + PAGE as u64 - 1, false)] {
+        let disk = disk.snapshot().after_kill();
+        let mut replica = setup.open(&disk).unwrap();
+        let mut session = replica
+            .resume(limit + used_by_a_resume(&disk, used))
+            .unwrap();
+        let staged = session.stage(batch(&stager, 1));
+        assert_eq!(staged.is_ok(), fits, "{limit}");
+    }
+}
+
+/// What another segment adds to a log.
+fn used_by_a_resume(disk: &SimDisk, before: u64) -> u64 {
+    let disk = disk.snapshot().after_kill();
+    let mut replica = Setup::device(Strategy::Redo).open(&disk).unwrap();
+    replica.resume(u64::MAX).unwrap().checkpoint().log_bytes - before
+}
+
+#[test]
+fn what_is_durable_and_staged_again_is_counted() {
+    let (setup, disk, plan) = machine(Strategy::Redo);
+    let stage = |session: &mut Session<'_>, range: Extent, fill: u8| {
+        let stager = session.stager();
+        let mut batch = stager.pages();
+        let bytes = vec![fill; usize::try_from(range.length()).unwrap()];
+        stager.add(&mut batch, range, &bytes, Old::None);
+        session.stage(batch).unwrap();
+        session.close_group().unwrap();
+    };
+    let mut replica = setup.open(&disk).unwrap();
+    let mut session = replica.begin(&plan).unwrap();
+    stage(&mut session, pages(0, 3), 7);
+    assert_eq!(session.totals().restaged_bytes, 0);
+    drop(session);
+    drop(replica);
+    let mut replica = setup.open(&disk).unwrap();
+    let mut session = replica.resume(u64::MAX).unwrap();
+
+    stage(&mut session, pages(1, 1), 8);
+    assert_eq!(session.totals().restaged_bytes, 0, "other content");
+    stage(&mut session, pages(0, 1), 7);
+    stage(&mut session, pages(2, 2), 7);
+
+    let again = session.totals().restaged_bytes;
+    assert_eq!(again, 2 * PAGE as u64, "one page of each");
 }
