@@ -200,6 +200,70 @@ fn pages_that_start_within_a_page_are_refused() {
 }
 
 #[test]
+fn a_record_beyond_a_limit_is_refused_and_one_at_it_is_read() {
+    let geometry = geometry(1 << 40);
+    let plain = |entries: Vec<(u64, NewContent, OldContent)>, pages| {
+        let mut start = 0;
+        let place = |(length, new, old): (u64, NewContent, OldContent)| {
+            let extent = Extent::from_range(start..start + length * 4096);
+            start = extent.end() + 4096;
+            BatchExtent { extent, new, old }
+        };
+        let extents: Vec<BatchExtent> = entries.into_iter().map(place).collect();
+        let units = |side: &dyn Fn(&BatchExtent) -> bool| -> usize {
+            let lengths = extents
+                .iter()
+                .filter(|e| side(e))
+                .map(|e| e.extent.length());
+            usize::try_from(lengths.sum::<u64>() / 4096).unwrap()
+        };
+        let new_digests = vec![digest(1); units(&|e| e.new == NewContent::Data)];
+        let old_digests = vec![digest(2); units(&|e| e.old == OldContent::Data)];
+        RecordHeader {
+            unit: Unit::Page,
+            pages,
+            evidence: Evidence::unknown(),
+            extents,
+            new_digests,
+            old_digests,
+            ..record(4, 1)
+        }
+    };
+    let is_read = |record: &RecordHeader| {
+        RecordHeader::decode(&record.encode().0, &geometry, 1 << 40).is_ok()
+    };
+    let (data, zero) = (NewContent::Data, NewContent::Zero);
+    let new = |pages: u64, stored| plain(vec![(pages, data, OldContent::None)], stored);
+    let old = |pages: u64| plain(vec![(pages, zero, OldContent::Data)], StoredPages::Plain);
+    let zstd = |stored_bytes| StoredPages::Zstd {
+        stored_bytes,
+        checksum: digest(3),
+    };
+    for (at, beyond, what) in [
+        (
+            new(256, StoredPages::Plain),
+            new(257, StoredPages::Plain),
+            "new pages",
+        ),
+        (new(256, zstd(1)), new(257, zstd(1)), "new pages in a frame"),
+        (old(256), old(257), "old pages"),
+        (new(1, zstd(2 << 20)), new(1, zstd((2 << 20) + 1)), "frame"),
+        (
+            new(1024, StoredPages::Elsewhere),
+            new(1025, StoredPages::Elsewhere),
+            "digests",
+        ),
+    ] {
+        assert!(is_read(&at), "{what} at the limit");
+        assert!(!is_read(&beyond), "{what} beyond the limit");
+    }
+    // Old pages begin at a page whatever becomes of them.
+    let mut within = old(1);
+    within.extents[0].extent = Extent::from_range(512..4096);
+    assert!(!is_read(&within));
+}
+
+#[test]
 fn a_count_that_has_no_next_one_is_refused() {
     let (slot, decision, segment) = (slot(1, 1), decision(1, 1), segment(1, 1));
     let count = u64::MAX;

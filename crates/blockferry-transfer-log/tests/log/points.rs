@@ -3,10 +3,12 @@
 
 use std::cell::RefCell;
 
-use blockferry_core::{Extent, Root};
+use blockferry_core::{Extent, Root, block_digest};
 use blockferry_device::{Evidence, Identity};
 use blockferry_testkit::{Fault, FaultKind, OperationKind, SimDisk, SimOptions};
-use blockferry_transfer_log::{ErrorKind, Old, Proof, Replica, SourceStamp, Strategy, Unwritten};
+use blockferry_transfer_log::{
+    ErrorKind, Old, Proof, Replica, SourceStamp, Stager, Strategy, Unwritten,
+};
 
 use crate::harness::{PAGE, Setup, id, image, root};
 
@@ -267,4 +269,52 @@ fn a_session_tells_what_it_proves_and_when_its_group_is_full() {
         assert_eq!(applied.proven_bytes, 0, "the flush is believed");
         assert_eq!(setup.content(&disk).as_ref(), Some(&new));
     }
+}
+
+#[test]
+fn what_is_staged_is_known_by_the_digest_of_each_unit() {
+    let old = image(&[1; 8], 8 * PAGE);
+    let setup = Setup::file(Strategy::Shadow);
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    let before = (replica.stats().log_bytes(), replica.stats().records());
+    assert_eq!(before, (0, 0));
+    let mut session = replica.begin(&setup.plan(1, &old)).unwrap();
+    let stager = session.stager();
+    assert!(stager.writes_new_file() && !stager.wants_old());
+    let bytes = image(&[2, 3, 4, 5, 6, 7], 6 * PAGE);
+    let block = |n: u64| Extent::from_range(n * 8192..(n + 1) * 8192);
+    let digests: Vec<_> = bytes.chunks(8192).map(block_digest).collect();
+    let mut batch = stager.blocks();
+    for (first, count) in [(0, 1), (1, 2)] {
+        let extent = Extent::from_range(first * 8192..(first + count) * 8192);
+        let from = usize::try_from(first).unwrap();
+        let (bytes, digests) = (&bytes[from * 8192..], &digests[from..]);
+        let digests = &digests[..usize::try_from(count).unwrap()];
+        stager
+            .write_blocks(&mut batch, extent, bytes, digests, Old::None)
+            .unwrap();
+    }
+    stager
+        .write_zeros(&mut batch, block(3), true, Old::None)
+        .unwrap();
+    session.stage(batch).unwrap();
+    session.close_group().unwrap();
+
+    let view = session.staged_view();
+
+    let found: Vec<_> = (0..4).map(|n| view.digest_of(block(n)).unwrap()).collect();
+    let expected = [Some(digests[0]), Some(digests[1]), Some(digests[2]), None];
+    assert_eq!(found, expected);
+    let two = Extent::from_range(0..2 * 8192);
+    assert_eq!(view.digest_of(two).unwrap(), None, "no unit");
+    let log_bytes = disk
+        .content(&format!("state/{}.log.0000", id(1)))
+        .unwrap()
+        .len();
+    let stats = replica.stats();
+    // All but the header of the log.
+    assert_eq!(stats.log_bytes(), (log_bytes - PAGE) as u64);
+    assert_eq!(stats.records(), 1);
+    assert!(!Stager::detached(setup.geometry(&old)).writes_new_file());
 }

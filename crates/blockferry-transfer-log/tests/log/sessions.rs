@@ -449,7 +449,8 @@ fn what_later_records_left_of_a_working_file_is_proven_before_it_counts() {
                 .unwrap();
             session.stage(batch).unwrap();
         };
-        write(0, &written);
+        write(0, &written[..4 * PAGE]);
+        write(4 * PAGE, &written[4 * PAGE..]);
         write(0, &new[..2 * PAGE]);
         write(6 * PAGE, &new[6 * PAGE..]);
         let prepared = session.prepare().unwrap();
