@@ -169,6 +169,22 @@ mod tests {
             .prop_map(|(bytes, size)| Geometry::new(bytes, BlockSize::all().nth(size).unwrap()))
     }
 
+    #[test]
+    fn a_byte_lies_in_its_block_and_region_wherever_the_image_ends() {
+        let geometry = Geometry::new(100, BlockSize::DEFAULT);
+        for (offset, block, region) in [
+            (0, 0, 0),
+            (65_535, 0, 0),
+            (65_536, 1, 0),
+            ((1 << 24) - 1, 255, 0),
+            (1 << 24, 256, 1),
+            ((3 << 24) + 70_000, 769, 3),
+        ] {
+            assert_eq!(geometry.block_at(offset), BlockIndex::new(block));
+            assert_eq!(geometry.region_at(offset), RegionIndex::new(region));
+        }
+    }
+
     fn check_units(geometry: &Geometry, count: u64, unit: u64, extent: impl Fn(u64) -> Extent) {
         let image_bytes = geometry.image_bytes();
         assert_eq!(

@@ -243,6 +243,8 @@ mod tests {
     fn block_sizes_are_powers_of_two_between_a_page_and_a_mebibyte() {
         let sizes: Vec<u64> = BlockSize::all().map(BlockSize::bytes).collect();
         assert_eq!(sizes.len(), BlockSize::COUNT);
+        let pages: Vec<u64> = BlockSize::all().map(BlockSize::pages).collect();
+        assert_eq!(pages, [1, 2, 4, 8, 16, 32, 64, 128, 256]);
 
         for bytes in
             (0..=64)
