@@ -111,18 +111,6 @@ impl Geometry {
             .div_ceil(self.block_size.bytes())
     }
 
-    /// The block that holds the byte at `offset`, which may lie behind the end of the image.
-    #[must_use]
-    pub const fn block_at(&self, offset: u64) -> BlockIndex {
-        BlockIndex::new(offset / self.block_size.bytes())
-    }
-
-    /// The region that holds the byte at `offset`, which may lie behind the end of the image.
-    #[must_use]
-    pub const fn region_at(&self, offset: u64) -> RegionIndex {
-        RegionIndex::new(offset / self.region_bytes())
-    }
-
     /// Length of the last block when it is shorter than the others.
     #[must_use]
     pub fn short_block_bytes(&self) -> Option<u64> {
@@ -167,22 +155,6 @@ mod tests {
         ];
         (image_bytes, 0_usize..BlockSize::COUNT)
             .prop_map(|(bytes, size)| Geometry::new(bytes, BlockSize::all().nth(size).unwrap()))
-    }
-
-    #[test]
-    fn a_byte_lies_in_its_block_and_region_wherever_the_image_ends() {
-        let geometry = Geometry::new(100, BlockSize::DEFAULT);
-        for (offset, block, region) in [
-            (0, 0, 0),
-            (65_535, 0, 0),
-            (65_536, 1, 0),
-            ((1 << 24) - 1, 255, 0),
-            (1 << 24, 256, 1),
-            ((3 << 24) + 70_000, 769, 3),
-        ] {
-            assert_eq!(geometry.block_at(offset), BlockIndex::new(block));
-            assert_eq!(geometry.region_at(offset), RegionIndex::new(region));
-        }
     }
 
     fn check_units(geometry: &Geometry, count: u64, unit: u64, extent: impl Fn(u64) -> Extent) {
