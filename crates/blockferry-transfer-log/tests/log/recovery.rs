@@ -453,6 +453,11 @@ fn a_way_back_that_a_failed_session_left_can_be_taken_and_is_finished_by_recover
     }
 }
 
+/// The old content, that of point 1, and what comes next: the first and the last page differ.
+fn three_images() -> [Vec<u8>; 3] {
+    [[1, 2, 3, 4], [11, 12, 13, 14], [21, 12, 13, 24]].map(|fills| image(&fills, 4 * PAGE))
+}
+
 /// A machine at point 1, on which session 2 has staged the first page towards the third image, and then somebody wrote
 /// this page of the target.
 fn written_by_somebody(setup: &Setup, images: &[Vec<u8>], page: usize) -> SimDisk {
@@ -476,9 +481,7 @@ fn written_by_somebody(setup: &Setup, images: &[Vec<u8>], page: usize) -> SimDis
 
 #[test]
 fn a_session_that_goes_on_after_somebody_wrote_elsewhere_does_not_vouch_for_the_old_point() {
-    let images: Vec<Vec<u8>> = [[1, 2, 3, 4], [11, 12, 13, 14], [21, 12, 13, 24]]
-        .map(|fills| image(&fills, 4 * PAGE))
-        .into();
+    let images = three_images();
     let one_page = |setup: Setup| Setup {
         batch_pages: 1,
         ..setup
@@ -518,9 +521,7 @@ fn a_session_that_goes_on_after_somebody_wrote_elsewhere_does_not_vouch_for_the_
 
 #[test]
 fn a_session_does_not_go_on_where_somebody_wrote_what_it_keeps_the_old_content_of() {
-    let images: Vec<Vec<u8>> = [[1, 2, 3, 4], [11, 12, 13, 14], [21, 12, 13, 24]]
-        .map(|fills| image(&fills, 4 * PAGE))
-        .into();
+    let images = three_images();
     for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
         let setup = Setup {
             batch_pages: 1,
