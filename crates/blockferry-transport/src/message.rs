@@ -23,8 +23,8 @@ const _: () = assert!(
     MAX_BLOCKS as u64 == REGION_BLOCKS,
     "a list takes all of them"
 );
-/// Most pages of a block.
-const MAX_PAGES: usize = 256;
+/// Most pages of a block, and of one [`Message::Data`] that are not zero: as many as a record of the transfer log has.
+pub const MAX_PAGES: usize = 256;
 /// Most runs in one [`Message::Data`]: as many as a record of the transfer log has extents.
 pub const MAX_RUNS: usize = 256;
 /// Most bytes of one compressed frame of pages, which unpacks to at most 1 MiB.
@@ -398,6 +398,13 @@ fn decode_data(d: &mut Decoder<'_>) -> Decoded<Message> {
             "runs of pages: expected them apart and ascending".to_owned(),
         ));
     }
+    let packed = runs.iter().filter(|run| !run.zero);
+    let pages: usize = packed.map(|run| usize::from(run.count)).sum();
+    if pages > MAX_PAGES {
+        return Err(invalid(format!(
+            "pages in a frame: expected at most {MAX_PAGES}, found {pages}"
+        )));
+    }
     Ok(Message::Data {
         blocks,
         runs,
@@ -498,7 +505,7 @@ mod tests {
             },
             Message::Data {
                 blocks: vec![(5, 3), (6, 0)],
-                runs: vec![run(1, 2, false), run(3, 1, true), run(1 << 50, 256, false)],
+                runs: vec![run(1, 2, false), run(3, 1, true), run(1 << 50, 254, false)],
                 frame: vec![1, 2, 3],
             },
             Message::Release(12),
@@ -586,6 +593,15 @@ mod tests {
             assert!(Message::decode(&encoded(&wrong)).is_err(), "{wrong:?}");
         }
         assert!(Message::decode(&encoded(&data(vec![run(5, 1), run(6, 1)]))).is_ok());
+        // As many pages as a frame unpacks to; zeros are not in it.
+        let zeros = PageRun {
+            zero: true,
+            ..run(900, 300)
+        };
+        let at = data(vec![run(5, 200), run(300, 56), zeros]);
+        assert!(Message::decode(&encoded(&at)).is_ok());
+        let beyond = data(vec![run(5, 200), run(300, 57)]);
+        assert!(Message::decode(&encoded(&beyond)).is_err());
     }
 
     #[test]

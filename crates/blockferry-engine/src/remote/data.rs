@@ -5,13 +5,11 @@ use blockferry_core::{
 };
 use blockferry_pipeline::block_in;
 use blockferry_transfer_log::frame;
-use blockferry_transport::message::{MAX_RUNS, PageRun};
+use blockferry_transport::message::{MAX_PAGES, MAX_RUNS, PageRun};
 use blockferry_transport::{Message, ShortDigests};
 
 use super::target_role::Arrived;
 
-/// Most pages that are not zero in one message: as many as a record of the transfer log has.
-pub(super) const MAX_PAGES: usize = 256;
 const PAGE: usize = 4096;
 const _: () = assert!(PAGE as u64 == PAGE_BYTES, "one size of pages");
 
@@ -116,7 +114,7 @@ impl Unpacked {
     pub(super) fn of(arrived: Arrived) -> blockferry_transfer_log::Result<Self> {
         let packed = arrived.runs.iter().filter(|run| !run.zero);
         let count: usize = packed.map(|run| usize::from(run.count)).sum();
-        let pages = frame::unpack(&arrived.frame, count.min(MAX_PAGES) * PAGE)?;
+        let pages = frame::unpack(&arrived.frame, count * PAGE)?;
         Ok(Self { arrived, pages })
     }
 
