@@ -6,8 +6,8 @@ use blockferry_pipeline::Phase;
 use super::Run;
 use super::origin::Origin;
 use crate::data_blocks::DataBlocks;
-use crate::error::{Error, ErrorKind, Result};
-use crate::options::{Mode, SyncOptions};
+use crate::error::{Error, Result};
+use crate::options::Mode;
 use crate::plan::{Choice, Situation, check_space, choose, choose_unread};
 use crate::sample::Sample;
 use crate::target::Target;
@@ -20,7 +20,7 @@ impl Run<'_> {
         let present = present.as_ref().map(|t| &**t as &dyn BlockSource);
         let Origin::Device(source) = self.origin.clone() else {
             let found = self.situation(target)?;
-            return self.choose_for_peer(found);
+            return Ok(self.choose_for_peer(found));
         };
         let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*source]).collect();
         let data = DataBlocks::of(&sides, &self.geometry);
@@ -47,18 +47,12 @@ impl Run<'_> {
     }
 
     /// Over a link a comparison is always worth it; the target's file system says how the result is put in place.
-    fn choose_for_peer(&self, found: Situation) -> Result<Choice> {
-        if !found.target_present || self.options.mode == Mode::Full {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                "a full download from another machine: not possible yet",
-            ));
+    fn choose_for_peer(&self, found: Situation) -> Choice {
+        let mut options = self.options.clone();
+        if options.mode == Mode::Auto {
+            options.mode = Mode::Delta;
         }
-        let options = SyncOptions {
-            mode: Mode::Delta,
-            ..self.options.clone()
-        };
-        Ok(choose(&options, found, &Sample::default()))
+        choose(&options, found, &Sample::default())
     }
 
     fn situation(&self, target: &mut Target) -> Result<Situation> {

@@ -211,3 +211,33 @@ fn a_source_that_fails_is_told_of_on_the_other_side() {
         "{target}"
     );
 }
+
+#[test]
+fn what_cannot_travel_yet_is_refused_and_the_target_stays() {
+    let old = image(44, BYTES);
+    let source = Source::new(edited(44, &old, BYTES, 100));
+    let refused = |machine: &Machine, options: &SyncOptions| {
+        let ran = run(machine, &source, options, Link::pair().unwrap());
+        let error = ran.target.expect_err("it cannot travel");
+        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+        assert_eq!(machine.content().unwrap(), old);
+    };
+    // A new file needs all blocks, not only those that differ.
+    refused(&Machine::file(&old), &delta(Some(Strategy::Shadow)));
+    let mut full = delta(None);
+    full.mode = Mode::Full;
+    refused(&Machine::file(&old), &full);
+
+    // Nor is a full download that was begun here gone on with.
+    let machine = Machine::file(&old);
+    let mut begun = full.clone();
+    begun.strategy = Some(Strategy::Shadow);
+    source.fail_from(20);
+    machine.sync(&source, &begun).unwrap_err();
+    source.heal();
+    let mut auto = delta(None);
+    auto.mode = Mode::Auto;
+    refused(&machine, &auto);
+    let receipt = machine.sync(&source, &begun).unwrap();
+    assert_synced(&machine, &source.bytes(), begun.block_size, &receipt);
+}
