@@ -127,7 +127,9 @@ fn is_full_log(error: &Error) -> bool {
 }
 
 /// What led to an error, the nearest first.
-fn causes_of<'e>(error: &'e Error) -> impl Iterator<Item = &'e (dyn std::error::Error + 'static)> {
+pub(crate) fn causes_of<'e>(
+    error: &'e Error,
+) -> impl Iterator<Item = &'e (dyn std::error::Error + 'static)> {
     let mut next = error.source();
     std::iter::from_fn(move || {
         let cause: &'e (dyn std::error::Error + 'static) = next?;

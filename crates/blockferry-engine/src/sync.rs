@@ -61,7 +61,7 @@ pub fn sync_from_peer(
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Receipt> {
-    let peer = Rc::new(Peer::new(connection)?);
+    let peer = Rc::new(Peer::new(connection));
     let origin = Origin::Peer(Rc::clone(&peer));
     let run = Run::new(origin, target, options, context);
     let outcome = run.and_then(|run| run.sync(target));
@@ -111,7 +111,7 @@ impl<'a> Run<'a> {
         let target = target.label();
         let found = origin.look()?;
         let address = if options.source_address.is_empty() {
-            origin.label()
+            &found.label
         } else {
             &options.source_address
         };

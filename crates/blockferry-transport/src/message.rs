@@ -115,8 +115,6 @@ pub struct Source {
     pub identity: Identity,
     /// Whether it changed.
     pub evidence: Evidence,
-    /// At most so many bytes of it are data.
-    pub data_bytes: u64,
 }
 
 /// How the source is to be read and what it sends.
@@ -320,8 +318,7 @@ impl Source {
         e.bytes_u16(self.label.as_bytes())
             .u64(self.size_bytes)
             .bytes_u16(self.identity.as_bytes())
-            .bytes_u16(self.evidence.as_bytes())
-            .u64(self.data_bytes);
+            .bytes_u16(self.evidence.as_bytes());
     }
 
     fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
@@ -330,7 +327,6 @@ impl Source {
             size_bytes: d.u64()?,
             identity: Identity::from_bytes(d.bytes_u16(MAX_EVIDENCE_BYTES)?),
             evidence: Evidence::from_bytes(d.bytes_u16(MAX_EVIDENCE_BYTES)?),
-            data_bytes: d.u64()?,
         })
     }
 }
@@ -483,7 +479,6 @@ mod tests {
                 size_bytes: u64::MAX,
                 identity: Identity::from_bytes(b"inode"),
                 evidence: Evidence::unknown(),
-                data_bytes: 5,
             }),
             Message::Regions {
                 regions: vec![1, 5, u64::MAX],

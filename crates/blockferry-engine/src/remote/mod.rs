@@ -17,9 +17,10 @@ mod tests;
 use blockferry_transport::Message;
 
 pub(crate) use scan::{Peer, Scanned, TargetSide};
+pub(crate) use serve::examine;
 pub use serve::serve_source;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, causes_of};
 
 /// What became of a message.
 type ProtocolResult<T = ()> = Result<T, ProtocolError>;
@@ -83,10 +84,8 @@ const KINDS: [ErrorKind; 10] = [
 fn failure(error: &Error) -> Message {
     let kind = KINDS.iter().position(|kind| *kind == error.kind());
     let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
+    for cause in causes_of(error) {
+        text = format!("{text}: {cause}");
     }
     let end = text.floor_char_boundary(blockferry_transport::message::MAX_TEXT_BYTES);
     text.truncate(end);

@@ -24,27 +24,30 @@ use crate::options::Context;
 /// Regions that the source may be ahead.
 const WINDOW: u32 = 64;
 /// How pages are packed: what a processor packs faster than most links carry.
-pub(crate) const LEVEL: i8 = 1;
+const LEVEL: i8 = 1;
 const TICK: std::time::Duration = std::time::Duration::from_millis(50);
 
 /// A source on the other side of a connection.
 #[derive(Debug)]
 pub(crate) struct Peer {
     connection: Connection,
-    pub(crate) source: Source,
 }
 
 impl Peer {
-    /// Asks what the source is.
-    pub(crate) fn new(connection: Connection) -> Result<Self> {
+    pub(crate) fn new(connection: Connection) -> Self {
         connection.trust();
-        let source = examine(&connection)?;
-        Ok(Self { connection, source })
+        Self { connection }
     }
 
-    /// What the source is now.
+    /// What the source is now. Nothing else may be under way.
     pub(crate) fn examine(&self) -> Result<Source> {
-        examine(&self.connection)
+        let connection = &self.connection;
+        connection.outbox().send(Message::Examine).map_err(lost)?;
+        match connection.receive().map_err(lost)? {
+            Message::Source(source) => Ok(source),
+            Message::Failed { kind, text } => Err(failed_peer(kind, &text)),
+            other => Err(violated(super::unexpected("target", &other))),
+        }
     }
 
     /// Ends a scan: what the source still says of it is passed over.
@@ -73,15 +76,6 @@ impl Peer {
     /// Bytes that came from the source's side so far.
     pub(crate) fn received_bytes(&self) -> u64 {
         self.connection.wire_bytes().1
-    }
-}
-
-fn examine(connection: &Connection) -> Result<Source> {
-    connection.outbox().send(Message::Examine).map_err(lost)?;
-    match connection.receive().map_err(lost)? {
-        Message::Source(source) => Ok(source),
-        Message::Failed { kind, text } => Err(failed_peer(kind, &text)),
-        other => Err(violated(super::unexpected("target", &other))),
     }
 }
 

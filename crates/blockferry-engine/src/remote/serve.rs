@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry_core::{Geometry, RegionIndex, RegionLeaves};
-use blockferry_device::{AlignedBuffer, BlockSource, Cancellable, Status};
+use blockferry_device::{AlignedBuffer, BlockSource, Cancellable};
 use blockferry_full_download::{Copying, Scratch};
 use blockferry_pipeline::{BUFFER_BYTES, DataRegions, block_in, read_padded};
 use blockferry_transport::message::{Begin, Source};
@@ -249,36 +249,14 @@ impl Reading {
 }
 
 /// What a source is now.
-fn examine(source: &dyn BlockSource) -> Result<Source> {
+pub(crate) fn examine(source: &dyn BlockSource) -> Result<Source> {
     let failed = |e| Error::source(format!("examine source {}", source.label()), e);
     Ok(Source {
         label: source.label().to_owned(),
         size_bytes: source.size_bytes(),
         identity: source.identity().map_err(failed)?,
         evidence: source.evidence().map_err(failed)?,
-        data_bytes: data_bytes(source),
     })
-}
-
-/// At most so many bytes are data; holes that the device cannot name count.
-fn data_bytes(source: &dyn BlockSource) -> u64 {
-    const MOST_RUNS: usize = 65_536;
-    let size = source.size_bytes();
-    let (mut offset, mut data) = (0, 0);
-    for _ in 0..MOST_RUNS {
-        if offset >= size {
-            return data;
-        }
-        let Ok((status, end)) = source.status_at(offset) else {
-            break;
-        };
-        let end = end.clamp(offset + 1, size);
-        if status == Status::Data {
-            data += end - offset;
-        }
-        offset = end;
-    }
-    data + (size - offset.min(size))
 }
 
 fn buffer() -> AlignedBuffer {

@@ -1,7 +1,7 @@
 //! The side that has the source. Sans I/O: messages and finished work in, messages and work out.
 //!
 //! It reads ahead of the target as far as it is let and tells the digests of its regions; what differs the target
-//! asks for. Its host, the [driver](super::drive), reads the source.
+//! asks for. Its host, [`serve_source`](super::serve_source), reads the source.
 
 use std::collections::{BTreeMap, VecDeque};
 

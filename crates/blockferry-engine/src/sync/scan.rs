@@ -304,7 +304,7 @@ impl Run<'_> {
             format!(
                 "source {} was written while it was read: what was staged is kept and compared again by the \
                  next run; nothing was committed",
-                self.origin.label()
+                now.label
             ),
         )
         .resumable(true))
