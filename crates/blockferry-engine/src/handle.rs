@@ -98,6 +98,8 @@ pub(crate) struct PointFiles {
     pub(crate) trust: Option<ManifestTrust>,
     pub(crate) changes: Option<Arc<ChangeMap>>,
     pub(crate) is_file: bool,
+    /// Digests travel whole.
+    pub(crate) exact: bool,
 }
 
 type Input = Box<dyn Read + Send>;
@@ -138,11 +140,15 @@ impl PointFiles {
 
     /// Without what was doubted.
     pub(crate) fn distrust(&mut self, doubt: &Doubt) {
-        // What a map claims to be the same is what the manifest says: it falls with the manifest.
-        self.changes = None;
-        if let Doubt::Manifest(_) = doubt {
-            self.manifest = None;
-            self.trust = None;
+        match doubt {
+            Doubt::Digests => self.exact = true,
+            Doubt::Map { .. } => self.changes = None,
+            Doubt::Manifest(_) => {
+                // What a map claims to be the same is what the manifest says: it falls with the manifest.
+                self.changes = None;
+                self.manifest = None;
+                self.trust = None;
+            }
         }
     }
 }

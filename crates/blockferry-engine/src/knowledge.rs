@@ -27,6 +27,8 @@ pub(crate) enum Doubt {
         /// Where it lies, at the granularity of regions.
         region: Extent,
     },
+    /// A digest that travelled shortened was taken for another.
+    Digests,
 }
 
 /// The first doubt of a scan, shared by those who may have one.

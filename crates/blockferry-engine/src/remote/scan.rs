@@ -7,7 +7,7 @@ use blockferry_core::{
     Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero, page_digests,
 };
 use blockferry_delta_sync::{Known, differing_runs};
-use blockferry_device::{AlignedBuffer, BlockSource};
+use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, DataMap, DataRegions, Step, block_in, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
 use blockferry_transport::message::{Begin, Source};
@@ -90,6 +90,8 @@ pub(crate) struct TargetSide {
     pub(crate) staged: Option<Arc<StagedView>>,
     /// Whether what is replaced is kept.
     pub(crate) keep_old: bool,
+    /// Holds back what is staged to a rate, and with it what is asked for.
+    pub(crate) limiter: Option<RateLimiter>,
 }
 
 /// What a scan came to.
@@ -326,6 +328,11 @@ impl TargetSide {
                     staging.data(run, bytes, old);
                 }
             }
+        }
+        if let Some(limiter) = &self.limiter {
+            limiter
+                .take(staging.data.data_bytes())
+                .map_err(|e| Error::target("hold back what is staged", e))?;
         }
         if wrong.is_empty() {
             staging.keep_frame(arrived.frame());

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::origin::Origin;
 use super::{Run, writes_blocks};
 use crate::error::{ErrorKind, Result};
 use crate::handle::PointFiles;
@@ -17,6 +18,7 @@ impl Run<'_> {
             trust: None,
             changes: None,
             is_file: target.replica.is_file(),
+            exact: false,
         };
         let Some(point) = target.replica.point().cloned() else {
             return self.without_map(files, "the target has no sync point");
@@ -54,6 +56,9 @@ impl Run<'_> {
         files.trust = Some(trust).filter(|_| is_there);
         if !(trust.target && is_there) {
             return self.without_map(files, "the target's content is not known");
+        }
+        if let Origin::Peer(_) = self.origin {
+            return self.without_map(files, "the source is on another machine");
         }
         match &self.options.changes {
             Some(changes) if changes.point != point.id.to_string() => {

@@ -23,8 +23,8 @@ use crate::remote::{Peer, Scanned, TargetSide};
 
 /// How often staged pages may turn out not to have survived on the medium: another time would be no better.
 const MOST_LOSSES: u32 = 3;
-/// How often what was known may turn out wrong: a change map once, and a manifest once.
-const MOST_DOUBTS: u32 = 2;
+/// How often what was known may turn out wrong: a change map once, a manifest once, and shortened digests once.
+const MOST_DOUBTS: u32 = 3;
 
 impl Run<'_> {
     /// Scans until everything staged is whole on the medium. Returns the root and whether there is anything to
@@ -143,6 +143,7 @@ impl Run<'_> {
             stager: Stager::detached(self.geometry),
             staged: handle.staged_view(),
             keep_old: self.keeps_old(choice),
+            limiter: self.limiter(),
         })
     }
 
@@ -151,8 +152,7 @@ impl Run<'_> {
         self.options.undo == Undo::Keep && choice.strategy == Strategy::Redo
     }
 
-    /// Scans with the source's side until nothing was mistaken; ends early, and says why, when what was known turns
-    /// out to be wrong.
+    /// Scans once with the source's side; ends early, and says why, when what was known turns out to be wrong.
     fn scan_with(
         &mut self,
         peer: &Peer,
@@ -171,7 +171,7 @@ impl Run<'_> {
                 Consumer::new(self, handle, files, recorder, read_back, doubts.clone());
             let scanned = side.scan(
                 peer,
-                false,
+                files.exact,
                 threads,
                 context,
                 &mut |region| knowledge.of(region),
@@ -181,11 +181,11 @@ impl Run<'_> {
             consumer.finish()?;
             Ok::<_, Error>(scanned)
         })?;
-        match (doubts.first(), scanned) {
-            (Some(doubt), _) => Ok(Some(doubt)),
-            (None, Scanned::Whole) => Ok(None),
-            (None, Scanned::Again) => Err(internal("digests were mistaken for others")),
-        }
+        let mistaken = match scanned {
+            Scanned::Whole => None,
+            Scanned::Again => Some(Doubt::Digests),
+        };
+        Ok(doubts.first().or(mistaken))
     }
 
     /// Holds all workers together to the rate asked for.
@@ -258,6 +258,13 @@ impl Run<'_> {
                     "the change map claims that a block in {region} did not change, but it did: the map is not \
                      used, both sides are compared in full"
                 ),
+            ),
+            Doubt::Digests => self.fall_back(
+                ErrorKind::Peer,
+                "digests_mistaken",
+                "a shortened digest of the other side was taken for another: both sides are compared again with \
+                 whole ones"
+                    .to_owned(),
             ),
         }
     }

@@ -4,16 +4,18 @@ use std::io::{self, Read};
 use std::sync::Arc;
 use std::thread;
 
-use blockferry_device::BlockSource;
+use blockferry_core::{ChangeMap, Content, Extent, Geometry, Provenance, Root, Trust};
+use blockferry_device::{BlockSource, Clock, Evidence, Identity};
 use blockferry_engine::{
-    Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Undo, serve_source,
-    sync_from_peer,
+    ChangesSince, Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Undo,
+    serve_source, sync_from_peer,
 };
 use blockferry_testkit::Random;
-use blockferry_transport::{Connection, Deadlines, Link};
+use blockferry_transport::{Connection, Deadlines, Link, Message, ShortDigests, Width, message};
 
 use crate::harness::{
-    Machine, On, Source, assert_rolls_back_to, assert_synced, block_size, edited, image, options,
+    Machine, On, Source, VirtualClock, assert_rolls_back_to, assert_synced, block_size, edited,
+    image, listening, options, warnings,
 };
 
 const BYTES: u64 = 6 << 20;
@@ -230,7 +232,7 @@ fn what_cannot_travel_yet_is_refused_and_the_target_stays() {
 
     // Nor is a full download that was begun here gone on with.
     let machine = Machine::file(&old);
-    let mut begun = full.clone();
+    let mut begun = full;
     begun.strategy = Some(Strategy::Shadow);
     source.fail_from(20);
     machine.sync(&source, &begun).unwrap_err();
@@ -240,4 +242,110 @@ fn what_cannot_travel_yet_is_refused_and_the_target_stays() {
     refused(&machine, &auto);
     let receipt = machine.sync(&source, &begun).unwrap();
     assert_synced(&machine, &source.bytes(), begun.block_size, &receipt);
+}
+
+/// A source of zeros that says it has this root, first and again, and how its digests were wanted.
+fn lies_about_its_root(link: Link, bytes: u64) -> Vec<bool> {
+    let connection = Connection::open(link, Deadlines::default()).unwrap();
+    let (outbox, mut exact) = (connection.outbox(), Vec::new());
+    loop {
+        let answers = match connection.receive() {
+            Ok(Message::Examine) => vec![Message::Source(message::Source {
+                label: "zeros".to_owned(),
+                size_bytes: bytes,
+                identity: Identity::unknown(),
+                evidence: Evidence::unknown(),
+            })],
+            Ok(Message::Begin(begin)) => {
+                exact.push(begin.exact);
+                let below = Geometry::new(bytes, begin.block_size).region_count();
+                let width = if begin.exact {
+                    Width::Whole
+                } else {
+                    Width::Sixteen
+                };
+                let regions = Message::Regions {
+                    regions: Vec::new(),
+                    digests: ShortDigests::new(width),
+                    below,
+                };
+                vec![regions, Message::Scanned(Root::from_bytes([9; 32]))]
+            }
+            Ok(Message::Stop) => vec![Message::Stopped],
+            Ok(_) => Vec::new(),
+            Err(_) => return exact,
+        };
+        for answer in answers {
+            outbox.send(answer).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_does_not_come_to_the_root_is_compared_again_with_whole_digests_and_then_refused() {
+    let old = vec![0; usize::try_from(BYTES).unwrap()];
+    let machine = Machine::file(&old);
+    let (here, there) = Link::pair().unwrap();
+    let lying = thread::spawn(move || lies_about_its_root(there, BYTES));
+    let connection = Connection::open(here, Deadlines::default()).unwrap();
+    let (context, events) = listening();
+
+    let error =
+        sync_from_peer(connection, &mut machine.open(), &delta(None), &context).unwrap_err();
+
+    assert_eq!(error.kind(), ErrorKind::Peer, "{error}");
+    assert_eq!(lying.join().unwrap(), [false, true]);
+    assert_eq!(warnings(&events), ["digests_mistaken"]);
+    assert_eq!(machine.content().unwrap(), old);
+}
+
+#[test]
+fn a_rate_holds_back_what_comes_from_another_machine() {
+    let old = image(45, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(edited(45, &old, BYTES, 300));
+    let clock = Arc::new(VirtualClock::default());
+    let mut context = Context::default();
+    context.clock = Arc::clone(&clock) as Arc<dyn Clock>;
+    let mut options = delta(None);
+    options.bwlimit_bytes_per_second = Some(100_000);
+    let (here, there) = Link::pair().unwrap();
+    let served: Arc<dyn BlockSource> = Arc::<Source>::clone(&source);
+    let serving = thread::spawn(move || {
+        let connection = Connection::open(there, Deadlines::default()).unwrap();
+        serve_source(&served, connection, 2, &Context::default())
+    });
+    let connection = Connection::open(here, Deadlines::default()).unwrap();
+
+    let receipt = sync_from_peer(connection, &mut machine.open(), &options, &context).unwrap();
+
+    serving.join().unwrap().unwrap();
+    let least = receipt.staged_bytes as f64 / 100_000.0 - 2.0;
+    assert!(clock.now().as_secs_f64() > least, "{:?}", clock.now());
+    assert!(least > 5.0, "{} bytes", receipt.staged_bytes);
+}
+
+#[test]
+fn a_change_map_of_a_source_on_another_machine_is_said_not_to_be_used() {
+    let old = image(46, BYTES);
+    let machine = Machine::file(&old);
+    let source = Source::new(old);
+    let options = delta(None);
+    let point = machine.sync(&source, &options).unwrap().sync_point;
+    source.change(|bytes| bytes[5000] ^= 1);
+    let mut map = ChangeMap::new(Provenance::Embedder, Trust::Trusted, BYTES);
+    map.set(Extent::from_range(0..BYTES), Content::Same);
+    let mut mapped = options.clone();
+    mapped.changes = Some(ChangesSince::new(point, Arc::new(map)));
+
+    let ran = run(&machine, &source, &mapped, Link::pair().unwrap());
+
+    let receipt = ran.target.unwrap();
+    let said = |why: &String| why.contains("the source is on another machine");
+    assert!(
+        receipt.fallbacks.iter().any(said),
+        "{:?}",
+        receipt.fallbacks
+    );
+    assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
 }
