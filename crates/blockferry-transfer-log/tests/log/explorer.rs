@@ -49,7 +49,7 @@ pub(crate) fn options() -> ExploreOptions {
     };
     // Depth 3 has no end: what there is time for is taken from everywhere.
     let max_recoveries = if effort() == Effort::Long {
-        150_000
+        250_000
     } else {
         u64::MAX
     };
