@@ -144,25 +144,10 @@ impl<'a> Run<'a> {
             Some(choice) => choice,
             None => self.choose(target)?,
         };
-        self.refuse_what_cannot_travel(&choice)?;
         self.say(&Event::Decision(choice.to_string()));
         let receipt = self.execute(target, &choice)?;
         target.leave_receipt(&receipt);
         Ok(receipt)
-    }
-
-    /// From another machine only pages that differ come: a new file would lack all others.
-    fn refuse_what_cannot_travel(&self, choice: &Choice) -> Result<()> {
-        if matches!(self.origin, Origin::Device(_)) || !writes_blocks(choice) {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Usage,
-            format!(
-                "{} by {} from another machine: not possible yet, only pages that differ travel",
-                choice.mode, choice.strategy
-            ),
-        ))
     }
 
     /// Scans, stages, prepares, commits.

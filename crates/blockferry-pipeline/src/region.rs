@@ -121,6 +121,15 @@ impl DataRegions {
         }
     }
 
+    /// No region.
+    #[must_use]
+    pub fn none(geometry: Geometry) -> Self {
+        Self {
+            next: geometry.region_count(),
+            ..Self::every(geometry)
+        }
+    }
+
     /// Where the zeros that begin at `start` on all devices end.
     fn zeros_end(&self, start: u64) -> u64 {
         let devices = self.devices.iter().flatten();

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use blockferry_core::{
-    Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero, page_digests,
+    Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero, page_digests,
 };
 use blockferry_delta_sync::{Known, differing_runs};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::data::Unpacked;
 use super::target_role::{Arrived, TargetJob, TargetRole};
-use super::{ProtocolError, failed_peer, lost, violated};
+use super::{ProtocolError, block_number, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::RegionDone;
 use crate::options::Context;
@@ -82,10 +82,12 @@ impl Peer {
 /// What the workers of a scan share.
 #[derive(Debug)]
 pub(crate) struct TargetSide {
-    /// The old content.
-    pub(crate) target: Arc<dyn BlockSource>,
+    /// The old content, if there is any.
+    pub(crate) target: Option<Arc<dyn BlockSource>>,
     pub(crate) geometry: Geometry,
     pub(crate) stager: Stager,
+    /// Every block is staged, whole, whatever the target holds.
+    pub(crate) writes_blocks: bool,
     /// What a resumed session has staged already; it wins over the target.
     pub(crate) staged: Option<Arc<StagedView>>,
     /// Whether what is replaced is kept.
@@ -146,7 +148,7 @@ impl TargetSide {
                 scope.spawn(move || self.work(begin, &waiting, &finish));
             }
             let mut host = Host {
-                role: TargetRole::new(begin, self.geometry.image_bytes()),
+                role: TargetRole::new(begin, self.geometry.image_bytes(), self.writes_blocks),
                 regions: self.regions(),
                 under_way: 0,
                 most: 2 * threads,
@@ -157,11 +159,17 @@ impl TargetSide {
         .and_then(|scanned| peer.stop().map(|()| scanned))
     }
 
+    /// Where there is something to look at on this side.
     fn regions(&self) -> DataRegions {
-        match &self.staged {
-            // Something may be staged where the target is zero.
-            Some(_) => DataRegions::every(self.geometry),
-            None => DataRegions::of(self.geometry, vec![Arc::clone(&self.target)]),
+        let (new_file, target) = (self.stager.writes_new_file(), &self.target);
+        match (&self.staged, target) {
+            // A new file is zero.
+            (None, _) if self.writes_blocks && new_file => DataRegions::none(self.geometry),
+            (None, Some(target)) if !self.writes_blocks => {
+                DataRegions::of(self.geometry, vec![Arc::clone(target)])
+            }
+            // Something may be staged where the target is zero, or zeros are to be written whatever is there.
+            _ => DataRegions::every(self.geometry),
         }
     }
 
@@ -218,6 +226,10 @@ impl TargetSide {
         known: &Known,
         buffer: &mut AlignedBuffer,
     ) -> Result<Finished> {
+        if self.writes_blocks {
+            return self.staged_leaves(region);
+        }
+        let target = self.target()?;
         let whole = self.geometry.region_extent(region);
         let is_staged = self.staged.as_ref().is_some_and(|s| s.overlaps(whole));
         if let Some(leaves) = known.target.as_ref().filter(|_| !is_staged) {
@@ -227,15 +239,15 @@ impl TargetSide {
                 read_bytes: 0,
             });
         }
-        let failed = |e| Error::target(format!("read {whole} of {}", self.target.label()), e);
-        let map = DataMap::of(&*self.target, &self.geometry, region).map_err(failed)?;
+        let failed = |e| Error::target(format!("read {whole} of {}", target.label()), e);
+        let map = DataMap::of(target, &self.geometry, region).map_err(failed)?;
         let mut leaves = RegionLeaves::zero(&self.geometry, region);
         let mut read_bytes = 0;
         let block_bytes = to_usize(self.geometry.block_size().bytes());
         let wanted = |block| is_staged || !map.is_zero_block(block);
         for run in runs(&self.geometry, region, wanted) {
             let bytes = &mut buffer[..to_usize(run.extent.length())];
-            read_bytes += map.read(&*self.target, run.extent, bytes).map_err(failed)?;
+            read_bytes += map.read(target, run.extent, bytes).map_err(failed)?;
             self.patch(run.extent, bytes)?;
             for (block, place) in bytes.chunks(block_bytes).zip(run.first..) {
                 if !is_zero(block) {
@@ -246,12 +258,49 @@ impl TargetSide {
         Ok(Finished::Scanned { leaves, read_bytes })
     }
 
+    /// The leaves of the blocks that a resumed session has staged; nothing is read.
+    fn staged_leaves(&self, region: RegionIndex) -> Result<Finished> {
+        let mut leaves = RegionLeaves::zero(&self.geometry, region);
+        if let Some(staged) = &self.staged {
+            for block in 0..leaves.len() {
+                let recorded = staged
+                    .digest_of(block_in(&self.geometry, region, block))
+                    .map_err(|e| Error::log("look up what is staged", e))?;
+                if let Some(digest) = recorded {
+                    leaves.set(block, digest);
+                }
+            }
+        }
+        Ok(Finished::Scanned {
+            leaves,
+            read_bytes: 0,
+        })
+    }
+
+    fn target(&self) -> Result<&dyn BlockSource> {
+        let target = self.target.as_deref();
+        target.ok_or_else(|| super::internal("a comparison needs a target"))
+    }
+
     /// Reads what the target holds.
     fn old<'b>(&self, extent: Extent, buffer: &'b mut AlignedBuffer) -> Result<&'b mut [u8]> {
-        let bytes = &mut buffer[..to_usize(extent.length())];
-        read_padded(&*self.target, extent, bytes)
-            .map_err(|e| Error::target(format!("read {extent} of {}", self.target.label()), e))?;
+        let (target, bytes) = (self.target()?, &mut buffer[..to_usize(extent.length())]);
+        read_padded(target, extent, bytes)
+            .map_err(|e| Error::target(format!("read {extent} of {}", target.label()), e))?;
         Ok(bytes)
+    }
+
+    /// What the target holds, as it is kept, where that is wanted of whole blocks.
+    fn kept<'b>(&self, extent: Extent, buffer: &'b mut AlignedBuffer) -> Result<Old<'b>> {
+        if !self.keep_old || !self.stager.wants_old() {
+            return Ok(Old::None);
+        }
+        let old = self.old(extent, buffer)?;
+        Ok(if is_zero(old) {
+            Old::Zero
+        } else {
+            Old::Data(old)
+        })
     }
 
     /// Reads what the target holds as staged so far.
@@ -277,6 +326,14 @@ impl TargetSide {
         (old, view): &mut (AlignedBuffer, AlignedBuffer),
     ) -> Result<Finished> {
         let mut staging = Staging::new(self);
+        if self.writes_blocks {
+            for run in runs(&self.geometry, region, |b| {
+                blocks.contains(&block_number(b))
+            }) {
+                staging.zero_blocks(run.extent, self.kept(run.extent, old)?)?;
+            }
+            return Ok(staging.finished(region, blocks));
+        }
         for block in &blocks {
             let extent = block_in(&self.geometry, region, usize::from(*block));
             let old = self.old(extent, old)?;
@@ -288,11 +345,7 @@ impl TargetSide {
                 staging.zero(run.extent, part(old, extent, run.extent));
             });
         }
-        Ok(Finished::Staged {
-            blocks: blocks.into_iter().map(|b| (region.get(), b)).collect(),
-            wrong: Vec::new(),
-            batches: staging.finish(),
-        })
+        Ok(staging.finished(region, blocks))
     }
 
     /// Stages what arrived, packed as it came, unless some of it is not what it should be.
@@ -303,19 +356,44 @@ impl TargetSide {
     ) -> Result<Finished> {
         let arrived = Unpacked::of(arrived)
             .map_err(|e| Error::because(ErrorKind::Peer, "unpack pages of the peer", e))?;
-        let (mut blocks, mut wrong) = (Vec::new(), Vec::new());
         let mut staging = Staging::new(self);
+        let wrong = if self.writes_blocks {
+            self.stage_blocks(&arrived, &mut staging, old, view)?
+        } else {
+            self.stage_pages(&arrived, &mut staging, old, view)?
+        };
+        if let Some(limiter) = &self.limiter {
+            limiter
+                .take(staging.data_bytes())
+                .map_err(|e| Error::target("hold back what is staged", e))?;
+        }
+        let blocks = arrived
+            .blocks()
+            .iter()
+            .map(|(region, block, _)| (*region, *block));
+        Ok(Finished::Staged {
+            blocks: blocks.collect(),
+            wrong,
+            batches: staging.finish(),
+        })
+    }
+
+    /// Stages the pages that came, in the frame that they came in if all are right. Returns the blocks that they do not
+    /// make what they should.
+    fn stage_pages(
+        &self,
+        arrived: &Unpacked,
+        staging: &mut Staging<'_>,
+        old: &mut AlignedBuffer,
+        view: &mut AlignedBuffer,
+    ) -> Result<Vec<(u64, u16)>> {
+        let mut wrong = Vec::new();
         for (region, block, expected) in arrived.blocks() {
-            let extent = block_in(
-                &self.geometry,
-                RegionIndex::new(*region),
-                usize::from(*block),
-            );
+            let extent = self.block(*region, *block);
             let old = self.old(extent, old)?;
             let view = &mut view[..old.len()];
             view.copy_from_slice(old);
             self.patch(extent, view)?;
-            blocks.push((*region, *block));
             if !arrived.patch(extent, view, expected) {
                 wrong.push((*region, *block));
                 continue;
@@ -329,19 +407,50 @@ impl TargetSide {
                 }
             }
         }
-        if let Some(limiter) = &self.limiter {
-            limiter
-                .take(staging.data.data_bytes())
-                .map_err(|e| Error::target("hold back what is staged", e))?;
-        }
         if wrong.is_empty() {
             staging.keep_frame(arrived.frame());
         }
-        Ok(Finished::Staged {
-            blocks,
-            wrong,
-            batches: staging.finish(),
-        })
+        Ok(wrong)
+    }
+
+    /// Writes the blocks that came, all of whose pages did, neighbours together. Returns those that are not what they
+    /// should be.
+    fn stage_blocks(
+        &self,
+        arrived: &Unpacked,
+        staging: &mut Staging<'_>,
+        old: &mut AlignedBuffer,
+        new: &mut AlignedBuffer,
+    ) -> Result<Vec<(u64, u16)>> {
+        let mut rest = arrived.blocks();
+        while let Some((region, block, _)) = rest.first() {
+            let mut whole = self.block(*region, *block);
+            let mut digests = Vec::new();
+            for (region, block, digest) in rest {
+                let extent = self.block(*region, *block);
+                let joined = Extent::from_range(whole.start()..extent.end());
+                let follows = digests.is_empty() || extent.start() == whole.end();
+                if !follows || joined.length() > BUFFER_BYTES {
+                    break;
+                }
+                whole = joined;
+                let bytes = &mut new[to_usize(extent.start() - whole.start())..]
+                    [..to_usize(extent.length())];
+                bytes.fill(0);
+                if !arrived.patch(extent, bytes, digest) {
+                    return Ok(vec![(*region, *block)]);
+                }
+                digests.push(*digest);
+            }
+            rest = &rest[digests.len()..];
+            let new = &new[..to_usize(whole.length())];
+            staging.blocks(whole, new, &digests, self.kept(whole, old)?)?;
+        }
+        Ok(Vec::new())
+    }
+
+    fn block(&self, region: u64, block: u16) -> Extent {
+        block_in(&self.geometry, RegionIndex::new(region), usize::from(block))
     }
 }
 
@@ -351,11 +460,13 @@ fn part(bytes: &[u8], extent: Extent, inside: Extent) -> &[u8] {
     &bytes[from..from + to_usize(inside.length())]
 }
 
-/// Batches in the making: one of data, which may keep the frame that it came in, and some of zeros.
+/// Batches in the making.
 struct Staging<'s> {
     side: &'s TargetSide,
+    /// Pages of data, which may keep the frame that they came in.
     data: Batch,
-    zeros: Vec<Batch>,
+    /// Zeros and whole blocks.
+    more: Vec<Batch>,
 }
 
 impl<'s> Staging<'s> {
@@ -363,7 +474,7 @@ impl<'s> Staging<'s> {
         Self {
             side,
             data: side.stager.pages(),
-            zeros: Vec::new(),
+            more: Vec::new(),
         }
     }
 
@@ -382,17 +493,40 @@ impl<'s> Staging<'s> {
     }
 
     fn zero(&mut self, extent: Extent, old: &[u8]) {
-        let old = self.replaced(old);
-        if self
-            .zeros
-            .last()
-            .is_none_or(|batch| !batch.has_room(extent.length()))
-        {
-            self.zeros.push(self.side.stager.pages());
-        }
-        if let Some(batch) = self.zeros.last_mut() {
-            self.side.stager.add_zero(batch, extent, old);
-        }
+        let (stager, old) = (&self.side.stager, self.replaced(old));
+        let batch = with_room(&mut self.more, extent, || stager.pages());
+        stager.add_zero(batch, extent, old);
+    }
+
+    /// Whole blocks.
+    fn blocks(
+        &mut self,
+        extent: Extent,
+        new: &[u8],
+        digests: &[Digest],
+        old: Old<'_>,
+    ) -> Result<()> {
+        let stager = &self.side.stager;
+        let batch = with_room(&mut self.more, extent, || stager.blocks());
+        stager
+            .allocate(&[extent])
+            .and_then(|()| stager.write_blocks(batch, extent, new, digests, old))
+            .map_err(|e| Error::log("write what came", e))
+    }
+
+    /// Whole blocks that become zero.
+    fn zero_blocks(&mut self, extent: Extent, old: Old<'_>) -> Result<()> {
+        let stager = &self.side.stager;
+        let staged = self.side.staged.as_ref();
+        let is_staged = staged.is_some_and(|s| s.overlaps(extent));
+        let batch = with_room(&mut self.more, extent, || stager.blocks());
+        stager
+            .write_zeros(batch, extent, is_staged, old)
+            .map_err(|e| Error::log("write zeros", e))
+    }
+
+    fn data_bytes(&self) -> u64 {
+        self.data.data_bytes() + self.more.iter().map(Batch::data_bytes).sum::<u64>()
     }
 
     fn keep_frame(&mut self, frame: &[u8]) {
@@ -401,10 +535,29 @@ impl<'s> Staging<'s> {
         }
     }
 
+    /// All that was to be staged, of blocks of one region.
+    fn finished(self, region: RegionIndex, blocks: Vec<u16>) -> Finished {
+        Finished::Staged {
+            blocks: blocks.into_iter().map(|b| (region.get(), b)).collect(),
+            wrong: Vec::new(),
+            batches: self.finish(),
+        }
+    }
+
     fn finish(self) -> Vec<Batch> {
-        let batches = std::iter::once(self.data).chain(self.zeros);
+        let batches = std::iter::once(self.data).chain(self.more);
         batches.filter(|batch| !batch.is_empty()).collect()
     }
+}
+
+/// The last of `batches`, or a new one where it has no room.
+fn with_room(batches: &mut Vec<Batch>, extent: Extent, new: impl Fn() -> Batch) -> &mut Batch {
+    match batches.last() {
+        Some(last) if last.has_room(extent.length()) => {}
+        _ => batches.push(new()),
+    }
+    let last = batches.len() - 1;
+    &mut batches[last]
 }
 
 struct Host {

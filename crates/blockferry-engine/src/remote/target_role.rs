@@ -56,6 +56,9 @@ pub(super) struct Arrived {
 #[derive(Debug)]
 pub(super) struct TargetRole {
     begin: Begin,
+    /// The target becomes all of the source, whatever it holds: leaves tell only what is staged already, and what
+    /// they call zero is not known to be.
+    whole: bool,
     geometry: Geometry,
     tree: TreeHasher,
     /// The first region that was not looked at here.
@@ -117,10 +120,12 @@ enum Left {
 }
 
 impl TargetRole {
-    pub(super) fn new(begin: Begin, size_bytes: u64) -> Self {
+    /// `whole` where nothing is compared but what is staged already.
+    pub(super) fn new(begin: Begin, size_bytes: u64, whole: bool) -> Self {
         let geometry = Geometry::new(size_bytes, begin.block_size);
         Self {
             begin,
+            whole,
             geometry,
             tree: TreeHasher::new(geometry),
             next: 0,
@@ -191,7 +196,7 @@ impl TargetRole {
     /// A region of the target was read.
     pub(super) fn scanned(&mut self, leaves: RegionLeaves, out: &mut Vec<Message>) {
         let region = leaves.region().get();
-        if self.reading.remove(&region) && !leaves.is_zero() {
+        if self.reading.remove(&region) && (self.whole || !leaves.is_zero()) {
             self.ours.insert(region, leaves);
         }
         self.compare(out);
@@ -318,7 +323,9 @@ impl TargetRole {
             let ours = ours.unwrap_or_else(|| RegionLeaves::zero(&self.geometry, index));
             match self.theirs.remove(&region) {
                 Some(told) if told.matches(0, &ours.digest()) => {
-                    self.done.insert(region, ours);
+                    let new = ours.clone();
+                    self.open_region(ours, None);
+                    self.becomes(region, new);
                 }
                 Some(told) => {
                     let blocks = ShortDigests::of(self.width(Width::Eight), ours.iter());
@@ -397,9 +404,17 @@ impl TargetRole {
             let kind = match (new.is_zero_block(block), open.ours.is_zero_block(block)) {
                 (true, _) => &mut zeros,
                 (false, true) => &mut whole,
+                (false, false) if self.whole => &mut whole,
                 (false, false) => &mut pages,
             };
             kind.push(block_number(block));
+        }
+        if self.whole {
+            let all = 0..new.len();
+            zeros = all
+                .filter(|b| new.is_zero_block(*b))
+                .map(block_number)
+                .collect();
         }
         for (blocks, left) in [
             (&zeros, Left::Zeroing),

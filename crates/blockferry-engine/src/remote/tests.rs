@@ -68,7 +68,7 @@ impl Pair {
             geometry: Geometry::new(size, begin.block_size),
             begin,
             source: SourceRole::new(size),
-            target: TargetRole::new(begin, size),
+            target: TargetRole::new(begin, size, false),
             to_source: VecDeque::from([Message::Begin(begin)]),
             to_target: VecDeque::new(),
             source_jobs: Vec::new(),

@@ -106,10 +106,8 @@ impl Run<'_> {
         device: Option<Arc<dyn BlockSource>>,
     ) -> Result<Job> {
         let staged: Option<Arc<StagedView>> = handle.staged_view();
+        let stager = self.stager(handle, choice)?;
         if writes_blocks(choice) {
-            let stager = handle
-                .stager()
-                .ok_or_else(|| internal("no session to write blocks to"))?;
             let mut copying = Copying::new(source, self.geometry, stager);
             copying.source_unchanged = handle.source_stamp().is_some_and(|s| {
                 s.evidence.proves_same(&self.stamp.evidence)
@@ -121,7 +119,6 @@ impl Run<'_> {
             return Ok(Job::Full(copying));
         }
         let device = device.ok_or_else(|| internal("a delta needs a target"))?;
-        let stager = Stager::detached(self.geometry);
         let mut comparison = Comparison::new(source, device, self.geometry, stager);
         comparison.staged = staged;
         comparison.keep_old = self.keeps_old(choice);
@@ -129,18 +126,27 @@ impl Run<'_> {
         Ok(Job::Delta(comparison))
     }
 
-    /// What compares the target with a source on another machine.
+    /// What takes the pages or blocks. A delta begins its session only with the first page that differs.
+    fn stager(&self, handle: &LogHandle<'_>, choice: &Choice) -> Result<Stager> {
+        if !writes_blocks(choice) {
+            return Ok(Stager::detached(self.geometry));
+        }
+        let stager = handle.stager();
+        stager.ok_or_else(|| internal("no session to write blocks to"))
+    }
+
+    /// What brings the target to a source on another machine.
     fn target_side(
         &self,
         handle: &LogHandle<'_>,
         choice: &Choice,
         device: Option<Arc<dyn BlockSource>>,
     ) -> Result<TargetSide> {
-        let target = device.ok_or_else(|| internal("a delta needs a target"))?;
         Ok(TargetSide {
-            target,
+            target: device,
             geometry: self.geometry,
-            stager: Stager::detached(self.geometry),
+            stager: self.stager(handle, choice)?,
+            writes_blocks: writes_blocks(choice),
             staged: handle.staged_view(),
             keep_old: self.keeps_old(choice),
             limiter: self.limiter(),

@@ -140,9 +140,15 @@ fn cut_after(bytes: usize) -> (Link, Link) {
 #[test]
 fn a_link_cut_anywhere_is_resumed_without_sending_anything_durable_again() {
     let mut random = Random::new(41);
-    for undo in [Undo::Keep, Undo::None] {
-        let mut options = delta(Some(Strategy::Redo));
-        options.undo = undo;
+    let mut without_undo = delta(Some(Strategy::Redo));
+    without_undo.undo = Undo::None;
+    let ways = [
+        delta(Some(Strategy::Redo)),
+        without_undo,
+        full(Some(Strategy::Redo)),
+        full(Some(Strategy::Shadow)),
+    ];
+    for options in ways {
         // Some ten megabytes travel, in messages of up to one.
         let old = image(41, 6 * BYTES);
         let machine = Machine::file(&old);
@@ -214,34 +220,93 @@ fn a_source_that_fails_is_told_of_on_the_other_side() {
     );
 }
 
-#[test]
-fn what_cannot_travel_yet_is_refused_and_the_target_stays() {
-    let old = image(44, BYTES);
-    let source = Source::new(edited(44, &old, BYTES, 100));
-    let refused = |machine: &Machine, options: &SyncOptions| {
-        let ran = run(machine, &source, options, Link::pair().unwrap());
-        let error = ran.target.expect_err("it cannot travel");
-        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
-        assert_eq!(machine.content().unwrap(), old);
-    };
-    // A new file needs all blocks, not only those that differ.
-    refused(&Machine::file(&old), &delta(Some(Strategy::Shadow)));
-    let mut full = delta(None);
+fn full(strategy: Option<Strategy>) -> SyncOptions {
+    let mut full = delta(strategy);
     full.mode = Mode::Full;
-    refused(&Machine::file(&old), &full);
+    full
+}
 
-    // Nor is a full download that was begun here gone on with.
-    let machine = Machine::file(&old);
-    let mut begun = full;
-    begun.strategy = Some(Strategy::Shadow);
-    source.fail_from(20);
-    machine.sync(&source, &begun).unwrap_err();
-    source.heal();
+#[test]
+fn whole_blocks_come_from_another_machine_for_every_strategy() {
+    let mut in_place = full(None);
+    in_place.in_place = true;
+    let ways = [
+        (On::File, full(None), Strategy::Shadow),
+        (On::File, delta(Some(Strategy::Shadow)), Strategy::Shadow),
+        (On::File, full(Some(Strategy::Redo)), Strategy::Redo),
+        (On::Device, full(None), Strategy::Redo),
+        (On::Device, in_place.clone(), Strategy::Direct),
+        (On::File, in_place, Strategy::Direct),
+    ];
+    for (number, (on, options, strategy)) in ways.into_iter().enumerate() {
+        let old = image(44, BYTES);
+        let machine = Machine::new(on, false, Some(&old));
+        let size = if on == On::File {
+            BYTES + 70_001
+        } else {
+            BYTES
+        };
+        let mut new = edited(44, &old, size, 100);
+        // Where the target is not zero, it has to become so; one region has no data at all.
+        new[..200_000].fill(0);
+        new[4 << 20..5 << 20].fill(0);
+        let source = Source::new(new);
+
+        let ran = run(&machine, &source, &options, Link::pair().unwrap());
+
+        let receipt = ran.target.unwrap_or_else(|e| panic!("way {number}: {e:?}"));
+        assert_eq!(receipt.strategy, Some(strategy));
+        assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
+        if strategy != Strategy::Direct {
+            assert_rolls_back_to(&machine, &old);
+        }
+    }
+}
+
+#[test]
+fn a_target_that_is_not_there_comes_from_another_machine() {
+    let mut new = image(45, 3 * BYTES);
+    new[5 << 20..12 << 20].fill(0);
+    let (machine, source) = (Machine::new(On::File, false, None), Source::new(new));
     let mut auto = delta(None);
     auto.mode = Mode::Auto;
-    refused(&machine, &auto);
-    let receipt = machine.sync(&source, &begun).unwrap();
-    assert_synced(&machine, &source.bytes(), begun.block_size, &receipt);
+
+    let ran = run(&machine, &source, &auto, Link::pair().unwrap());
+
+    let receipt = ran.target.unwrap();
+    assert_synced(&machine, &source.bytes(), auto.block_size, &receipt);
+}
+
+#[test]
+fn a_full_download_goes_on_here_or_from_another_machine() {
+    for from_peer_first in [false, true] {
+        let old = image(46, BYTES);
+        let source = Source::new(edited(46, &old, BYTES, 100));
+        let machine = Machine::file(&old);
+        let mut auto = delta(None);
+        auto.mode = Mode::Auto;
+        let shadow = full(Some(Strategy::Shadow));
+        let sync_from = |from_peer: bool, options: &SyncOptions| {
+            if from_peer {
+                run(&machine, &source, options, Link::pair().unwrap()).target
+            } else {
+                machine.sync(&source, options)
+            }
+        };
+        source.count_from_now();
+        // The other machine looks at all of its image first.
+        source.fail_from(if from_peer_first { 300 } else { 40 });
+        sync_from(from_peer_first, &shadow).unwrap_err();
+        assert_eq!(machine.content().unwrap(), old);
+        source.heal();
+
+        let receipt = sync_from(!from_peer_first, &auto).unwrap();
+
+        assert_eq!(receipt.strategy, Some(Strategy::Shadow));
+        assert!(receipt.resumed_bytes > 0, "{from_peer_first}");
+        assert_synced(&machine, &source.bytes(), auto.block_size, &receipt);
+        assert_rolls_back_to(&machine, &old);
+    }
 }
 
 /// A source of zeros that says it has this root, first and again, and how its digests were wanted.
