@@ -16,6 +16,7 @@ mod file_url;
 #[path = "../../crates/blockferry-cli/src/quote.rs"]
 mod quote;
 
+use address::Location;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
@@ -97,15 +98,27 @@ fn word_of(text: &str) -> Option<String> {
 }
 
 fn check_address(word: OsString) {
-    let address = match address::Address::parse(word) {
-        Ok(address) => address,
+    let location = match Location::parse(word) {
+        Ok(location) => location,
         Err(refused) => return drop(text::of_error(&refused)),
     };
-    drop(format!("{address} {address:?}"));
-    let recorded = address.recorded();
-    let again =
-        address::Address::parse(recorded.clone().into()).expect("recorded to be read again");
-    assert_eq!(again.absolute(), address.absolute(), "{recorded}");
+    drop(format!("{location} {location:?}"));
+    let recorded = location.recorded();
+    let again = Location::parse(recorded.clone().into()).expect("recorded to be read again");
+    match (location, again) {
+        (Location::Here(address), Location::Here(again)) => {
+            assert_eq!(again.absolute(), address.absolute(), "{recorded}");
+            let pushed = Location::parse(address.pushed_from("here").into());
+            drop(pushed.expect_err("it is no disk of another host"));
+        }
+        (there, again) => {
+            assert_eq!(again, there, "{recorded}");
+            if let Location::There(remote) = there {
+                // ssh takes neither for an option.
+                assert!(!remote.host().starts_with('-') && !remote.host().is_empty());
+            }
+        }
+    }
 }
 
 fn check_text(word: &str) {

@@ -1,15 +1,32 @@
-//! Where a disk is: so far a local path, also as a `file://` URL. Forms that later versions understand are refused by
-//! name, so that `host:/path` is never mistaken for a file that does not exist.
+//! Where a disk is: a local path, also as a `file://` URL, or a path on another host. Forms that later versions
+//! understand are refused by name, so that none is mistaken for a file that does not exist.
 
 use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use crate::file_url;
 
+/// A disk here or on another host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Location {
+    Here(Address),
+    There(Remote),
+}
+
 /// A local disk image or block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Address(PathBuf);
+
+/// A disk on another host, reached by ssh.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Remote {
+    /// As ssh takes it: `host` or `user@host`.
+    host: String,
+    port: Option<u16>,
+    path: PathBuf,
+}
 
 /// Why an address cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,20 +34,66 @@ pub(crate) enum AddressError {
     Empty,
     Url { what: &'static str },
     Unsupported { what: &'static str },
+    Pushed { from: String },
+    Elsewhere,
 }
 
-impl Address {
-    /// Parses what the user typed; only the shape is looked at, never the file system.
+/// What was synced from here to another host is recorded there with this scheme: the path means nothing there.
+const PUSHED: &str = "pushed://";
+
+impl Location {
+    /// Parses what the user typed; only the shape is looked at, never the file system or the network.
     pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
         if text.is_empty() {
             return Err(AddressError::Empty);
         }
         if let Some(path) = text.to_str().and_then(file_url::path_of) {
-            return path.map(Self).map_err(|what| AddressError::Url { what });
+            let here = path.map(|path| Self::Here(Address(path)));
+            return here.map_err(|what| AddressError::Url { what });
         }
-        match unsupported_form(&text.to_string_lossy()) {
-            Some(what) => Err(AddressError::Unsupported { what }),
-            None => Ok(Self(PathBuf::from(text))),
+        if let Some(url) = text.to_str().and_then(|text| text.strip_prefix("ssh://")) {
+            let there = Remote::from_url(url).map(Self::There);
+            return there.map_err(|what| AddressError::Url { what });
+        }
+        if let Some(from) = text.to_str().and_then(|text| text.strip_prefix(PUSHED)) {
+            let from = from.to_owned();
+            return Err(AddressError::Pushed { from });
+        }
+        match head_of(text.as_bytes()) {
+            None => Ok(Self::Here(Address(PathBuf::from(text)))),
+            Some((head, rest)) => match unsupported_form(head, rest) {
+                Some(what) => Err(AddressError::Unsupported { what }),
+                None => Remote::new(head, None, PathBuf::from(OsString::from_vec(rest.to_vec())))
+                    .map(Self::There)
+                    .map_err(|what| AddressError::Url { what }),
+            },
+        }
+    }
+
+    /// As it is recorded, to be parsed again by a later run wherever that is started.
+    pub(crate) fn recorded(&self) -> String {
+        match self {
+            Self::Here(address) => address.recorded(),
+            Self::There(remote) => remote.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Here(address) => address.fmt(f),
+            Self::There(remote) => remote.fmt(f),
+        }
+    }
+}
+
+impl Address {
+    /// As [`Location::parse`], of disks of this host only.
+    pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
+        match Location::parse(text)? {
+            Location::Here(address) => Ok(address),
+            Location::There(_) => Err(AddressError::Elsewhere),
         }
     }
 
@@ -47,6 +110,11 @@ impl Address {
     pub(crate) fn recorded(&self) -> String {
         file_url::text_of(&self.absolute())
     }
+
+    /// As another host records it: whence it was pushed. There it must never pass for a path of its own.
+    pub(crate) fn pushed_from(&self, host: &str) -> String {
+        format!("{PUSHED}{host}{}", file_url::escaped(&self.absolute()))
+    }
 }
 
 impl fmt::Display for Address {
@@ -55,20 +123,118 @@ impl fmt::Display for Address {
     }
 }
 
-/// As rsync and scp do, a colon before the first slash makes an address remote; `./a:b` is a file.
-fn unsupported_form(text: &str) -> Option<&'static str> {
-    let (head, rest) = text.split_once(':')?;
-    if head.contains('/') {
-        return None;
+impl Remote {
+    fn new(host: &str, port: Option<u16>, path: PathBuf) -> Result<Self, &'static str> {
+        let (user, name) = host.rsplit_once('@').unwrap_or(("-", host));
+        let host_is_named = !name.is_empty() && !user.is_empty();
+        if !host_is_named || host.chars().any(|c| c.is_whitespace() || c.is_control()) {
+            return Err("expected a host, or a user and a host, before the path");
+        }
+        if host.starts_with('-') || name.starts_with('-') {
+            return Err("a host does not begin with -");
+        }
+        if path.as_os_str().is_empty() {
+            return Err("expected the path of a disk behind the host");
+        }
+        if !path.is_absolute() && path.to_str().is_none() {
+            return Err("a path that is no text must be absolute, in an ssh:// URL");
+        }
+        // ssh wants the number alone, without the brackets that part it from a port or path.
+        let host = host.replace(['[', ']'], "");
+        Ok(Self { host, port, path })
     }
-    let url = rest.starts_with("//");
+
+    /// `[user@]host[:port]/path`, in which `%FF` stands for the byte 255.
+    fn from_url(url: &str) -> Result<Self, &'static str> {
+        let slash = url.find('/').ok_or("expected a path behind the host")?;
+        let (authority, path) = url.split_at(slash);
+        let is_number = |port: &str| !port.contains(']');
+        let (host, port) = match authority
+            .rsplit_once(':')
+            .filter(|(_, port)| is_number(port))
+        {
+            Some((host, port)) => {
+                let port = port.parse().ok().filter(|port| *port != 0);
+                (
+                    host,
+                    Some(port.ok_or("expected the number of a port behind the colon")?),
+                )
+            }
+            None => (authority, None),
+        };
+        let path = OsString::from_vec(file_url::unescaped(path)?);
+        Self::new(host, port, PathBuf::from(path))
+    }
+
+    /// As ssh takes it: `host` or `user@host`.
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
+    pub(crate) fn port(&self) -> Option<u16> {
+        self.port
+    }
+
+    /// The path as it is typed on that host.
+    pub(crate) fn word(&self) -> String {
+        let url = || format!("file://{}", file_url::escaped(&self.path));
+        self.path.to_str().map_or_else(url, str::to_owned)
+    }
+
+    /// Relative ones begin where the shell of that user does.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl fmt::Display for Remote {
+    /// The URL where the path is absolute, else as rsync and scp write it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (user, name) = match self.host.rsplit_once('@') {
+            Some((user, name)) => (format!("{user}@"), name),
+            None => (String::new(), &*self.host),
+        };
+        let bracketed = if name.contains(':') {
+            format!("[{name}]")
+        } else {
+            name.to_owned()
+        };
+        if !self.path.is_absolute() {
+            return write!(f, "{user}{bracketed}:{}", self.path.display());
+        }
+        let port = self
+            .port
+            .map_or_else(String::new, |port| format!(":{port}"));
+        write!(
+            f,
+            "ssh://{user}{bracketed}{port}{}",
+            file_url::escaped(&self.path)
+        )
+    }
+}
+
+/// As rsync and scp do, a colon before the first slash makes an address remote; `./a:b` is a file. A host that is a
+/// number of IPv6 stands in brackets.
+fn head_of(text: &[u8]) -> Option<(&str, &[u8])> {
+    let begin = match text.iter().position(|byte| b"[/".contains(byte)) {
+        Some(bracket) if text[bracket] == b'[' => {
+            bracket + text[bracket..].iter().position(|byte| *byte == b']')?
+        }
+        _ => 0,
+    };
+    let colon = begin + text[begin..].iter().position(|byte| *byte == b':')?;
+    let head = std::str::from_utf8(&text[..colon]).ok()?;
+    (!head.contains('/')).then_some((head, &text[colon + 1..]))
+}
+
+fn unsupported_form(head: &str, rest: &[u8]) -> Option<&'static str> {
+    let url = rest.starts_with(b"//");
     Some(match head {
-        "ssh" if url => "a disk behind ssh",
         "blockferry" if url => "a disk behind a blockferry server",
         "nbd" | "nbd+unix" | "nbds" | "nbds+unix" => "an NBD export",
         _ if head.ends_with("+file") => "an image format other than raw",
         _ if url => "this kind of address",
-        _ => "a disk on another host",
+        _ => return None,
     })
 }
 
@@ -80,7 +246,15 @@ impl fmt::Display for AddressError {
             Self::Unsupported { what } => write!(
                 f,
                 "{what} is not supported by this version; give a local path (write ./NAME for a file whose \
-                 name contains a colon)"
+                 name contains a colon) or HOST:PATH"
+            ),
+            Self::Pushed { from } => write!(
+                f,
+                "it was pushed from another host, where its path was {from}: run the sync there again, it goes on"
+            ),
+            Self::Elsewhere => f.write_str(
+                "only sync reaches disks of other hosts: log in there to ask for this (write ./NAME for a file whose \
+                 name contains a colon)",
             ),
         }
     }
@@ -92,24 +266,88 @@ impl std::error::Error for AddressError {}
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Address, AddressError> {
-        Address::parse(text.into())
+    fn parse(text: &str) -> Result<Location, AddressError> {
+        Location::parse(text.into())
+    }
+
+    fn there(text: &str) -> Remote {
+        match parse(text).expect(text) {
+            Location::There(remote) => remote,
+            Location::Here(address) => panic!("{text}: {address}"),
+        }
     }
 
     #[test]
     fn local_paths_are_accepted_even_with_colons_after_a_slash() {
-        for text in ["disk.raw", "/dev/disk/by-id/a:b", "./a:b", "../x", "/a b/c"] {
-            assert_eq!(parse(text).expect(text).path(), Path::new(text));
+        for text in [
+            "disk.raw",
+            "/dev/disk/by-id/a:b",
+            "./a:b",
+            "../x",
+            "/a b/c",
+            "./[a:b]:c",
+        ] {
+            let address = Address::parse(text.into()).expect(text);
+            assert_eq!(address.path(), Path::new(text));
+        }
+    }
+
+    #[test]
+    fn a_host_before_a_colon_or_in_a_url_is_another_one() {
+        for (text, host, port, path) in [
+            ("host:/dev/sdx", "host", None, "/dev/sdx"),
+            ("me@host:disk.raw", "me@host", None, "disk.raw"),
+            ("host:a:b", "host", None, "a:b"),
+            ("[::1]:/a", "::1", None, "/a"),
+            ("me@[fe80::1]:a", "me@fe80::1", None, "a"),
+            ("ssh://host/a", "host", None, "/a"),
+            (
+                "ssh://me@host:2222/a%20b%25",
+                "me@host",
+                Some(2222),
+                "/a b%",
+            ),
+            ("ssh://me@[::1]:22/a", "me@::1", Some(22), "/a"),
+            ("ssh://[::1]/a", "::1", None, "/a"),
+        ] {
+            let remote = there(text);
+
+            let found = (remote.host(), remote.port(), remote.path());
+            assert_eq!(found, (host, port, Path::new(path)), "{text}");
+            assert_eq!(there(&remote.to_string()), remote, "{text} is {remote}");
+        }
+    }
+
+    #[test]
+    fn what_a_shell_or_ssh_would_take_for_something_else_is_refused() {
+        let no_text = OsString::from_vec(b"host:a\xff".to_vec());
+        assert!(matches!(
+            Location::parse(no_text),
+            Err(AddressError::Url { .. })
+        ));
+        for text in [
+            "host:",
+            ":/a",
+            "@host:/a",
+            "-oProxyCommand=x:/a",
+            "me@-x:/a",
+            "ssh://-oProxyCommand=x/a",
+            "ssh://host",
+            "ssh://host:0/a",
+            "ssh://host:x/a",
+            "ssh:///a",
+            "ssh://host/a%2",
+            "a b:/c",
+            "ssh://host:99999/a",
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(matches!(error, AddressError::Url { .. }), "{text}: {error}");
         }
     }
 
     #[test]
     fn other_places_and_formats_are_refused_as_unsupported() {
         for text in [
-            "host:/path",
-            "user@host:/path",
-            "host:",
-            "ssh://user@host:22/path",
             "blockferry://host:9000/name",
             "nbd://host/export",
             "nbd+unix:///export?socket=/run/nbd",
@@ -128,8 +366,15 @@ mod tests {
     }
 
     #[test]
+    fn where_only_disks_of_this_host_are_meant_others_are_refused() {
+        assert_eq!(
+            Address::parse("host:/a".into()),
+            Err(AddressError::Elsewhere)
+        );
+    }
+
+    #[test]
     fn a_recorded_address_is_the_same_disk_again() {
-        use std::os::unix::ffi::OsStringExt;
         for bytes in [
             &b"/disks/a b:c%20"[..],
             b"/disks/\xff%\xc3\xbc",
@@ -137,10 +382,22 @@ mod tests {
         ] {
             let address = Address::parse(OsString::from_vec(bytes.to_vec())).expect("local");
 
-            let again = parse(&address.recorded()).expect("recorded");
+            let again = Address::parse(address.recorded().into()).expect("recorded");
 
             assert_eq!(again.path(), address.absolute());
         }
+        let remote = there("me@host:/disks/a b%\u{fc}");
+        assert_eq!(there(&Location::There(remote.clone()).recorded()), remote);
+    }
+
+    #[test]
+    fn what_was_pushed_never_passes_for_a_disk_of_the_other_host() {
+        let address = Address::parse("/disks/a".into()).expect("local");
+
+        let recorded = address.pushed_from("here");
+
+        let error = parse(&recorded).expect_err("it is no disk there");
+        assert!(error.to_string().contains("here/disks/a"), "{error}");
     }
 
     #[test]

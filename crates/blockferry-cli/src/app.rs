@@ -60,6 +60,7 @@ fn perform(verb: &Verb, session: &Session) -> Result<Exit, Failure> {
         Verb::Diff(arguments) => verbs::diff::run(arguments, session),
         Verb::Digest(arguments) => verbs::digest::run(arguments, session),
         Verb::Verify(arguments) => verbs::verify::run(arguments, session),
+        Verb::Serve(arguments) => verbs::serve::run(arguments, session),
         Verb::Completions(arguments) => Ok(verbs::generate::completions(arguments, session)),
         Verb::Man(arguments) => verbs::generate::man(arguments, session),
     }
@@ -134,13 +135,12 @@ mod tests {
 
     #[test]
     fn an_argument_error_is_told_in_one_line_without_usage() {
-        let error =
-            Cli::try_parse_from(["blockferry", "sync", "a", "host:/b"]).expect_err("remote");
+        let error = Cli::try_parse_from(["blockferry", "sync", "a", "nbd://h/b"]).expect_err("NBD");
 
         let message = plain_message(&error);
 
         assert!(
-            message.starts_with("invalid value 'host:/b' for '<TARGET>'"),
+            message.starts_with("invalid value 'nbd://h/b' for '<TARGET>'"),
             "{message}"
         );
         assert!(

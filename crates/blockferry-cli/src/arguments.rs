@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use serde::{Deserialize, Serialize};
 
-use crate::address::Address;
+use crate::address::{Address, Location};
 use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
 use crate::file_url;
+use crate::quote::quoted;
 
 /// Brings whole disks up to date, block by block, and never leaves one torn.
 ///
@@ -78,6 +80,8 @@ pub(crate) enum Verb {
     Digest(DigestArguments),
     /// Compare two disks, or check a target against its recorded point
     Verify(VerifyArguments),
+    /// Be the far end of a sync that another host began: what ssh starts there
+    Serve(ServeArguments),
     /// Print a completion script for a shell
     Completions(CompletionsArguments),
     /// Write the manual pages into a directory
@@ -99,6 +103,7 @@ impl Verb {
             Self::Diff(_) => "diff",
             Self::Digest(_) => "digest",
             Self::Verify(_) => "verify",
+            Self::Serve(_) => "serve",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
         }
@@ -124,12 +129,12 @@ pub(crate) struct DemoArguments {
     reason = "each one is a flag of the command line contract"
 )]
 pub(crate) struct SyncArguments {
-    /// The disk to read: a file or block device at rest
-    #[arg(value_parser = address())]
-    pub(crate) source: Address,
-    /// The disk to bring up to date: a file (created if absent) or block device
-    #[arg(value_parser = address())]
-    pub(crate) target: Address,
+    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH
+    #[arg(value_parser = location())]
+    pub(crate) source: Location,
+    /// The disk to bring up to date: a file (created if absent) or block device, here or as [USER@]HOST:PATH
+    #[arg(value_parser = location())]
+    pub(crate) target: Location,
     /// How to find what to send
     #[arg(long, value_enum, default_value_t = ModeArgument::Auto)]
     pub(crate) mode: ModeArgument,
@@ -144,6 +149,8 @@ pub(crate) struct SyncArguments {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) pace: Pace,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
     /// Make a target file that is larger than the source shorter
     #[arg(long)]
     pub(crate) allow_shrink: bool,
@@ -201,6 +208,38 @@ impl Pace {
     }
 }
 
+/// How another host is reached.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Reach {
+    /// The remote shell, with its options [default: ssh]
+    #[arg(short = 'e', long, value_name = "COMMAND")]
+    pub(crate) rsh: Option<String>,
+    /// How blockferry is started on the other host, by its shell
+    #[arg(long, value_name = "COMMAND", default_value = "blockferry")]
+    pub(crate) remote_path: String,
+}
+
+impl Reach {
+    /// The options as they are typed, each behind a blank.
+    pub(crate) fn words(&self) -> String {
+        let mut words = String::new();
+        if let Some(rsh) = &self.rsh {
+            words.push_str(&format!(" --rsh {}", quoted(rsh)));
+        }
+        if self.remote_path != "blockferry" {
+            words.push_str(&format!(" --remote-path {}", quoted(&self.remote_path)));
+        }
+        words
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeArguments {
+    /// Talk over standard input and output, as ssh carries them
+    #[arg(long, required = true)]
+    pub(crate) stdio: bool,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct StatusArguments {
     /// The target; without it, all targets synced from this host
@@ -215,6 +254,8 @@ pub(crate) struct ResumeArguments {
     pub(crate) target: Address,
     #[command(flatten)]
     pub(crate) pace: Pace,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
 }
 
 #[derive(Args, Debug)]
@@ -273,7 +314,8 @@ pub(crate) struct ManArguments {
     pub(crate) dir: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum ModeArgument {
     /// Sample, measure, predict both and choose
     Auto,
@@ -293,7 +335,8 @@ impl From<ModeArgument> for Mode {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum UndoArgument {
     /// Keep the old point until `accept`
     Keep,
@@ -310,7 +353,8 @@ impl From<UndoArgument> for Undo {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum StrategyArgument {
     /// Reflink the target, write into the clone, exchange
     Clone,
@@ -348,6 +392,10 @@ impl From<ShellArgument> for Shell {
             ShellArgument::Fish => Self::Fish,
         }
     }
+}
+
+fn location() -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(Location::parse))
 }
 
 fn address() -> ValueParser {
@@ -401,6 +449,7 @@ mod tests {
             ("diff a b", "diff"),
             ("digest a", "digest"),
             ("verify t", "verify"),
+            ("serve --stdio", "serve"),
             ("completions bash", "completions"),
             ("man d", "man"),
         ] {

@@ -399,7 +399,7 @@ impl<'a> Demo<'a> {
     fn sync_options(&self, mode: Mode) -> Result<SyncOptions, Failure> {
         let source = Address::parse(self.source.clone().into())
             .map_err(|error| Failure::from_error(Exit::Usage, &error))?;
-        let mut options = sync::paced(&source, &Pace::default());
+        let mut options = sync::paced(source.recorded(), &Pace::default());
         options.mode = mode;
         Ok(options)
     }

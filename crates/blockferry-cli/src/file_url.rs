@@ -18,7 +18,12 @@ pub(crate) fn text_of(path: &Path) -> String {
 }
 
 fn url_of(path: &Path) -> String {
-    let mut url = SCHEME.to_owned();
+    format!("{SCHEME}{}", escaped(path))
+}
+
+/// The path as it stands in a URL.
+pub(crate) fn escaped(path: &Path) -> String {
+    let mut url = String::new();
     for chunk in path.as_os_str().as_bytes().utf8_chunks() {
         for character in chunk.valid().chars() {
             if stands_for_itself(character) {
@@ -53,7 +58,8 @@ pub(crate) fn path_of(text: &str) -> Option<Result<PathBuf, &'static str>> {
     })
 }
 
-fn unescaped(text: &str) -> Result<Vec<u8>, &'static str> {
+/// What [`escaped`] made of a path.
+pub(crate) fn unescaped(text: &str) -> Result<Vec<u8>, &'static str> {
     let mut parts = text.split('%');
     let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
     for part in parts {

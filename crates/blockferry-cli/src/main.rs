@@ -13,6 +13,7 @@ mod file_url;
 mod output;
 mod progress;
 mod quote;
+mod remote;
 mod session;
 mod signals;
 mod verbs;

@@ -63,6 +63,12 @@ struct ErrorLine<'a> {
     resumable: bool,
 }
 
+#[derive(Serialize)]
+struct RemoteLine<'a> {
+    host: &'a str,
+    text: &'a str,
+}
+
 impl Output {
     pub(crate) fn new(json: bool, verbosity: Verbosity) -> Self {
         Self {
@@ -143,6 +149,12 @@ impl Output {
     /// A line of text that `--quiet` does not silence.
     pub(crate) fn warn(&self, text: impl fmt::Display) {
         self.text(Verbosity::Quiet, format_args!("warning: {text}"));
+    }
+
+    /// What a command on another host wrote to its standard error: shown as it is, with whose it is.
+    pub(crate) fn remote(&self, host: &str, text: &str) {
+        self.line("remote", &RemoteLine { host, text });
+        self.text(Verbosity::Quiet, format_args!("{host}: {text}"));
     }
 
     /// A line that was asked for by the verb itself (`status`), so `--quiet` does not silence it.

@@ -46,10 +46,21 @@ impl Session {
     /// A context for one operation and the display that shows it.
     pub(crate) fn context(&self, look: Look) -> (Context, Display) {
         let display = Display::start(&self.output, &self.received, look);
-        let mut context = Context::default();
+        let mut context = self.silent_context();
         context.observer = display.observer();
-        context.cancel = self.cancel.clone();
         (context, display)
+    }
+
+    /// A context for an operation that somebody else watches.
+    pub(crate) fn silent_context(&self) -> Context {
+        let mut context = Context::default();
+        context.cancel = self.cancel.clone();
+        context
+    }
+
+    /// Whether a signal asked to stop.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
     }
 
     /// Stops the operation under way.
@@ -62,6 +73,11 @@ impl Session {
         let mut options = TargetOptions::new(device_state_root());
         options.state_dir.clone_from(&self.state);
         options
+    }
+
+    /// Where the caller wants the state of targets, instead of its usual place.
+    pub(crate) fn state_dir(&self) -> Option<&Path> {
+        self.state.as_deref()
     }
 
     /// The engine's error as a failure, with the signal that caused it.

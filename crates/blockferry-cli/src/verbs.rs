@@ -6,6 +6,7 @@ pub(crate) mod digest;
 pub(crate) mod generate;
 pub(crate) mod report;
 pub(crate) mod resume;
+pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod sync;
 pub(crate) mod verify;

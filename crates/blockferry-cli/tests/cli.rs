@@ -3,142 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-const MIB: usize = 1 << 20;
+mod lab;
 
-/// A directory with disks and a state root of its own, on a real file system.
-struct Lab {
-    directory: tempfile::TempDir,
-}
-
-impl Lab {
-    fn new() -> Self {
-        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-        Self { directory }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// A disk without zeros, different for each seed.
-    fn disk(&self, name: &str, bytes: usize, seed: u64) -> PathBuf {
-        let path = self.path(name);
-        fs::write(&path, content(bytes, seed)).expect("written");
-        path
-    }
-
-    fn command<'a>(&self, words: impl IntoIterator<Item = &'a str>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_blockferry"));
-        command
-            .args(words)
-            .current_dir(self.directory.path())
-            .stdin(Stdio::null());
-        command.env("BLOCKFERRY_STATE_ROOT", self.path("state-root"));
-        command
-    }
-
-    fn run(&self, line: &str) -> Output {
-        self.command(line.split_whitespace())
-            .output()
-            .expect("the binary runs")
-    }
-
-    /// Runs with `--json` and returns the exit code and every line, parsed.
-    fn json(&self, line: &str) -> (i32, Vec<Value>) {
-        let output = self
-            .command(line.split_whitespace().chain(["--json"]))
-            .output()
-            .expect("runs");
-        assert_eq!(
-            text(&output.stderr),
-            "",
-            "{line}: JSON mode is silent on standard error"
-        );
-        let lines = text(&output.stdout);
-        let parsed = lines
-            .lines()
-            .map(|line| serde_json::from_str(line).expect(line))
-            .collect();
-        (code(&output), parsed)
-    }
-
-    /// Runs something that must succeed.
-    fn must(&self, line: &str) {
-        let output = self.run(line);
-        assert_eq!(code(&output), 0, "{line}: {}", text(&output.stderr));
-    }
-
-    /// Two equal disks after a completed delta, so that there is something to roll back to.
-    fn applied(&self) {
-        self.disk("old", 4 * MIB, 1);
-        fs::copy(self.path("old"), self.path("target")).expect("copied");
-        fs::copy(self.path("old"), self.path("source")).expect("copied");
-        patch(&self.path("source"), 70_000, b"changed");
-        self.must("sync source target --mode delta");
-    }
-
-    /// A sync slowed down so much that it lasts until it is stopped.
-    fn slow_sync(&self, more: &str) -> Child {
-        self.disk("source", 24 * MIB, 2);
-        self.disk("target", 24 * MIB, 3);
-        let line = format!("sync source target --mode delta --strategy redo --bwlimit 4M {more}");
-        let mut command = self.command(line.split_whitespace());
-        command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("runs")
-    }
-}
-
-/// xorshift64*: bytes without pattern, the same for the same seed.
-fn content(bytes: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    };
-    (0..bytes / 8)
-        .flat_map(|_| (next() | 1).to_le_bytes())
-        .collect()
-}
-
-fn patch(path: &Path, offset: u64, bytes: &[u8]) {
-    let file = fs::OpenOptions::new()
-        .write(true)
-        .open(path)
-        .expect("opened");
-    file.write_all_at(bytes, offset).expect("written");
-}
-
-fn same(one: &Path, other: &Path) -> bool {
-    fs::read(one).expect("readable") == fs::read(other).expect("readable")
-}
-
-fn code(output: &Output) -> i32 {
-    output.status.code().expect("ended by itself")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).expect("UTF-8")
-}
-
-fn signal(child: &Child, name: &str) {
-    let status = Command::new("kill")
-        .args([name, &child.id().to_string()])
-        .status();
-    assert!(status.expect("kill runs").success());
-}
+use lab::{Lab, MIB, code, content, patch, same, signal, text};
 
 /// Reads JSON lines until one has this event, and returns it.
 fn wait_for(lines: &mut impl Iterator<Item = std::io::Result<String>>, event: &str) -> Value {
@@ -289,8 +163,9 @@ fn argument_errors_are_json_lines_too() {
         "sync a b --yes",
         "sync a b --bwlimit 0",
         "sync a b --block-size 3000",
-        "sync host:/a b",
-        "sync a ssh://host/b",
+        "sync host: b",
+        "sync a ssh://host",
+        "status host:/a",
         "sync nbd://host/a b",
         "sync blockferry://host:1/a b",
         "sync qcow2+file:a b",
@@ -310,8 +185,7 @@ fn addresses_of_later_versions_are_called_unsupported_not_missing() {
     let lab = Lab::new();
     lab.disk("a", MIB, 1);
     for address in [
-        "host:/disk",
-        "ssh://h/disk",
+        "https://h/disk",
         "nbd://h/e",
         "blockferry://h:1/n",
         "vhd+file:d",
@@ -694,7 +568,7 @@ fn asking_about_an_unknown_target_leaves_nothing_behind() {
     for verb in ["accept", "rollback", "cancel", "verify"] {
         assert_eq!(code(&lab.run(&format!("{verb} a"))), 4, "{verb}");
     }
-    let entries = fs::read_dir(lab.directory.path()).expect("readable");
+    let entries = fs::read_dir(lab.path("")).expect("readable");
     assert_eq!(entries.count(), 1);
 }
 
@@ -764,7 +638,7 @@ fn a_dry_run_writes_nothing_at_all() {
     lab.disk("source", 2 * MIB, 1);
     lab.disk("target", 2 * MIB, 2);
     let names = |lab: &Lab| -> Vec<String> {
-        let entries = fs::read_dir(lab.directory.path()).expect("readable");
+        let entries = fs::read_dir(lab.path("")).expect("readable");
         let mut names: Vec<String> = entries
             .map(|entry| {
                 entry

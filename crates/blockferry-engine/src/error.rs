@@ -66,6 +66,25 @@ impl Error {
         self.resumable
     }
 
+    /// Whether the connection to the other side ended or fell silent: the same run over another one goes on.
+    #[must_use]
+    pub fn is_lost_link(&self) -> bool {
+        use blockferry_transport::ErrorKind as K;
+        causes_of(self)
+            .filter_map(|cause| cause.downcast_ref::<blockferry_transport::Error>())
+            .any(|cause| matches!(cause.kind(), K::Lost | K::TimedOut))
+    }
+
+    /// Whether somebody else uses what is needed, and may be done with it later.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        let device = |cause: &(dyn std::error::Error + 'static)| {
+            let cause = cause.downcast_ref::<blockferry_device::Error>();
+            cause.is_some_and(|e| e.kind() == blockferry_device::ErrorKind::Busy)
+        };
+        causes_of(self).any(device)
+    }
+
     pub(crate) fn because(
         kind: ErrorKind,
         message: impl Into<String>,

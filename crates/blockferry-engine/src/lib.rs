@@ -30,7 +30,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use options::{ChangesSince, Context, Mode, SyncOptions};
 pub use points::sync_from;
 pub use receipt::{Outcome, Prediction, RECEIPT_VERSION, Receipt};
-pub use remote::serve_source;
+pub use remote::{PeerObserver, refuse_peer, serve_source};
 pub use status::{
     Comparison, DigestReport, NextStep, PointStatus, SessionStatus, Status, VerifyReport,
     resume_source, status,

@@ -8,12 +8,12 @@ use blockferry_core::{BlockSize, ChangeMap};
 use blockferry_device::{CancelToken, Clock, SystemClock};
 use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};
 use blockferry_transfer_log::{Proof, Strategy, Undo};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 
 /// How the target is brought up to date.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[expect(clippy::exhaustive_enums, reason = "callers decide for each")]
 pub enum Mode {

@@ -88,6 +88,29 @@ pub(crate) fn choose_unread(
     Some(choice).filter(Choice::fits)
 }
 
+/// The choice where the source is on another machine and no sample of it is taken. A comparison is worth it on nearly
+/// every link; the space that is needed shows when it is needed.
+pub(crate) fn choose_unsampled(options: &SyncOptions, found: Situation) -> Choice {
+    let delta = SyncOptions {
+        mode: match options.mode {
+            Mode::Auto => Mode::Delta,
+            asked => asked,
+        },
+        ..options.clone()
+    };
+    let (mode, strategy, reason) = decided(&delta, found).unwrap_or_else(|| {
+        let why = "redo: how much differs shows only when it is compared";
+        (delta.mode, Strategy::Redo, why.to_owned())
+    });
+    Choice {
+        mode,
+        strategy,
+        reason,
+        required_bytes: 0,
+        available_bytes: found.state_free_bytes,
+    }
+}
+
 /// What the caller and the target leave to choose nothing of.
 fn decided(options: &SyncOptions, found: Situation) -> Option<(Mode, Strategy, String)> {
     if !found.target_present {

@@ -1,9 +1,10 @@
 //! Receipts: what a run proved and what it cost. They serialise to the summary of the command line.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use blockferry_transfer_log::Strategy;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::options::Mode;
 
@@ -11,19 +12,19 @@ use crate::options::Mode;
 pub const RECEIPT_VERSION: u32 = 1;
 
 /// The receipt of a completed sync.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Receipt {
     /// Version of these fields.
     pub version: u32,
     /// `applied`, or `identical` when nothing had to be written.
-    pub outcome: &'static str,
+    pub outcome: Cow<'static, str>,
     /// The mode that ran.
     pub mode: Mode,
     /// The mode that was asked for.
     pub requested_mode: Mode,
     /// How the target was brought to the new point; nothing for an identical pair.
-    #[serde(serialize_with = "strategy_name")]
+    #[serde(serialize_with = "strategy_name", deserialize_with = "named_strategy")]
     pub strategy: Option<Strategy>,
     /// Why this mode and strategy, with the numbers.
     pub reason: String,
@@ -54,7 +55,7 @@ pub struct Receipt {
     /// Bytes that became zeros.
     pub zero_bytes: u64,
     /// `read-back`: what was written was read back from the medium; `flush`: the flush was believed.
-    pub proof: &'static str,
+    pub proof: Cow<'static, str>,
     /// Bytes read back from the target's medium and proven.
     pub proven_bytes: u64,
     /// Root of the source, hexadecimal.
@@ -80,6 +81,19 @@ pub struct Receipt {
     /// Seconds of each phase the run had: `sampling`, `scanning`, `preparing`, `committing`, `applying`, `proving`. The
     /// last counts what was not proven beside the writing.
     pub phases: BTreeMap<String, f64>,
+}
+
+impl Receipt {
+    /// As JSON of at most so many bytes: what was hoped for in vain is told as far as there is room.
+    pub(crate) fn to_json(&self, most: usize) -> Vec<u8> {
+        let mut told = self.clone();
+        loop {
+            let json = serde_json::to_vec(&told).unwrap_or_default();
+            if json.len() <= most || told.fallbacks.pop().is_none() {
+                return json;
+            }
+        }
+    }
 }
 
 /// What became of an unfinished or completed sync.
@@ -141,4 +155,21 @@ pub(crate) fn strategy_name<S: Serializer>(
         Some(strategy) => serializer.collect_str(strategy),
         None => serializer.serialize_none(),
     }
+}
+
+fn named_strategy<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Strategy>, D::Error> {
+    let name: Option<Cow<'de, str>> = Deserialize::deserialize(deserializer)?;
+    let all = [
+        Strategy::Clone,
+        Strategy::Shadow,
+        Strategy::Redo,
+        Strategy::Direct,
+    ];
+    let named = |name: Cow<'de, str>| {
+        let found = all.into_iter().find(|one| one.to_string() == name);
+        found.ok_or_else(|| serde::de::Error::custom(format!("unknown strategy {name:?}")))
+    };
+    name.map(named).transpose()
 }

@@ -65,12 +65,8 @@ pub fn sync_from_peer(
     let origin = Origin::Peer(Rc::clone(&peer));
     let run = Run::new(origin, target, options, context);
     let outcome = run.and_then(|run| run.sync(target));
-    let told = match &outcome {
-        Ok(receipt) => Ok(serde_json::to_vec(receipt).unwrap_or_default()),
-        Err(error) => Err(error),
-    };
     if let Some(peer) = Rc::into_inner(peer) {
-        peer.finish(told);
+        peer.finish(outcome.as_ref());
     }
     outcome
 }
@@ -297,7 +293,10 @@ impl<'a> Run<'a> {
             ));
         }
         self.fallbacks.push(message.clone());
-        self.say(&Event::Warning { code, message });
+        self.say(&Event::Warning {
+            code: code.into(),
+            message,
+        });
         Ok(())
     }
 

@@ -1,9 +1,13 @@
 //! What a long operation tells the one who started it: [`Event`]s to an [`Observer`].
 
+use std::borrow::Cow;
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// What a run is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Phase {
     /// Opening the state and finishing what an earlier run left.
@@ -46,7 +50,7 @@ impl fmt::Display for Phase {
 }
 
 /// How far a phase has come. Bytes count the image, holes included, unless said otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Progress {
     /// What is being done.
@@ -72,8 +76,9 @@ impl Progress {
     }
 }
 
-/// Something the one who started a run may want to know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Something the one who started a run may want to know. Between two machines it travels as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Event {
     /// How far the run is; sent often (several times a second).
@@ -84,7 +89,7 @@ pub enum Event {
     /// `code` is stable and machine-readable (`manifest_unusable`), `message` is for people.
     Warning {
         /// Stable, machine-readable.
-        code: &'static str,
+        code: Cow<'static, str>,
         /// For people.
         message: String,
     },

@@ -225,7 +225,7 @@ impl Connection {
     pub fn finish(self) {
         // Either the writer ends by this, or it has ended.
         let _ended = self.outbox.control.send(None);
-        let _done_or_too_late = self.written.recv_timeout(self.deadlines.greeting);
+        let _done_or_too_late = self.written.recv_timeout(self.deadlines.keep_alive);
     }
 
     fn silent(&self, time: Duration) -> Error {

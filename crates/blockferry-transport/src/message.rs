@@ -13,7 +13,7 @@ use crate::short::ShortDigests;
 
 /// Most bytes of a name, an address or a text.
 pub const MAX_TEXT_BYTES: usize = 4096;
-/// Most bytes of an outcome, which is JSON.
+/// Most bytes of an outcome, an event or options, which are JSON.
 pub const MAX_JSON_BYTES: usize = 12 * 1024;
 /// Most regions in one [`Message::Regions`].
 pub const MAX_REGIONS: usize = 1024;
@@ -47,8 +47,13 @@ pub enum Message {
         /// As far as the source has read.
         below: u64,
     },
-    /// All regions are read: the root of the source.
-    Scanned(Root),
+    /// All regions are read.
+    Scanned {
+        /// The root of the source.
+        root: Root,
+        /// Bytes that were read to find it out.
+        read_bytes: u64,
+    },
     /// A region differs: what the target has.
     OpenRegion {
         /// Its number.
@@ -98,9 +103,37 @@ pub enum Message {
     Failed {
         /// As the roles number their kinds of errors.
         kind: u8,
+        /// What is durable is kept: the same run goes on from there.
+        resumable: bool,
         /// What was attempted, expected and found.
         text: String,
     },
+    /// The one who connected says what is wanted of the one who was connected to.
+    Open(Open),
+    /// What happened on the target's side, for the one who watches on the other: JSON.
+    Event(Vec<u8>),
+}
+
+/// What is wanted of the side that was connected to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a plain value")]
+pub struct Open {
+    /// The part it is to take.
+    pub role: Role,
+    /// The disk, named as its system names files: any bytes.
+    pub path: Vec<u8>,
+    /// How, as JSON.
+    pub options: Vec<u8>,
+}
+
+/// Which side of a sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "there are two sides")]
+pub enum Role {
+    /// It has the source.
+    Source,
+    /// It has the target.
+    Target,
 }
 
 /// The source as it is at some moment.
@@ -163,6 +196,8 @@ mod kind {
     pub(super) const PONG: u8 = 14;
     pub(super) const OUTCOME: u8 = 15;
     pub(super) const FAILED: u8 = 16;
+    pub(super) const OPEN: u8 = 17;
+    pub(super) const EVENT: u8 = 18;
 }
 
 impl Message {
@@ -171,7 +206,7 @@ impl Message {
             Self::Begin(_) => (kind::BEGIN, "begin"),
             Self::Source(_) => (kind::SOURCE, "source"),
             Self::Regions { .. } => (kind::REGIONS, "regions"),
-            Self::Scanned(_) => (kind::SCANNED, "scanned"),
+            Self::Scanned { .. } => (kind::SCANNED, "scanned"),
             Self::OpenRegion { .. } => (kind::OPEN_REGION, "open region"),
             Self::Blocks { .. } => (kind::BLOCKS, "blocks"),
             Self::Want { .. } => (kind::WANT, "want"),
@@ -184,6 +219,8 @@ impl Message {
             Self::Failed { .. } => (kind::FAILED, "failed"),
             Self::Stop => (kind::STOP, "stop"),
             Self::Stopped => (kind::STOPPED, "stopped"),
+            Self::Open(_) => (kind::OPEN, "open"),
+            Self::Event(_) => (kind::EVENT, "event"),
         }
     }
 
@@ -219,8 +256,8 @@ impl Message {
                 }
                 digests.encode(e);
             }
-            Self::Scanned(root) => {
-                e.bytes(root.as_bytes());
+            Self::Scanned { root, read_bytes } => {
+                e.bytes(root.as_bytes()).u64(*read_bytes);
             }
             Self::OpenRegion { region, blocks } => {
                 e.u64(*region);
@@ -250,11 +287,18 @@ impl Message {
             Self::Release(below) => {
                 e.u64(*below);
             }
-            Self::Outcome(json) => {
+            Self::Outcome(json) | Self::Event(json) => {
                 e.bytes_u16(json);
             }
-            Self::Failed { kind, text } => {
-                e.u8(*kind).bytes_u16(text.as_bytes());
+            Self::Open(open) => open.encode(e),
+            Self::Failed {
+                kind,
+                resumable,
+                text,
+            } => {
+                e.u8(*kind)
+                    .u8(u8::from(*resumable))
+                    .bytes_u16(text.as_bytes());
             }
         }
     }
@@ -275,7 +319,10 @@ impl Message {
             kind::BEGIN => Self::Begin(Begin::decode(d)?),
             kind::SOURCE => Self::Source(Source::decode(d)?),
             kind::REGIONS => decode_regions(d)?,
-            kind::SCANNED => Self::Scanned(Root::from_bytes(d.array()?)),
+            kind::SCANNED => Self::Scanned {
+                root: Root::from_bytes(d.array()?),
+                read_bytes: d.u64()?,
+            },
             kind::OPEN_REGION => Self::OpenRegion {
                 region: d.u64()?,
                 blocks: ShortDigests::decode(d, MAX_BLOCKS)?,
@@ -306,9 +353,34 @@ impl Message {
             kind::OUTCOME => Self::Outcome(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
             kind::FAILED => Self::Failed {
                 kind: d.u8()?,
+                resumable: flag(d)?,
                 text: text(d)?,
             },
+            kind::OPEN => Self::Open(Open::decode(d)?),
+            kind::EVENT => Self::Event(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
             _ => return Err(invalid("no message has this kind".to_owned())),
+        })
+    }
+}
+
+impl Open {
+    fn encode(&self, e: &mut Encoder<'_>) {
+        e.u8(match self.role {
+            Role::Source => 0,
+            Role::Target => 1,
+        })
+        .bytes_u16(&self.path)
+        .bytes_u16(&self.options);
+    }
+
+    fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
+        Ok(Self {
+            role: match flag(d)? {
+                false => Role::Source,
+                true => Role::Target,
+            },
+            path: d.bytes_u16(MAX_TEXT_BYTES)?.to_vec(),
+            options: d.bytes_u16(MAX_JSON_BYTES)?.to_vec(),
         })
     }
 }
@@ -485,7 +557,10 @@ mod tests {
                 digests: short(Width::Sixteen, 3),
                 below: 6,
             },
-            Message::Scanned(Root::from_bytes([3; 32])),
+            Message::Scanned {
+                root: Root::from_bytes([3; 32]),
+                read_bytes: 77,
+            },
             Message::OpenRegion {
                 region: 5,
                 blocks: short(Width::Eight, 255),
@@ -512,8 +587,15 @@ mod tests {
             Message::Outcome(b"{\"a\":1}".to_vec()),
             Message::Failed {
                 kind: 3,
+                resumable: true,
                 text: "no such disk".to_owned(),
             },
+            Message::Open(Open {
+                role: Role::Target,
+                path: b"/disks/\xff".to_vec(),
+                options: b"{}".to_vec(),
+            }),
+            Message::Event(b"{\"decision\":\"delta\"}".to_vec()),
         ]
     }
 
@@ -546,8 +628,8 @@ mod tests {
             longer.body.push(0);
             assert!(Message::decode(&longer).is_err(), "{}", message.name());
         }
-        assert_eq!(kinds, (kind::BEGIN..=kind::FAILED).collect(), "one of each");
-        for kind in [0, kind::FAILED + 1, 255] {
+        assert_eq!(kinds, (kind::BEGIN..=kind::EVENT).collect(), "one of each");
+        for kind in [0, kind::EVENT + 1, 255] {
             let body = Vec::new();
             assert!(Message::decode(&Frame { kind, body }).is_err());
         }
@@ -621,7 +703,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn what_is_accepted_is_written_again_byte_for_byte(
-            kind in 0u8..18, body in proptest::collection::vec(0u8..4, 0..80),
+            kind in 0u8..20, body in proptest::collection::vec(0u8..4, 0..80),
         ) {
             let frame = Frame { kind, body };
             if let Ok(message) = Message::decode(&frame) {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::address::Address;
+use crate::address::{Address, AddressError, Location};
 use crate::arguments::ResumeArguments;
 use crate::engine;
 use crate::exit::Exit;
@@ -15,38 +15,50 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
     let target = &arguments.target;
     let recorded = engine::resume_source(target.path(), &session.target_options())
         .map_err(|error| session.failure(&error))?;
-    finish_decided(target, session)?;
-    let source = reopen(&recorded)?;
+    let finished = finish_decided(target, session)?;
+    let source = match Location::parse(recorded.clone().into()) {
+        Ok(source) => source,
+        // Another host is to push again if there is more to come.
+        Err(AddressError::Pushed { .. }) if finished => return Ok(Exit::Done),
+        Err(error) => return Err(gone(&recorded, &error)),
+    };
     session.output.say(format_args!("continuing from {source}"));
-    let options = sync::paced(&source, &arguments.pace);
+    let options = sync::paced(source.recorded(), &arguments.pace);
     let request = Request {
         source: &source,
         target,
         options,
         pace: &arguments.pace,
+        reach: &arguments.reach,
         terms: Terms::AsBegun,
     };
     let receipt = sync::bring_up_to_date(request, session)?;
-    sync::report("resume", &receipt, &target.absolute(), session);
+    let target = target.absolute();
+    sync::report(
+        "resume",
+        &receipt,
+        &|verb| session.command(verb, &target),
+        session,
+    );
     Ok(Exit::Done)
 }
 
 /// What is committed needs its source no more: it is carried out whether or not that can still be opened. What is on
-/// its way back does not go forward again.
-fn finish_decided(target: &Address, session: &Session) -> Result<(), Failure> {
+/// its way back does not go forward again. Returns whether there was anything to carry out.
+fn finish_decided(target: &Address, session: &Session) -> Result<bool, Failure> {
     let (path, options) = (target.absolute(), session.target_options());
     let failed = |error: engine::Error| sync::explain_decision(&error, &path, session);
     match &*engine::status(&path, &options).map_err(failed)?.state {
         "committed" => {}
         "rolling_back" => return Err(on_its_way_back(&path, session)),
-        _ => return Ok(()),
+        _ => return Ok(false),
     }
     let mut place = engine::Target::open(&path, &options).map_err(failed)?;
     let (context, display) = session.context(Look::Bar);
     let outcome = engine::recover(&mut place, &context);
     drop(display);
     session.output.say(outcome.map_err(failed)?.message);
-    Ok(())
+    Ok(true)
 }
 
 fn on_its_way_back(target: &Path, session: &Session) -> Failure {
@@ -60,12 +72,8 @@ fn on_its_way_back(target: &Path, session: &Session) -> Failure {
     ))
 }
 
-fn reopen(recorded: &str) -> Result<Address, Failure> {
-    Address::parse(recorded.into()).map_err(|error| {
-        Failure::new(
-            Exit::Usage,
-            format!("the recorded source {recorded:?} cannot be reopened: {error}"),
-        )
+fn gone(recorded: &str, error: &AddressError) -> Failure {
+    let message = format!("the recorded source {recorded:?} cannot be reopened: {error}");
+    Failure::new(Exit::Usage, message)
         .with_hint("name it: blockferry sync SOURCE TARGET also resumes")
-    })
 }

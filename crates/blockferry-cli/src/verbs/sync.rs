@@ -1,43 +1,78 @@
 //! `sync SOURCE TARGET`: brings the target up to date, continuing where an interrupted run stopped.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::address::Address;
-use crate::arguments::{Pace, SyncArguments};
+use crate::address::{Address, Location, Remote};
+use crate::arguments::{Pace, Reach, SyncArguments};
+use crate::engine::transport::message::Role;
 use crate::engine::{
-    self, ErrorKind, Prediction, Proof, Receipt, Strategy, SyncOptions, Target, format_size,
+    self, BlockSource, Context, ErrorKind, Prediction, Proof, Receipt, Strategy, SyncOptions,
+    Target, format_size,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::file_url;
 use crate::output::Output;
 use crate::progress::Look;
+use crate::remote::{Asked, Patience, Shell, connect};
 use crate::session::{Session, same_command};
 use crate::verbs::report::{Facts, duration, rate, short};
+use crate::verbs::serve;
 
 pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, Failure> {
-    let options = options(arguments);
-    if arguments.dry_run {
-        return dry_run(arguments, &options, session);
+    match (&arguments.source, &arguments.target) {
+        (Location::Here(source), Location::Here(target)) if arguments.dry_run => {
+            dry_run(source, target, arguments, session)
+        }
+        _ if arguments.dry_run => {
+            let message =
+                "--dry-run reads both disks, which only a run between two local ones can so far";
+            Err(Failure::new(Exit::Usage, message))
+        }
+        (source, Location::Here(target)) => {
+            let request = Request {
+                source,
+                target,
+                options: options(arguments),
+                pace: &arguments.pace,
+                reach: &arguments.reach,
+                terms: Terms::AsAsked,
+            };
+            let receipt = bring_up_to_date(request, session)?;
+            let target = target.absolute();
+            report(
+                "sync",
+                &receipt,
+                &|verb| session.command(verb, &target),
+                session,
+            );
+            Ok(Exit::Done)
+        }
+        (Location::Here(source), Location::There(target)) => {
+            push(source, target, arguments, session)
+        }
+        (Location::There(source), Location::There(target)) => {
+            let message =
+                format!("both {source} and {target} are on other hosts: one side must be here");
+            let start = format!(
+                "start the sync on {} or on {}",
+                source.host(),
+                target.host()
+            );
+            Err(Failure::new(Exit::Usage, message).with_hint(start))
+        }
     }
-    let request = Request {
-        source: &arguments.source,
-        target: &arguments.target,
-        options,
-        pace: &arguments.pace,
-        terms: Terms::AsAsked,
-    };
-    let receipt = bring_up_to_date(request, session)?;
-    report("sync", &receipt, &arguments.target.absolute(), session);
-    Ok(Exit::Done)
 }
 
 /// What to bring where, and how.
 #[derive(Debug)]
 pub(crate) struct Request<'a> {
-    pub(crate) source: &'a Address,
+    pub(crate) source: &'a Location,
     pub(crate) target: &'a Address,
     pub(crate) options: SyncOptions,
     pub(crate) pace: &'a Pace,
+    pub(crate) reach: &'a Reach,
     pub(crate) terms: Terms,
 }
 
@@ -50,7 +85,7 @@ pub(crate) enum Terms {
     AsBegun,
 }
 
-/// Runs the engine and explains its failures; `resume` uses it too.
+/// Brings a target that is here up to date, and explains failures; `resume` uses it too.
 pub(crate) fn bring_up_to_date(
     request: Request<'_>,
     session: &Session,
@@ -60,20 +95,125 @@ pub(crate) fn bring_up_to_date(
         target,
         mut options,
         pace,
+        reach,
         terms,
     } = request;
-    let disk = super::open(source.path(), pace.crash_consistent)?;
-    refuse_same(source, target)?;
     let path = target.absolute();
-    let mut place = Target::open(&path, &session.target_options())
-        .map_err(|error| explain_decision(&error, &path, session))?;
-    if terms == Terms::AsBegun {
-        keep_terms(&mut place, &mut options);
+    let open_target = |options: &mut SyncOptions| {
+        let mut place = Target::open(&path, &session.target_options())
+            .map_err(|error| explain_decision(&error, &path, session))?;
+        if terms == Terms::AsBegun {
+            keep_terms(&mut place, options);
+        }
+        Ok::<_, Failure>(place)
+    };
+    let outcome = match source {
+        Location::Here(source) => {
+            let disk = super::open(source.path(), pace.crash_consistent)?;
+            refuse_same(source, target)?;
+            let mut place = open_target(&mut options)?;
+            let (context, _display) = session.context(Look::Bar);
+            engine::sync(disk, &mut place, &options, &context)
+        }
+        Location::There(remote) => {
+            let shell = Shell::new(remote, reach)?;
+            let asked = Asked::of_source(pace);
+            let (context, _display) = session.context(Look::Bar);
+            with_patience(&shell, &context, session, |_tried| {
+                let reached = connect(&shell, session)?;
+                let mut place = open_target(&mut options)?;
+                let (connection, _shell) = reached.open(Role::Source, remote, &asked)?;
+                Ok(engine::sync_from_peer(
+                    connection, &mut place, &options, &context,
+                ))
+            })?
+        }
+    };
+    let words = match source {
+        Location::Here(_) => String::new(),
+        Location::There(_) => reach.words(),
+    };
+    outcome.map_err(|error| explain(&error, &path, pace, &words, options.in_place, session))
+}
+
+/// Makes attempts until one comes to something else than a lost connection. A first one that finds no way to the other
+/// host is not repeated.
+fn with_patience<T>(
+    shell: &Shell<'_>,
+    context: &Context,
+    session: &Session,
+    mut attempt: impl FnMut(bool) -> Result<Result<T, engine::Error>, Failure>,
+) -> Result<Result<T, engine::Error>, Failure> {
+    let mut patience = Patience::new();
+    loop {
+        let again = match attempt(patience.has_lost()) {
+            Ok(Err(error)) if error.is_lost_link() => {
+                let why = format!("the connection to {} was lost", shell.host());
+                (why, Ok(Err(error)))
+            }
+            Err(failure) if failure.exit() == Exit::Peer && patience.has_lost() => {
+                (failure.message().to_owned(), Err(failure))
+            }
+            other => return other,
+        };
+        let (why, outcome) = again;
+        if session.is_cancelled() || !patience.try_again(&why, context) {
+            return outcome;
+        }
     }
+}
+
+/// Brings a target on another host to the content of a disk here.
+fn push(
+    source: &Address,
+    target: &Remote,
+    arguments: &SyncArguments,
+    session: &Session,
+) -> Result<Exit, Failure> {
+    let disk = super::open(source.path(), arguments.pace.crash_consistent)?;
+    let shell = Shell::new(target, &arguments.reach)?;
+    let state = session.state_dir().map(file_url::text_of);
+    let recorded = source.pushed_from(&host_name());
+    let mut asked = Asked::of_target(arguments, recorded, state.clone());
     let (context, display) = session.context(Look::Bar);
-    let outcome = engine::sync(disk, &mut place, &options, &context);
+    let outcome = with_patience(&shell, &context, session, |tried| {
+        asked.reconnecting = tried;
+        let reached = connect(&shell, session)?;
+        let (connection, _shell) = reached.open(Role::Target, target, &asked)?;
+        let threads = asked.threads().unwrap_or_else(serve::threads);
+        Ok(serve_disk(&disk, connection, threads, &context))
+    });
     drop(display);
-    outcome.map_err(|error| explain(&error, &path, pace, options.in_place, session))
+    let command = |verb: &str| shell.command(verb, state.as_deref());
+    let receipt =
+        outcome?.map_err(|error| explain_pushed(&error, &command, arguments.in_place, session))?;
+    report("sync", &receipt, &command, session);
+    Ok(Exit::Done)
+}
+
+fn serve_disk(
+    disk: &Arc<dyn BlockSource>,
+    connection: engine::Connection,
+    threads: usize,
+    context: &Context,
+) -> Result<Receipt, engine::Error> {
+    let json = engine::serve_source(disk, connection, threads, context)?;
+    serde_json::from_slice(&json).map_err(|error| {
+        let message =
+            format!("the run on the other side is done, but its receipt cannot be read: {error}");
+        engine::Error::new(ErrorKind::Peer, message)
+    })
+}
+
+/// For people who wonder whence a target came.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() {
+        "another-host".to_owned()
+    } else {
+        name.to_owned()
+    }
 }
 
 /// Asked before the target is opened, because its lock would only say that someone holds it: we ourselves.
@@ -99,12 +239,12 @@ fn keep_terms(place: &mut Target, options: &mut SyncOptions) {
 }
 
 /// Options of a run at this pace; the rest is default.
-pub(crate) fn paced(source: &Address, pace: &Pace) -> SyncOptions {
+pub(crate) fn paced(source_address: String, pace: &Pace) -> SyncOptions {
     let mut options = SyncOptions::default();
     options.threads = pace.threads.map(usize::from);
     options.bwlimit_bytes_per_second = pace.bwlimit;
     options.log_limit_bytes = pace.log_limit;
-    options.source_address = source.recorded();
+    options.source_address = source_address;
     if pace.no_read_back {
         options.proof = Proof::Flush;
     }
@@ -112,7 +252,7 @@ pub(crate) fn paced(source: &Address, pace: &Pace) -> SyncOptions {
 }
 
 fn options(arguments: &SyncArguments) -> SyncOptions {
-    let mut options = paced(&arguments.source, &arguments.pace);
+    let mut options = paced(arguments.source.recorded(), &arguments.pace);
     options.mode = arguments.mode.into();
     options.block_size = arguments.block_size;
     options.undo = arguments.undo.into();
@@ -129,16 +269,16 @@ fn explain(
     error: &engine::Error,
     target: &Path,
     pace: &Pace,
+    reach: &str,
     in_place: bool,
     session: &Session,
 ) -> Failure {
     let failure = explain_decision(error, target, session);
-    let resume = |pace: &Pace| format!("{}{}", session.command("resume", target), pace.words());
-    let left = if in_place {
-        "the target is incomplete, its old content was given up"
-    } else {
-        "the target is still at its old point"
+    let resume = |pace: &Pace| {
+        let command = session.command("resume", target);
+        format!("{command}{}{reach}", pace.words())
     };
+    let left = left(in_place);
     match error.kind() {
         ErrorKind::DecisionPending | ErrorKind::Corruption => failure,
         ErrorKind::Cancelled if error.is_resumable() => failure
@@ -167,6 +307,40 @@ fn explain(
     }
 }
 
+fn left(in_place: bool) -> &'static str {
+    if in_place {
+        "the target is incomplete, its old content was given up"
+    } else {
+        "the target is still at its old point"
+    }
+}
+
+/// What a failed run leaves on another host, and the command that goes on.
+fn explain_pushed(
+    error: &engine::Error,
+    command: &dyn Fn(&str) -> String,
+    in_place: bool,
+    session: &Session,
+) -> Failure {
+    let failure = session.failure(error);
+    match error.kind() {
+        ErrorKind::DecisionPending => failure.with_hint(format!(
+            "once that is solved, the same command finishes it, or: {}",
+            command("resume")
+        )),
+        ErrorKind::Corruption => {
+            failure.with_hint(format!("see where it stands with: {}", command("status")))
+        }
+        _ if error.is_resumable() || error.is_lost_link() => failure
+            .with_hint(format!(
+                "{}, unless its run had decided already, and what is durable is not sent again",
+                left(in_place)
+            ))
+            .with_hint(format!("continue with: {}", same_command())),
+        _ => failure,
+    }
+}
+
 /// A failure that may leave a decision, or the target, in doubt.
 pub(crate) fn explain_decision(error: &engine::Error, target: &Path, session: &Session) -> Failure {
     let failure = session.failure(error);
@@ -189,21 +363,20 @@ pub(crate) fn explain_decision(error: &engine::Error, target: &Path, session: &S
 }
 
 /// Shows the receipt of a finished run.
-pub(crate) fn report(verb: &str, receipt: &Receipt, target: &Path, session: &Session) {
+pub(crate) fn report(
+    verb: &str,
+    receipt: &Receipt,
+    command: &dyn Fn(&str) -> String,
+    session: &Session,
+) {
     let output = &session.output;
     output.summary(verb, receipt);
     output.say(headline(receipt));
     facts(receipt).say(output);
     details(receipt, output);
     if receipt.rollback_available {
-        output.say(format_args!(
-            "  go back:  {}",
-            session.command("rollback", target)
-        ));
-        output.say(format_args!(
-            "  let go:   {}",
-            session.command("accept", target)
-        ));
+        output.say(format_args!("  go back:  {}", command("rollback")));
+        output.say(format_args!("  let go:   {}", command("accept")));
     }
 }
 
@@ -266,15 +439,16 @@ fn details(receipt: &Receipt, output: &Output) {
 }
 
 fn dry_run(
+    source: &Address,
+    target: &Address,
     arguments: &SyncArguments,
-    options: &SyncOptions,
     session: &Session,
 ) -> Result<Exit, Failure> {
-    let disk = super::open(arguments.source.path(), arguments.pace.crash_consistent)?;
-    refuse_same(&arguments.source, &arguments.target)?;
+    let disk = super::open(source.path(), arguments.pace.crash_consistent)?;
+    refuse_same(source, target)?;
     let (context, display) = session.context(Look::Bar);
-    let place = session.target_options();
-    let outcome = engine::predict(&disk, arguments.target.path(), &place, options, &context);
+    let (place, options) = (session.target_options(), options(arguments));
+    let outcome = engine::predict(&disk, target.path(), &place, &options, &context);
     drop(display);
     let prediction = outcome.map_err(|error| session.failure(&error))?;
     session.output.summary("sync", &prediction);

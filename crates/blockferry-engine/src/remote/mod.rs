@@ -7,6 +7,7 @@
 //! ```
 
 mod data;
+mod events;
 mod scan;
 mod serve;
 mod source_role;
@@ -14,8 +15,9 @@ mod target_role;
 #[cfg(test)]
 mod tests;
 
-use blockferry_transport::Message;
+use blockferry_transport::{Connection, Message};
 
+pub use events::PeerObserver;
 pub(crate) use scan::{Peer, Scanned, TargetSide};
 pub(crate) use serve::examine;
 pub use serve::serve_source;
@@ -66,6 +68,12 @@ fn violated(error: ProtocolError) -> Error {
     )
 }
 
+/// Tells the peer of a connection, on which no run has begun, why there will be none, and ends it.
+pub fn refuse_peer(connection: Connection, why: &Error) {
+    connection.outbox().send(failure(why)).ok();
+    connection.finish();
+}
+
 /// Kinds of errors as they travel.
 const KINDS: [ErrorKind; 10] = [
     ErrorKind::Usage,
@@ -92,14 +100,19 @@ fn failure(error: &Error) -> Message {
     let kind = kind
         .and_then(|kind| u8::try_from(kind).ok())
         .unwrap_or(u8::MAX);
-    Message::Failed { kind, text }
+    Message::Failed {
+        kind,
+        resumable: error.is_resumable(),
+        text,
+    }
 }
 
 /// An error of the other side.
-fn failed_peer(kind: u8, text: &str) -> Error {
+fn failed_peer(peer: &Connection, kind: u8, resumable: bool, text: &str) -> Error {
     let kind = KINDS.get(usize::from(kind)).copied();
     Error::new(
         kind.unwrap_or(ErrorKind::Peer),
-        format!("the other side: {text}"),
+        format!("{}: {text}", peer.label()),
     )
+    .resumable(resumable)
 }

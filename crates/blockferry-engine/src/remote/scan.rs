@@ -10,7 +10,7 @@ use blockferry_delta_sync::{Known, differing_runs};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, DataMap, DataRegions, Step, block_in, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
-use blockferry_transport::message::{Begin, Source};
+use blockferry_transport::message::{Begin, MAX_JSON_BYTES, Source};
 use blockferry_transport::{Connection, Message, ShortDigests};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
@@ -20,6 +20,7 @@ use super::{ProtocolError, block_number, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::RegionDone;
 use crate::options::Context;
+use crate::receipt::Receipt;
 
 /// Regions that the source may be ahead.
 const WINDOW: u32 = 64;
@@ -45,7 +46,11 @@ impl Peer {
         connection.outbox().send(Message::Examine).map_err(lost)?;
         match connection.receive().map_err(lost)? {
             Message::Source(source) => Ok(source),
-            Message::Failed { kind, text } => Err(failed_peer(kind, &text)),
+            Message::Failed {
+                kind,
+                resumable,
+                text,
+            } => Err(failed_peer(connection, kind, resumable, &text)),
             other => Err(violated(super::unexpected("target", &other))),
         }
     }
@@ -57,16 +62,20 @@ impl Peer {
         loop {
             match connection.receive().map_err(lost)? {
                 Message::Stopped => return Ok(()),
-                Message::Failed { kind, text } => return Err(failed_peer(kind, &text)),
+                Message::Failed {
+                    kind,
+                    resumable,
+                    text,
+                } => return Err(failed_peer(connection, kind, resumable, &text)),
                 _of_that_scan => {}
             }
         }
     }
 
     /// Tells the source's side what came of the run, and ends the connection.
-    pub(crate) fn finish(self, outcome: std::result::Result<Vec<u8>, &Error>) {
+    pub(crate) fn finish(self, outcome: std::result::Result<&Receipt, &Error>) {
         let message = match outcome {
-            Ok(json) => Message::Outcome(json),
+            Ok(receipt) => Message::Outcome(receipt.to_json(MAX_JSON_BYTES)),
             Err(error) => super::failure(error),
         };
         let _nobody_listens = self.connection.outbox().send(message);
@@ -98,8 +107,8 @@ pub(crate) struct TargetSide {
 
 /// What a scan came to.
 pub(crate) enum Scanned {
-    /// The target, as staged, is the source.
-    Whole,
+    /// The target, as staged, is the source, which so many bytes were read of.
+    Whole { source_read_bytes: u64 },
     /// A shortened digest was taken for another, or what was known of the target is wrong.
     Again,
 }
@@ -588,7 +597,10 @@ impl Host {
             }
             self.take_finished(consume)?;
             match self.role.outcome() {
-                Ok(Some(_root)) => return Ok(Scanned::Whole),
+                Ok(Some(_root)) => {
+                    let source_read_bytes = self.role.source_read_bytes();
+                    return Ok(Scanned::Whole { source_read_bytes });
+                }
                 Ok(None) => {}
                 Err(error) => return again(error),
             }
@@ -597,7 +609,7 @@ impl Host {
                 recv(connection.receiver()) -> message => {
                     let message = message.unwrap_or_else(|_ended| connection.receive());
                     match message.map_err(lost)? {
-                        Message::Failed { kind, text } => return Err(failed_peer(kind, &text)),
+                        Message::Failed { kind, resumable, text } => return Err(failed_peer(connection, kind, resumable, &text)),
                         message => self.role.message(message, &mut out),
                     }
                 }

@@ -2,26 +2,30 @@
 //! over.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockferry_core::{Geometry, RegionIndex, RegionLeaves};
 use blockferry_device::{AlignedBuffer, BlockSource, Cancellable};
 use blockferry_full_download::{Copying, Scratch};
-use blockferry_pipeline::{BUFFER_BYTES, DataRegions, block_in, read_padded};
+use blockferry_pipeline::{BUFFER_BYTES, DataRegions, Observer, block_in, read_padded};
 use blockferry_transport::message::{Begin, Source};
 use blockferry_transport::{Connection, Message, Outbox, ShortDigests};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::data::Packer;
 use super::source_role::{SourceJob, SourceRole};
-use super::{failed_peer, lost, violated};
+use super::{events, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Context;
 
 /// How often the caller's wish to end is looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// How long a peer that was told to stop may take to say what is durable.
+const STOPPING: Duration = Duration::from_secs(10);
 
-/// Lets the peer of `connection` sync from `source`, until it says what came of it, which is returned as it said it.
+/// Lets the peer of `connection` sync from `source`, until it says what came of it, which is returned as it said it:
+/// the JSON of its [`Receipt`](crate::Receipt). What happens on the peer's side goes to the observer, if the peer
+/// tells.
 ///
 /// # Errors
 /// The source failed, the peer or its run failed, or the caller cancelled.
@@ -55,9 +59,14 @@ pub fn serve_source(
             most: 2 * threads,
             stopping: false,
         };
-        let outcome = host.run(&connection, &jobs, &finished, context);
+        let mut outcome = host.run(&connection, &jobs, &finished, context);
         if let Err(error) = &outcome {
             say_failed(connection.outbox(), error);
+            if error.kind() == ErrorKind::Cancelled
+                && let Some(there) = outcome_there(&connection)
+            {
+                outcome = there;
+            }
         }
         // Threads that wait to send find the link closed.
         connection.finish();
@@ -70,6 +79,25 @@ fn say_failed(outbox: &Outbox, error: &Error) {
     if error.kind() != ErrorKind::Peer {
         let _nobody_listens = outbox.send(super::failure(error));
     }
+}
+
+/// What the run of a peer that was told to stop came to, if it says so in time: what is durable there, or that it was
+/// decided before.
+fn outcome_there(connection: &Connection) -> Option<Result<Vec<u8>>> {
+    let end = Instant::now() + STOPPING;
+    while let left @ 1.. = end.saturating_duration_since(Instant::now()).as_millis() {
+        let left = Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX));
+        match connection.receiver().recv_timeout(left).ok()?.ok()? {
+            Message::Outcome(json) => return Some(Ok(json)),
+            Message::Failed {
+                kind,
+                resumable,
+                text,
+            } => return Some(Err(failed_peer(connection, kind, resumable, &text))),
+            _of_the_run => {}
+        }
+    }
+    None
 }
 
 struct Host {
@@ -85,7 +113,7 @@ struct Host {
 
 /// What a worker did.
 enum Finished {
-    Scanned(RegionLeaves),
+    Scanned(RegionLeaves, u64),
     Answered(Option<Message>),
     Failed(Error),
 }
@@ -115,14 +143,16 @@ impl Host {
             select! {
                 recv(connection.receiver()) -> message => {
                     let message = message.unwrap_or_else(|_ended| connection.receive());
-                    if let Some(outcome) = self.take(message.map_err(lost)?, &mut out)? {
+                    if let Some(outcome) = self.take(message.map_err(lost)?, connection, &mut out, &*context.observer)? {
                         return Ok(outcome);
                     }
                 }
                 recv(finished) -> done => {
                     self.under_way -= 1;
                     match done {
-                        Ok(Finished::Scanned(leaves)) => self.role.scanned(leaves, &mut out),
+                        Ok(Finished::Scanned(leaves, read_bytes)) => {
+                            self.role.scanned(leaves, read_bytes, &mut out);
+                        }
                         Ok(Finished::Answered(message)) => out.extend(message),
                         Ok(Finished::Failed(error)) => return Err(error),
                         Err(_ended) => return Err(super::internal("the workers ended")),
@@ -134,10 +164,24 @@ impl Host {
     }
 
     /// Takes a message; what the run came to ends it.
-    fn take(&mut self, message: Message, out: &mut Vec<Message>) -> Result<Option<Vec<u8>>> {
+    fn take(
+        &mut self,
+        message: Message,
+        connection: &Connection,
+        out: &mut Vec<Message>,
+        observer: &dyn Observer,
+    ) -> Result<Option<Vec<u8>>> {
         match message {
             Message::Outcome(json) => return Ok(Some(json)),
-            Message::Failed { kind, text } => return Err(failed_peer(kind, &text)),
+            Message::Failed {
+                kind,
+                resumable,
+                text,
+            } => return Err(failed_peer(connection, kind, resumable, &text)),
+            Message::Event(json) => {
+                events::pass_on(&json, observer);
+                Ok(())
+            }
             Message::Stop => {
                 self.role.stop();
                 self.stopping = true;
@@ -205,7 +249,7 @@ impl Reading {
             SourceJob::Scan(region) => {
                 let copying = Copying::digesting(Arc::clone(&self.source), geometry);
                 let scanned = copying.region(region, scratch, &mut |_| Ok(()))?;
-                Ok(Finished::Scanned(scanned.leaves))
+                Ok(Finished::Scanned(scanned.leaves, scanned.source_read_bytes))
             }
             SourceJob::Pages { region, blocks } => {
                 self.send_pages(&geometry, begin, region, &blocks)?;

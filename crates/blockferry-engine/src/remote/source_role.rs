@@ -55,6 +55,7 @@ struct Run {
     told: BTreeMap<u64, Told>,
     /// As far as the target was told.
     told_below: u64,
+    read_bytes: u64,
     finished: bool,
 }
 
@@ -114,12 +115,18 @@ impl SourceRole {
         run.next_region(next_data).map(SourceJob::Scan)
     }
 
-    /// A region was read. Tells the target of it once all before it are read as well.
-    pub(super) fn scanned(&mut self, leaves: RegionLeaves, out: &mut Vec<Message>) {
+    /// A region was read, which took so many bytes. Tells the target of it once all before it are read as well.
+    pub(super) fn scanned(
+        &mut self,
+        leaves: RegionLeaves,
+        read_bytes: u64,
+        out: &mut Vec<Message>,
+    ) {
         if let Some(run) = &mut self.run
             && run.geometry == *leaves.geometry()
         {
             run.scanned(leaves);
+            run.read_bytes += read_bytes;
             run.tell(out);
         }
     }
@@ -148,6 +155,7 @@ impl SourceRole {
             reading: BTreeMap::new(),
             told: BTreeMap::new(),
             told_below: 0,
+            read_bytes: 0,
             finished: false,
         });
         Ok(())
@@ -229,7 +237,10 @@ impl Run {
         }
         if below == self.geometry.region_count() && !self.finished {
             self.finished = true;
-            out.push(Message::Scanned(self.tree.clone().finish()));
+            out.push(Message::Scanned {
+                root: self.tree.clone().finish(),
+                read_bytes: self.read_bytes,
+            });
         }
     }
 

@@ -84,6 +84,7 @@ pub(super) struct TargetRole {
     /// Requests that wait until less is wanted.
     requests: VecDeque<Request>,
     root: Option<Root>,
+    source_read_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -142,6 +143,7 @@ impl TargetRole {
             jobs: VecDeque::new(),
             requests: VecDeque::new(),
             root: None,
+            source_read_bytes: 0,
         }
     }
 
@@ -153,7 +155,7 @@ impl TargetRole {
                 digests,
                 below,
             } => self.told(&regions, &digests, below, out),
-            Message::Scanned(root) => self.scan_ended(root),
+            Message::Scanned { root, read_bytes } => self.scan_ended(root, read_bytes),
             Message::Blocks { region, differing } => self.differ(region, &differing, out),
             Message::Data {
                 blocks,
@@ -274,6 +276,11 @@ impl TargetRole {
         )))
     }
 
+    /// Bytes that the source's side says it has read for its digests.
+    pub(super) fn source_read_bytes(&self) -> u64 {
+        self.source_read_bytes
+    }
+
     fn window(&self) -> usize {
         usize::try_from(self.begin.window).unwrap_or(usize::MAX)
     }
@@ -305,11 +312,12 @@ impl TargetRole {
         Ok(())
     }
 
-    fn scan_ended(&mut self, root: Root) -> ProtocolResult {
+    fn scan_ended(&mut self, root: Root, read_bytes: u64) -> ProtocolResult {
         if self.told_below < self.geometry.region_count() || self.root.is_some() {
             return Err(violates("the root before the last region, or again"));
         }
         self.root = Some(root);
+        self.source_read_bytes = read_bytes;
         Ok(())
     }
 

@@ -211,7 +211,7 @@ impl Pair {
                 let leaves =
                     RegionLeaves::of_bytes(&self.geometry, region, &self.new[range(extent)]);
                 let mut out = Vec::new();
-                self.source.scanned(leaves, &mut out);
+                self.source.scanned(leaves, 1, &mut out);
                 self.send_to_target(out);
             }
             SourceJob::Pages { region, blocks } => {

@@ -7,8 +7,7 @@ use super::Run;
 use super::origin::Origin;
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
-use crate::options::Mode;
-use crate::plan::{Choice, Situation, check_space, choose, choose_unread};
+use crate::plan::{Choice, Situation, check_space, choose, choose_unread, choose_unsampled};
 use crate::sample::Sample;
 use crate::target::Target;
 
@@ -20,7 +19,7 @@ impl Run<'_> {
         let present = present.as_ref().map(|t| &**t as &dyn BlockSource);
         let Origin::Device(source) = self.origin.clone() else {
             let found = self.situation(target)?;
-            return Ok(self.choose_for_peer(found));
+            return Ok(choose_unsampled(self.options, found));
         };
         let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*source]).collect();
         let data = DataBlocks::of(&sides, &self.geometry);
@@ -44,15 +43,6 @@ impl Run<'_> {
         let context = self.context;
         context.progress(Phase::Sampling, 0, self.geometry.image_bytes(), 0);
         Sample::take(source, target, &self.geometry, data, self.seed(), context)
-    }
-
-    /// Over a link a comparison is always worth it; the target's file system says how the result is put in place.
-    fn choose_for_peer(&self, found: Situation) -> Choice {
-        let mut options = self.options.clone();
-        if options.mode == Mode::Auto {
-            options.mode = Mode::Delta;
-        }
-        choose(&options, found, &Sample::default())
     }
 
     fn situation(&self, target: &mut Target) -> Result<Situation> {

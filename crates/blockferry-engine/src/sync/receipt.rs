@@ -31,7 +31,8 @@ impl Run<'_> {
                 "applied"
             } else {
                 "identical"
-            },
+            }
+            .into(),
             mode: choice.mode,
             requested_mode: self.options.mode,
             strategy,
@@ -52,7 +53,8 @@ impl Run<'_> {
             proof: match self.options.proof {
                 Proof::ReadBack => "read-back",
                 Proof::Flush => "flush",
-            },
+            }
+            .into(),
             proven_bytes,
             source_root: root.to_string(),
             target_root: root.to_string(),

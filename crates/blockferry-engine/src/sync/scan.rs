@@ -188,7 +188,10 @@ impl Run<'_> {
             Ok::<_, Error>(scanned)
         })?;
         let mistaken = match scanned {
-            Scanned::Whole => None,
+            Scanned::Whole { source_read_bytes } => {
+                self.counts.source_read = source_read_bytes;
+                None
+            }
             Scanned::Again => Some(Doubt::Digests),
         };
         Ok(doubts.first().or(mistaken))

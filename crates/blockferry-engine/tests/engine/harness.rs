@@ -476,10 +476,10 @@ pub(crate) fn listening() -> (Context, Arc<Mutex<Vec<Event>>>) {
     (context, events)
 }
 
-pub(crate) fn warnings(events: &Mutex<Vec<Event>>) -> Vec<&'static str> {
+pub(crate) fn warnings(events: &Mutex<Vec<Event>>) -> Vec<String> {
     let events = events.lock().unwrap();
     let code = |e: &Event| match e {
-        Event::Warning { code, .. } => Some(*code),
+        Event::Warning { code, .. } => Some(code.to_string()),
         _ => None,
     };
     events.iter().filter_map(code).collect()

@@ -318,7 +318,7 @@ fn a_memory_device_without_identity_gives_no_proof_and_is_read() {
     let (first, none) = run();
     let (second, said) = run();
 
-    assert_eq!((first.outcome, second.outcome), ("identical", "identical"));
+    assert_eq!([first.outcome, second.outcome], ["identical"; 2]);
     assert!(none.is_empty());
     assert_eq!(said, ["target_written"]);
     assert!(second.scanned_bytes > 0 && second.target_read_bytes > 0);

@@ -48,7 +48,7 @@ fn another_block_size_keeps_the_point_and_the_way_back() {
         assert_eq!(second.outcome, "identical", "{strategy}");
         assert_eq!(second.sync_point, first.sync_point, "the same content");
         assert!(second.rollback_available, "{strategy}");
-        assert!(!warnings(&events).contains(&"old_point_dropped"));
+        assert!(!warnings(&events).contains(&"old_point_dropped".to_owned()));
         assert_synced(&machine, &source.bytes(), BlockSize::DEFAULT, &second);
         assert_second_is_identical(&machine, &source, &in_default_blocks());
         assert_rolls_back_to(&machine, &old);
@@ -79,7 +79,7 @@ fn an_old_point_that_cannot_be_kept_is_let_go_aloud() {
         let receipt = machine.sync_in(&source, &options, &context).unwrap();
 
         assert_eq!(receipt.outcome, "identical");
-        assert!(warnings(&events).contains(&"old_point_dropped"));
+        assert!(warnings(&events).contains(&"old_point_dropped".to_owned()));
         assert!(receipt.fallbacks.iter().any(|f| f.contains("no way back")));
         assert!(!receipt.rollback_available);
         rollback(&mut machine.open(), &context).expect_err("nothing proves the pre-images right");

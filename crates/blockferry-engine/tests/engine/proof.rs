@@ -57,7 +57,7 @@ fn a_flush_that_is_believed_is_not_read_back_and_verification_finds_its_lies() {
             )
             .unwrap();
 
-        assert_eq!((receipt.proof, receipt.proven_bytes), ("flush", 0));
+        assert_eq!((&*receipt.proof, receipt.proven_bytes), ("flush", 0));
         let verified = verify_target(&mut machine.open(), &Context::default()).unwrap();
         assert!(!verified.matches && verified.different_bytes > 0);
     }

@@ -105,7 +105,11 @@ fn every_strategy_works_on_real_files_and_rolls_back() {
         assert_eq!(receipt.source_bytes, place.new.len() as u64);
         let again = place.sync(&options(|o| o.mode = Mode::Delta));
         assert_eq!(
-            (again.outcome, again.scanned_bytes, again.target_read_bytes),
+            (
+                &*again.outcome,
+                again.scanned_bytes,
+                again.target_read_bytes
+            ),
             ("identical", 0, 0)
         );
         rollback(&mut place.open(), &Context::default()).unwrap();

@@ -1,0 +1,179 @@
+//! `serve --stdio`: the far end of a sync that another host began. Standard output carries the protocol; what goes
+//! wrong is told to the other side, which shows it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::arguments::ServeArguments;
+use crate::engine::transport::Message;
+use crate::engine::transport::message::{Open, Role};
+use crate::engine::{
+    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, SourceOptions,
+    Target, open_source,
+};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::file_url;
+use crate::remote::Asked;
+use crate::session::Session;
+
+/// How long the far end of a connection that was cut may still hold the target: a silent peer is given up after 30
+/// seconds.
+const HELD: Duration = Duration::from_secs(45);
+const TICK: Duration = Duration::from_millis(200);
+
+pub(crate) fn run(_stdio: &ServeArguments, session: &Session) -> Result<Exit, Failure> {
+    if session.output.is_json() {
+        let message =
+            "serve --stdio speaks to another blockferry over standard output: it has no --json";
+        return Err(Failure::new(Exit::Usage, message));
+    }
+    if io::stdin().is_terminal() || io::stdout().is_terminal() {
+        let message = "serve --stdio speaks to another blockferry, not to a terminal";
+        return Err(Failure::new(Exit::Usage, message)
+            .with_hint("on the other host: blockferry sync SOURCE USER@THIS-HOST:PATH starts it"));
+    }
+    let lost = |error: &engine::transport::Error| Failure::from_error(Exit::Peer, error);
+    let connection =
+        Connection::open(stdio()?, Deadlines::default()).map_err(|error| lost(&error))?;
+    let served = match connection.receive().map_err(|error| lost(&error))? {
+        Message::Open(open) => serve(connection, open, session),
+        other => refuse(
+            connection,
+            Error::new(
+                ErrorKind::Peer,
+                format!("expected what to open, found a message {}", other.name()),
+            ),
+        ),
+    };
+    // The other side was told, or is gone.
+    Ok(served.map_or_else(|error| session.failure(&error).exit(), |()| Exit::Done))
+}
+
+/// Standard input and output without the buffers of the library, which would hold back what is sent.
+fn stdio() -> Result<Link, Failure> {
+    let files = || -> io::Result<(File, File)> {
+        let input = io::stdin().as_fd().try_clone_to_owned()?;
+        let output = io::stdout().as_fd().try_clone_to_owned()?;
+        Ok((input.into(), output.into()))
+    };
+    let (input, output) = files().map_err(|error| {
+        Failure::new(
+            Exit::Peer,
+            format!("take standard input and output: {error}"),
+        )
+    })?;
+    Ok(Link::new(input, output, || {}, "the other side"))
+}
+
+fn refuse(connection: Connection, error: Error) -> Result<(), Error> {
+    engine::refuse_peer(connection, &error);
+    Err(error)
+}
+
+fn serve(connection: Connection, open: Open, session: &Session) -> Result<(), Error> {
+    let path = PathBuf::from(OsString::from_vec(open.path));
+    let asked = match Asked::from_json(&open.options) {
+        Ok(asked) => asked,
+        Err(why) => return refuse(connection, not_known(&why)),
+    };
+    let mut context = session.silent_context();
+    match open.role {
+        Role::Source => serve_source(connection, &path, &asked, &context),
+        Role::Target => {
+            context = context.with_observer(PeerObserver::new(&connection));
+            serve_target(connection, &path, &asked, &context, session)
+        }
+    }
+}
+
+fn not_known(why: &str) -> Error {
+    let version = env!("CARGO_PKG_VERSION");
+    Error::new(
+        ErrorKind::Usage,
+        format!(
+            "version {version} of blockferry does not understand what is asked of it: {why}; update the older side"
+        ),
+    )
+}
+
+fn serve_source(
+    connection: Connection,
+    path: &Path,
+    asked: &Asked,
+    context: &Context,
+) -> Result<(), Error> {
+    let mut options = SourceOptions::default();
+    options.crash_consistent = asked.crash_consistent();
+    match open_source(path, options) {
+        Ok(disk) => {
+            let threads = asked.threads().unwrap_or_else(threads);
+            engine::serve_source(&disk, connection, threads, context).map(drop)
+        }
+        Err(error) => {
+            let busy = error.kind() == engine::device::ErrorKind::Busy;
+            let hint = if busy {
+                " (--crash-consistent accepts a source that is being written)"
+            } else {
+                ""
+            };
+            let error = Failure::source(&error);
+            refuse(
+                connection,
+                Error::new(ErrorKind::Source, format!("{}{hint}", error.message())),
+            )
+        }
+    }
+}
+
+pub(crate) fn threads() -> usize {
+    thread::available_parallelism().map_or(2, usize::from)
+}
+
+fn serve_target(
+    connection: Connection,
+    path: &Path,
+    asked: &Asked,
+    context: &Context,
+    session: &Session,
+) -> Result<(), Error> {
+    let options = match asked.options() {
+        Ok(options) => options,
+        Err(why) => return refuse(connection, not_known(&why)),
+    };
+    let mut place = session.target_options();
+    if let Some(state) = asked.state() {
+        place.state_dir = match file_url::path_of(state) {
+            Some(Err(why)) => return refuse(connection, not_known(why)),
+            Some(Ok(path)) => Some(path),
+            None => Some(PathBuf::from(state)),
+        };
+    }
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let end = Instant::now() + HELD;
+    let opened = loop {
+        match Target::open(&path, &place) {
+            Err(error)
+                if asked.reconnecting
+                    && error.is_busy()
+                    && Instant::now() < end
+                    && !context.cancel.is_cancelled() =>
+            {
+                thread::sleep(TICK);
+            }
+            opened => break opened,
+        }
+    };
+    match opened {
+        Ok(mut target) => {
+            engine::sync_from_peer(connection, &mut target, &options, context).map(drop)
+        }
+        Err(error) => refuse(connection, error),
+    }
+}

@@ -1,0 +1,476 @@
+//! Syncs with another host. The remote shell is a script whose hosts are all this machine, in a directory, a state root
+//! and a process of their own; what it carries can be cut.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+mod lab;
+
+use lab::{Lab, MIB, code, content, patch, same, signal, text};
+
+/// Takes `[-p PORT] HOST COMMAND…`, as ssh does, and notes what it was called with. `cuts` holds a number for each
+/// connection that is to be cut: after so many bytes from the other host.
+const REMOTE_SHELL: &str = r#"#!/bin/sh
+home=$(dirname "$0")/far
+echo "$*" >> "$home/calls"
+if [ "$1" = -p ]; then shift 2; fi
+shift
+cd "$home" || exit 255
+export PATH="$home/bin:$PATH" BLOCKFERRY_STATE_ROOT="$home/state-root"
+cut=$(head -n 1 cuts 2>/dev/null)
+if [ -n "$cut" ]; then
+    sed -i 1d cuts
+    sh -c "$*" | stdbuf -o0 head -c "$cut"
+else
+    exec sh -c "$*"
+fi
+"#;
+
+/// Two hosts: this one and `far`.
+struct Hosts {
+    lab: Lab,
+}
+
+impl Hosts {
+    fn new() -> Self {
+        let lab = Lab::new();
+        fs::create_dir_all(lab.path("far/bin")).expect("created");
+        std::os::unix::fs::symlink(
+            env!("CARGO_BIN_EXE_blockferry"),
+            lab.path("far/bin/blockferry"),
+        )
+        .expect("linked");
+        let hosts = Self { lab };
+        hosts.script("rsh", REMOTE_SHELL);
+        hosts
+    }
+
+    fn script(&self, name: &str, text: &str) {
+        let path = self.lab.path(name);
+        fs::write(&path, text).expect("written");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("changed");
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = self.lab.command(line.split_whitespace());
+        command.env("BLOCKFERRY_RSH", self.lab.path("rsh"));
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().expect("the binary runs")
+    }
+
+    fn json(&self, line: &str) -> (i32, Vec<Value>) {
+        let output = self
+            .command(&format!("{line} --json"))
+            .output()
+            .expect("runs");
+        let lines = text(&output.stdout);
+        let parsed = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).expect(line));
+        (code(&output), parsed.collect())
+    }
+
+    /// The summary of a run that must succeed.
+    fn must(&self, line: &str) -> Value {
+        let (code, lines) = self.json(line);
+        let last = lines.last().expect("a line").clone();
+        assert_eq!(code, 0, "{line}: {lines:?}");
+        last
+    }
+
+    /// Runs a line of shell here, as it was printed to be pasted.
+    fn paste(&self, line: &str) {
+        let bin = self.lab.path("far/bin");
+        let path = format!("{}:{}", bin.display(), std::env::var("PATH").expect("set"));
+        let status = Command::new("sh")
+            .args(["-c", line])
+            .current_dir(self.lab.path("."))
+            .env("PATH", path)
+            .env("BLOCKFERRY_RSH", self.lab.path("rsh"))
+            .env("BLOCKFERRY_STATE_ROOT", self.lab.path("state-root"))
+            .status();
+        assert!(status.expect("runs").success(), "{line}");
+    }
+
+    fn far(&self, name: &str) -> PathBuf {
+        self.lab.path("far").join(name)
+    }
+
+    fn calls(&self) -> String {
+        fs::read_to_string(self.far("calls")).expect("it was called")
+    }
+
+    /// A run slowed down so much that it lasts, stopped by this signal once something is durable.
+    fn stopped(&self, line: &str, name: &str) -> (Option<i32>, Vec<Value>) {
+        let mut child = self
+            .command(&format!(
+                "{line} --bwlimit 4M --mode delta --strategy redo --json"
+            ))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("runs");
+        let mut lines = BufReader::new(child.stdout.take().expect("piped"))
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
+        lines
+            .find(|line| line["event"] == "checkpoint")
+            .expect("something is durable before the end");
+        signal(&child, name);
+        let rest = lines.collect();
+        (child.wait().expect("ends").code(), rest)
+    }
+}
+
+fn hint(lines: &[Value], words: &str) -> String {
+    let hints = lines.last().expect("a line")["hints"]
+        .as_array()
+        .expect("hints");
+    let found = hints
+        .iter()
+        .filter_map(Value::as_str)
+        .find(|hint| hint.contains(words));
+    found
+        .unwrap_or_else(|| panic!("{words}: {hints:?}"))
+        .to_owned()
+}
+
+fn behind<'t>(text: &'t str, words: &str) -> &'t str {
+    let (_, found) = text
+        .split_once(words)
+        .unwrap_or_else(|| panic!("{words}: {text}"));
+    found.lines().next().expect("a line").trim()
+}
+
+#[test]
+fn a_disk_is_pushed_to_another_host_and_the_commands_that_are_printed_work() {
+    let hosts = Hosts::new();
+    let source = hosts.lab.disk("source", 8 * MIB, 1);
+    fs::copy(&source, hosts.far("target")).expect("copied");
+    patch(&source, 700_000, b"changed");
+
+    let output = hosts.run("sync source me@example:target");
+
+    assert_eq!(code(&output), 0, "{}", text(&output.stderr));
+    assert!(same(&source, &hosts.far("target")));
+    assert_eq!(text(&output.stdout), "", "nothing but data");
+    assert!(
+        hosts
+            .calls()
+            .starts_with("me@example blockferry serve --stdio\n"),
+        "{}",
+        hosts.calls()
+    );
+
+    hosts.paste(behind(&text(&output.stderr), "go back:"));
+    assert_eq!(
+        fs::read(hosts.far("target")).expect("readable"),
+        content(8 * MIB, 1)
+    );
+
+    let output = hosts.run("sync source ssh://me@example:2200/ --mode full");
+    assert_ne!(code(&output), 0);
+    let place = hosts.far("target");
+    let output = hosts.run(&format!(
+        "sync source ssh://me@example:2200{}",
+        place.display()
+    ));
+    assert!(
+        hosts
+            .calls()
+            .contains("\n-p 2200 me@example blockferry serve --stdio\n")
+    );
+    hosts.paste(behind(&text(&output.stderr), "let go:"));
+    let status = hosts.lab.path("far/bin/blockferry");
+    let told = Command::new(status)
+        .arg("status")
+        .arg(place)
+        .output()
+        .expect("runs");
+    assert!(
+        !text(&told.stderr).contains("rollback"),
+        "{}",
+        text(&told.stderr)
+    );
+}
+
+#[test]
+fn a_disk_is_pulled_from_another_host_and_only_what_differs_crosses() {
+    let hosts = Hosts::new();
+    fs::write(hosts.far("source"), content(8 * MIB, 2)).expect("written");
+
+    let first = hosts.must("sync far-host:source target");
+    assert!(same(&hosts.far("source"), &hosts.lab.path("target")));
+    assert_eq!(
+        (&first["mode"], &first["strategy"]),
+        (&"full".into(), &"direct".into())
+    );
+    patch(&hosts.far("source"), 3 << 20, b"changed");
+
+    let second = hosts.must("sync far-host:source target");
+
+    assert!(same(&hosts.far("source"), &hosts.lab.path("target")));
+    assert_eq!(second["changed_bytes"], 4096);
+    let sent = second["sent_bytes"].as_u64().expect("a number");
+    assert!((4000..9000).contains(&sent), "{second}");
+    assert_eq!(second["scanned_bytes"], 8 * MIB);
+}
+
+#[test]
+fn options_hold_on_the_other_host() {
+    let hosts = Hosts::new();
+    let source = hosts.lab.disk("source", 4 * MIB, 3);
+    fs::write(hosts.far("target"), content(5 * MIB, 4)).expect("written");
+    let line = "sync source h:target --block-size 16KiB --undo none --state kept-there";
+
+    let (code, lines) = hosts.json(line);
+    assert_eq!(code, 4, "it would be cut off: {lines:?}");
+    let message = lines.last().expect("a line")["message"]
+        .as_str()
+        .expect("text");
+    assert!(
+        message.starts_with("h: ") && message.contains("--allow-shrink"),
+        "{message}"
+    );
+
+    let receipt = hosts.must(&format!("{line} --allow-shrink"));
+    assert!(same(&source, &hosts.far("target")));
+    assert_eq!(receipt["rollback_available"], false);
+    assert!(hosts.far("kept-there").is_dir());
+}
+
+#[test]
+fn a_signal_ends_a_push_and_a_pull_in_order_and_nothing_durable_is_sent_again() {
+    for push in [true, false] {
+        let hosts = Hosts::new();
+        let (here, there) = (hosts.lab.path("disk"), hosts.far("disk"));
+        let (source, target) = if push {
+            (&here, &there)
+        } else {
+            (&there, &here)
+        };
+        fs::write(source, content(24 * MIB, 5)).expect("written");
+        fs::write(target, content(24 * MIB, 6)).expect("written");
+        let line = if push {
+            "sync disk h:disk"
+        } else {
+            "sync h:disk disk"
+        };
+
+        let (code, lines) = hosts.stopped(line, "-INT");
+
+        assert_eq!(code, Some(130), "{lines:?}");
+        assert_eq!(
+            lines.last().expect("a line")["resumable"],
+            true,
+            "{lines:?}"
+        );
+        assert_eq!(fs::read(target).expect("readable"), content(24 * MIB, 6));
+        let again = hint(&lines, "continue with: ");
+        let again = behind(&again, "continue with: ");
+        assert_eq!(again.starts_with("blockferry resume "), !push, "{again}");
+        let again = again
+            .replacen("--bwlimit 4M", "", 1)
+            .replacen("--bwlimit 4194304", "", 1);
+        let again = again.strip_prefix("blockferry ").expect("a command");
+        let receipt = hosts.must(&again.replace("--json", ""));
+        assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
+        assert!(receipt["resumed_bytes"].as_u64() > Some(0), "{receipt}");
+        assert!(same(&here, &there));
+    }
+}
+
+#[test]
+fn a_connection_that_is_cut_is_made_again_by_itself() {
+    for push in [true, false] {
+        let hosts = Hosts::new();
+        let (here, there) = (hosts.lab.path("disk"), hosts.far("disk"));
+        let (source, target) = if push {
+            (&here, &there)
+        } else {
+            (&there, &here)
+        };
+        fs::write(source, content(16 * MIB, 7)).expect("written");
+        fs::write(target, content(16 * MIB, 8)).expect("written");
+        // From the far end: few bytes in a push, all of the disk in a pull.
+        let cuts = if push {
+            "900\n2500\n"
+        } else {
+            "5000000\n7000000\n"
+        };
+        fs::write(hosts.far("cuts"), cuts).expect("written");
+        let line = if push {
+            "sync disk h:disk"
+        } else {
+            "sync h:disk disk"
+        };
+
+        let (code, lines) = hosts.json(&format!("{line} --mode delta --strategy redo"));
+
+        assert_eq!(code, 0, "{lines:?}");
+        let again = |line: &&Value| line["code"] == "reconnecting";
+        assert_eq!(lines.iter().filter(again).count(), 2, "{lines:?}");
+        let receipt = lines.last().expect("a line");
+        assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
+        assert!(
+            push || receipt["resumed_bytes"].as_u64() > Some(0),
+            "{receipt}"
+        );
+        assert!(same(&here, &there));
+        assert_eq!(hosts.calls().lines().count(), 3);
+    }
+}
+
+#[test]
+fn a_far_end_that_is_killed_is_started_again() {
+    let hosts = Hosts::new();
+    let source = hosts.lab.disk("source", 24 * MIB, 9);
+    fs::write(hosts.far("target"), content(24 * MIB, 10)).expect("written");
+    let mut child = hosts
+        .command("sync source h:target --bwlimit 8M --mode delta --strategy redo --json")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("runs");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped"))
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
+    lines
+        .find(|line| line["event"] == "checkpoint")
+        .expect("something is durable");
+    // Its working directory tells it from every other.
+    let far = fs::canonicalize(hosts.far(".")).expect("there");
+    let killed = fs::read_dir("/proc")
+        .expect("mounted")
+        .flatten()
+        .filter(|process| {
+            let place = fs::read_link(process.path().join("cwd"));
+            let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            place.is_ok_and(|place| place == far)
+                && words.ends_with(b"serve\0--stdio\0")
+                && !words.starts_with(b"sh\0")
+        });
+    for process in killed {
+        let id = process.file_name();
+        let id = id.to_str().expect("a number");
+        Command::new("kill")
+            .args(["-9", id])
+            .status()
+            .expect("runs");
+    }
+
+    let rest: Vec<Value> = lines.collect();
+
+    assert_eq!(child.wait().expect("ends").code(), Some(0), "{rest:?}");
+    let receipt = rest.last().expect("a line");
+    assert!(
+        rest.iter().any(|line| line["code"] == "reconnecting"),
+        "{rest:?}"
+    );
+    assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
+    assert!(receipt["resumed_bytes"].as_u64() > Some(0), "{receipt}");
+    assert!(same(&source, &hosts.far("target")));
+}
+
+#[test]
+fn what_keeps_two_hosts_apart_is_said_with_what_to_do() {
+    let hosts = Hosts::new();
+    hosts.lab.disk("source", MIB, 11);
+    hosts.script(
+        "old",
+        "#!/bin/sh\necho \"error: unrecognized subcommand 'serve'\" >&2\nexit 2\n",
+    );
+    hosts.script(
+        "refused",
+        "#!/bin/sh\necho 'Permission denied (publickey).' >&2\nexit 255\n",
+    );
+    hosts.script(
+        "greets",
+        "#!/bin/sh\necho 'Welcome to far'\ncat > /dev/null\n",
+    );
+    hosts.script(
+        "escapes",
+        "#!/bin/sh\nprintf 'a\\033[2Jb\\n' >&2\nexit 255\n",
+    );
+    hosts.script(
+        "newer",
+        "#!/bin/sh\nprintf 'BFRYWIRE\\007\\000\\011\\000\\000\\000\\000\\000'\ncat > /dev/null\n",
+    );
+    for (options, told) in [
+        (
+            "--remote-path blockferry-9",
+            &["finds no command blockferry-9", "--remote-path", "h: sh: "][..],
+        ),
+        (
+            "--remote-path ../old",
+            &["too old", "h: error: unrecognized subcommand"],
+        ),
+        (
+            "-e ./refused",
+            &["could not log in", "h: Permission denied (publickey)."],
+        ),
+        ("-e ./greets", &["Welcome to far", "must print nothing"]),
+        ("-e ./escapes", &["h: a\u{fffd}[2Jb"]),
+        ("-e ./newer", &["versions 7 to 9", "update the older one"]),
+        (
+            "-e no-such-shell",
+            &["there is no command no-such-shell here", "-e"],
+        ),
+    ] {
+        let output = hosts.run(&format!("sync source h:target {options}"));
+
+        let shown = text(&output.stderr);
+        assert_eq!(code(&output), 8, "{options}: {shown}");
+        for words in told {
+            assert!(shown.contains(words), "{options}: {words}: {shown}");
+        }
+        assert!(!hosts.far("target").exists());
+    }
+    for (line, exit, told) in [
+        ("sync h:absent target", 3, "h: open of absent"),
+        ("sync source h:no/such/place", 4, "h: "),
+        ("sync h:a g:b", 2, "one side must be here"),
+        ("sync source h:target --dry-run", 2, "--dry-run"),
+        ("sync source h:target -e 'ssh", 2, "quotes"),
+        ("digest h:a", 2, "only sync reaches disks of other hosts"),
+        ("serve", 2, "--stdio"),
+        ("serve --stdio --json", 2, "no --json"),
+    ] {
+        let output = hosts.run(line);
+
+        let shown = format!("{}{}", text(&output.stderr), text(&output.stdout));
+        assert_eq!(code(&output), exit, "{line}: {shown}");
+        assert!(shown.contains(told), "{line}: {shown}");
+    }
+}
+
+#[test]
+fn a_target_that_was_pushed_never_takes_a_disk_of_its_own_host_for_the_source() {
+    let hosts = Hosts::new();
+    hosts.lab.disk("disk", 24 * MIB, 12);
+    fs::write(hosts.far("target"), content(24 * MIB, 13)).expect("written");
+    hosts.stopped("sync disk h:target", "-TERM");
+
+    let there = Command::new(hosts.lab.path("far/bin/blockferry"))
+        .args(["resume", "target"])
+        .current_dir(hosts.far("."))
+        .env("BLOCKFERRY_STATE_ROOT", hosts.far("state-root"))
+        .output()
+        .expect("runs");
+
+    assert_eq!(code(&there), 2);
+    let shown = text(&there.stderr);
+    assert!(shown.contains("pushed from another host"), "{shown}");
+    assert_eq!(
+        fs::read(hosts.far("target")).expect("readable"),
+        content(24 * MIB, 13)
+    );
+}
