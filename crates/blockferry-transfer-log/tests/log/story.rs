@@ -344,7 +344,8 @@ impl Story {
         model: &Model,
         events: &Events<Promise>,
     ) -> Result<(), String> {
-        if let (Some((image, _)), true) = (model.heading, replica.unfinished().is_some()) {
+        let unfinished = replica.unfinished().map(|header| header.session);
+        if let (Some((image, _)), Some(unfinished)) = (model.heading, unfinished) {
             if !matches!(replica.can_resume(), Ok(true)) {
                 check!(
                     model.acknowledged.is_none() || model.cancelling,
@@ -388,6 +389,9 @@ impl Story {
                 "{} bytes staged again",
                 totals.restaged_bytes
             );
+            // A roll back may have been on its way before a cancelled session came back with the lost end of its
+            // cancellation: it is that session which moves the target now, not the way back.
+            events.push(Promise::Heading(image, unfinished.as_bytes()[0]));
             events.push(Promise::Deciding);
             session
                 .commit(root(new), &quiet)
