@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockferry::core::{
-    BlockSize, Digest, Geometry, ManifestWriter, RegionIndex, RegionLeaves, block_digest,
+    BlockSize, Digest, Geometry, ManifestWriter, RegionIndex, RegionLeaves, Root, block_digest,
 };
-use blockferry::device::MemoryDevice;
+use blockferry::device::{Evidence, Identity, MemoryDevice};
 use blockferry::transfer_log::{
     GroupDirectory, GroupId, Place, Replica, Result, Session, SessionId, Strategy, frame,
 };
+use blockferry::transport::{Message, Preamble, ShortDigests, Width, message};
 use blockferry_fuzz::machine::{TARGET, device, image};
 use blockferry_fuzz::pages::{FILES, Files, PAGE, STATE, pack};
 use blockferry_testkit::{OperationKind, SimDisk, SimOptions};
@@ -51,8 +52,30 @@ fn main() -> std::io::Result<()> {
     for (name, bytes) in lives() {
         seeds.write("operations", &name, &bytes)?;
     }
+    for (name, bytes) in conversations() {
+        seeds.write("wire", name, &bytes)?;
+    }
+    // Images that differ, shortened digests or whole ones, all of it or what differs; nothing changed on its way.
+    for (name, shape) in [
+        ("delta", 0b1000),
+        ("exact", 0b1_0011),
+        ("whole", 0x80 | 0b1010),
+        ("alike", 0b1010),
+    ] {
+        let draws = (0u8..=255)
+            .cycle()
+            .take(600)
+            .map(|n| n.wrapping_mul(97) >> 2);
+        let bytes: Vec<u8> = [shape, 0, 8].into_iter().chain(draws).collect();
+        seeds.write("roles", name, &bytes)?;
+    }
     // These read an arbitrary structure out of their bytes: any bytes will do.
-    for (target, count) in [("codec", 4), ("extents", 16), ("operations", 8)] {
+    for (target, count) in [
+        ("codec", 4),
+        ("extents", 16),
+        ("operations", 8),
+        ("roles", 8),
+    ] {
         for seed in 0..count {
             seeds.write(target, &seed.to_string(), &noise(seed))?;
         }
@@ -112,7 +135,7 @@ fn manifests(golden: &Path, seeds: &Seeds) -> std::io::Result<()> {
     Ok(())
 }
 
-const COMMAND_LINES: [(&str, &str); 9] = [
+const COMMAND_LINES: [(&str, &str); 10] = [
     (
         "sync",
         "sync a.raw /dev/disk/by-id/b:c --mode delta --block-size 64KiB --undo none --threads 4 --bwlimit 1.5M/s --dry-run",
@@ -137,7 +160,93 @@ const COMMAND_LINES: [(&str, &str); 9] = [
     ("decide", "rollback t --state /s"),
     ("demo", "demo --size 10.5MB --keep --dir d"),
     ("id", "completions bash 51515151515151515151515151515151"),
+    (
+        "hosts",
+        "sync -e ssh --remote-path bf me@[::1]:rel ssh://me@h:22/a%20b serve --stdio pushed://h/a",
+    ),
 ];
+
+/// A greeting, and what both sides of a sync say, each with the choice how it is read.
+fn conversations() -> Vec<(&'static str, Vec<u8>)> {
+    let digest = block_digest(b"block");
+    let short = |width, count| ShortDigests::of(width, std::iter::repeat_n(digest, count));
+    let begin = Message::Begin(message::Begin {
+        block_size: BlockSize::DEFAULT,
+        exact: false,
+        level: 1,
+        window: 64,
+    });
+    let open = Message::Open(message::Open {
+        role: message::Role::Target,
+        path: b"/disk".to_vec(),
+        options: b"{\"strict\":true}".to_vec(),
+    });
+    let run = |first, count, zero| message::PageRun { first, count, zero };
+    let source = [
+        Message::Source(message::Source {
+            label: "disk".to_owned(),
+            size_bytes: 1 << 30,
+            identity: Identity::from_bytes(b"inode"),
+            evidence: Evidence::from_bytes(b"times"),
+        }),
+        Message::Regions {
+            regions: vec![1, 5],
+            digests: short(Width::Sixteen, 2),
+            below: 9,
+        },
+        Message::Blocks {
+            region: 5,
+            differing: vec![(0, None), (255, Some(digest))],
+        },
+        Message::Data {
+            blocks: vec![(5, 3)],
+            runs: vec![run(1, 2, false), run(3, 1, true)],
+            frame: frame::pack(&[7; 8192], 1).expect("memory takes all"),
+        },
+        Message::Scanned {
+            root: Root::from_bytes([3; 32]),
+            read_bytes: 4096,
+        },
+        Message::Stopped,
+        Message::Failed {
+            kind: 3,
+            resumable: true,
+            text: "no such disk".to_owned(),
+        },
+    ];
+    let target = [
+        open,
+        Message::Examine,
+        begin,
+        Message::OpenRegion {
+            region: 5,
+            blocks: short(Width::Eight, 256),
+        },
+        Message::Want {
+            region: 5,
+            blocks: vec![(3, short(Width::Four, 16)), (255, short(Width::Whole, 0))],
+        },
+        Message::Release(12),
+        Message::Event(b"{\"decision\":\"delta\"}".to_vec()),
+        Message::Ping,
+        Message::Pong,
+        Message::Stop,
+        Message::Outcome(b"{}".to_vec()),
+    ];
+    let said = |how: [u8; 2], messages: &[Message]| {
+        let mut bytes = how.to_vec();
+        bytes.extend(Preamble::OURS.encode());
+        messages
+            .iter()
+            .for_each(|message| message.encode(&mut bytes));
+        bytes
+    };
+    vec![
+        ("source", said([1, 250], &source)),
+        ("target", said([1, 6], &target)),
+        ("stranger", said([0, 32], &target[..1])),
+    ]
+}
 
 /// Every golden scene with each thing to do next, and every damaged one of them.
 fn golden_replicas(scenes: &Path, seeds: &Seeds) -> std::io::Result<()> {

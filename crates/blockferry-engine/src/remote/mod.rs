@@ -8,6 +8,9 @@
 
 mod data;
 mod events;
+#[cfg(test)]
+mod pair;
+mod protocol;
 mod scan;
 mod serve;
 mod source_role;
@@ -23,33 +26,7 @@ pub(crate) use serve::examine;
 pub use serve::serve_source;
 
 use crate::error::{Error, ErrorKind, causes_of};
-
-/// What became of a message.
-type ProtocolResult<T = ()> = Result<T, ProtocolError>;
-
-/// Why a role does not go on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum ProtocolError {
-    /// The peer does what the protocol does not allow.
-    Violation(String),
-    /// A shortened digest was taken for another: the same again with whole ones.
-    Mistaken(String),
-}
-
-fn violates(what: impl Into<String>) -> ProtocolError {
-    ProtocolError::Violation(what.into())
-}
-
-fn unexpected(role: &str, message: &Message) -> ProtocolError {
-    violates(format!(
-        "the {role}'s side got a message {}",
-        message.name()
-    ))
-}
-
-fn block_number(block: usize) -> u16 {
-    u16::try_from(block).unwrap_or_else(|_| unreachable!("a region has 256 blocks at most"))
-}
+use protocol::{ProtocolError, ProtocolResult, block_number, unexpected, violates};
 
 fn internal(what: &str) -> Error {
     Error::new(ErrorKind::Internal, what)
