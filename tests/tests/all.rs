@@ -14,4 +14,5 @@ mod recorded_writes;
 mod strategy_fixtures;
 mod syscalls;
 mod targets;
+mod two_hosts;
 mod undo;

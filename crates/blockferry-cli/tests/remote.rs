@@ -6,7 +6,12 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
+use blockferry::BlockSize;
+use blockferry::core::block_digest;
+use blockferry::device::{Evidence, Identity};
+use blockferry::transport::{Message, Preamble, ShortDigests, Width, message};
 use serde_json::Value;
 
 mod lab;
@@ -98,6 +103,19 @@ impl Hosts {
             .env("BLOCKFERRY_STATE_ROOT", self.lab.path("state-root"))
             .status();
         assert!(status.expect("runs").success(), "{line}");
+    }
+
+    /// Two disks of noise, and the sync from here to there or back: the line, source and target.
+    fn two_disks(&self, push: bool, bytes: usize) -> (&'static str, PathBuf, PathBuf) {
+        let (here, there) = (self.lab.path("disk"), self.far("disk"));
+        let (line, source, target) = if push {
+            ("sync disk h:disk", here, there)
+        } else {
+            ("sync h:disk disk", there, here)
+        };
+        fs::write(&source, content(bytes, 5)).expect("written");
+        fs::write(&target, content(bytes, 6)).expect("written");
+        (line, source, target)
     }
 
     fn far(&self, name: &str) -> PathBuf {
@@ -251,19 +269,7 @@ fn options_hold_on_the_other_host() {
 fn a_signal_ends_a_push_and_a_pull_in_order_and_nothing_durable_is_sent_again() {
     for push in [true, false] {
         let hosts = Hosts::new();
-        let (here, there) = (hosts.lab.path("disk"), hosts.far("disk"));
-        let (source, target) = if push {
-            (&here, &there)
-        } else {
-            (&there, &here)
-        };
-        fs::write(source, content(24 * MIB, 5)).expect("written");
-        fs::write(target, content(24 * MIB, 6)).expect("written");
-        let line = if push {
-            "sync disk h:disk"
-        } else {
-            "sync h:disk disk"
-        };
+        let (line, source, target) = hosts.two_disks(push, 24 * MIB);
 
         let (code, lines) = hosts.stopped(line, "-INT");
 
@@ -273,7 +279,7 @@ fn a_signal_ends_a_push_and_a_pull_in_order_and_nothing_durable_is_sent_again() 
             true,
             "{lines:?}"
         );
-        assert_eq!(fs::read(target).expect("readable"), content(24 * MIB, 6));
+        assert_eq!(fs::read(&target).expect("readable"), content(24 * MIB, 6));
         let again = hint(&lines, "continue with: ");
         let again = behind(&again, "continue with: ");
         assert_eq!(again.starts_with("blockferry resume "), !push, "{again}");
@@ -284,7 +290,7 @@ fn a_signal_ends_a_push_and_a_pull_in_order_and_nothing_durable_is_sent_again() 
         let receipt = hosts.must(&again.replace("--json", ""));
         assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
         assert!(receipt["resumed_bytes"].as_u64() > Some(0), "{receipt}");
-        assert!(same(&here, &there));
+        assert!(same(&source, &target));
     }
 }
 
@@ -292,14 +298,7 @@ fn a_signal_ends_a_push_and_a_pull_in_order_and_nothing_durable_is_sent_again() 
 fn a_connection_that_is_cut_is_made_again_by_itself() {
     for push in [true, false] {
         let hosts = Hosts::new();
-        let (here, there) = (hosts.lab.path("disk"), hosts.far("disk"));
-        let (source, target) = if push {
-            (&here, &there)
-        } else {
-            (&there, &here)
-        };
-        fs::write(source, content(16 * MIB, 7)).expect("written");
-        fs::write(target, content(16 * MIB, 8)).expect("written");
+        let (line, source, target) = hosts.two_disks(push, 16 * MIB);
         // From the far end: few bytes in a push, all of the disk in a pull.
         let cuts = if push {
             "900\n2500\n"
@@ -307,11 +306,6 @@ fn a_connection_that_is_cut_is_made_again_by_itself() {
             "5000000\n7000000\n"
         };
         fs::write(hosts.far("cuts"), cuts).expect("written");
-        let line = if push {
-            "sync disk h:disk"
-        } else {
-            "sync h:disk disk"
-        };
 
         let (code, lines) = hosts.json(&format!("{line} --mode delta --strategy redo"));
 
@@ -324,7 +318,7 @@ fn a_connection_that_is_cut_is_made_again_by_itself() {
             push || receipt["resumed_bytes"].as_u64() > Some(0),
             "{receipt}"
         );
-        assert!(same(&here, &there));
+        assert!(same(&source, &target));
         assert_eq!(hosts.calls().lines().count(), 3);
     }
 }
@@ -473,4 +467,172 @@ fn a_target_that_was_pushed_never_takes_a_disk_of_its_own_host_for_the_source() 
         fs::read(hosts.far("target")).expect("readable"),
         content(24 * MIB, 13)
     );
+}
+
+/// What a connection may cost, whoever is on its other side.
+const MOST_BYTES: u64 = 64 << 20;
+
+/// The most memory that a process has had so far, if it is still there.
+fn peak_bytes(id: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn open(role: message::Role, options: &[u8]) -> Message {
+    Message::Open(message::Open {
+        role,
+        path: b"disk".to_vec(),
+        options: options.to_vec(),
+    })
+}
+
+fn begin(window: u32) -> Message {
+    Message::Begin(message::Begin {
+        block_size: BlockSize::new(4096).expect("a power of two"),
+        exact: false,
+        level: 22,
+        window,
+    })
+}
+
+/// What hostile peers say after the greeting: name, and bytes.
+fn hostile_talk() -> Vec<(&'static str, Vec<u8>)> {
+    let said = |messages: &[Message]| {
+        let mut bytes = Vec::new();
+        messages
+            .iter()
+            .for_each(|message| message.encode(&mut bytes));
+        bytes
+    };
+    let source = |size_bytes| {
+        Message::Source(message::Source {
+            label: "\u{1b}[2J".to_owned(),
+            size_bytes,
+            identity: Identity::unknown(),
+            evidence: Evidence::unknown(),
+        })
+    };
+    let (from, to) = (
+        open(message::Role::Source, b"{}"),
+        open(message::Role::Target, b"{}"),
+    );
+    let regions = |numbers: std::ops::Range<u64>| Message::Regions {
+        digests: ShortDigests::of(
+            Width::Sixteen,
+            numbers.clone().map(|n| block_digest(&n.to_le_bytes())),
+        ),
+        below: numbers.end,
+        regions: numbers.collect(),
+    };
+    let unasked = Message::Data {
+        blocks: vec![(0, 0)],
+        runs: vec![message::PageRun {
+            first: 0,
+            count: 256,
+            zero: false,
+        }],
+        frame: vec![0x28; message::MAX_FRAME_BYTES],
+    };
+    let endless = |message: &Message, count: usize| said(&vec![message.clone(); count]);
+    vec![
+        ("noise", content(3 * MIB, 21)),
+        ("a frame of 4 GiB", vec![0xFF; 64 * 1024]),
+        (
+            "large before it is known",
+            said(std::slice::from_ref(&unasked)),
+        ),
+        (
+            "what nobody understands",
+            said(&[open(message::Role::Target, b"{\"magic\":1}")]),
+        ),
+        (
+            "asks and does not read",
+            [said(&[from.clone()]), endless(&Message::Examine, 300_000)].concat(),
+        ),
+        (
+            "opens what it was not told of",
+            said(&[
+                from.clone(),
+                begin(u32::MAX),
+                Message::OpenRegion {
+                    region: 7,
+                    blocks: ShortDigests::of(
+                        Width::Eight,
+                        std::iter::repeat_n(block_digest(b""), 256),
+                    ),
+                },
+            ]),
+        ),
+        ("takes the wrong part", said(&[from, regions(0..4)])),
+        (
+            "a source beyond all disks",
+            said(&[to.clone(), source(u64::MAX)]),
+        ),
+        (
+            "tells of more than it may",
+            said(&[
+                to.clone(),
+                source(64 << 30),
+                regions(0..1000),
+                regions(1000..2000),
+            ]),
+        ),
+        (
+            "sends what nobody asked for",
+            said(&[to.clone(), source(MIB as u64), unasked]),
+        ),
+        (
+            "tells nothing but events",
+            [
+                said(&[to]),
+                endless(&Message::Event(vec![b' '; 12_000]), 5000),
+            ]
+            .concat(),
+        ),
+    ]
+}
+
+#[test]
+fn a_hostile_peer_gets_an_error_and_no_memory_and_the_disk_stays() {
+    for (name, talk) in hostile_talk() {
+        let hosts = Hosts::new();
+        let disk = hosts.lab.disk("disk", MIB, 20);
+        let mut bytes = Preamble::OURS.encode().to_vec();
+        bytes.extend(talk);
+        let said = hosts.lab.path("said");
+        fs::write(&said, bytes).expect("written");
+        let mut far = hosts
+            .command("serve --stdio")
+            .stdin(fs::File::open(&said).expect("opened"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("runs");
+        let end = Instant::now() + Duration::from_secs(40);
+        let mut peak = 0;
+        let status = loop {
+            peak = peak_bytes(far.id()).unwrap_or(0).max(peak);
+            if let Some(status) = far.try_wait().expect("our child") {
+                break status;
+            }
+            assert!(Instant::now() < end, "{name}: it does not end");
+            std::thread::sleep(Duration::from_millis(2));
+        };
+
+        let output = far.wait_with_output().expect("it has ended");
+        let shown = text(&output.stderr);
+        assert!(
+            matches!(status.code(), Some(2..=8)),
+            "{name}: {status:?} {shown}"
+        );
+        assert!(!shown.contains("panicked"), "{name}: {shown}");
+        assert!(peak > 0 && peak <= MOST_BYTES, "{name}: {peak} bytes");
+        assert_eq!(
+            fs::read(&disk).expect("readable"),
+            content(MIB, 20),
+            "{name}"
+        );
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use blockferry_core::{ChangeMap, Content, Extent, Geometry, Provenance, Root, Trust};
@@ -10,7 +11,7 @@ use blockferry_engine::{
     ChangesSince, Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Undo,
     serve_source, sync_from_peer,
 };
-use blockferry_testkit::Random;
+use blockferry_testkit::{Random, images};
 use blockferry_transport::{Connection, Deadlines, Link, Message, ShortDigests, Width, message};
 
 use crate::harness::{
@@ -175,6 +176,71 @@ fn a_link_cut_anywhere_is_resumed_without_sending_anything_durable_again() {
         assert!(receipt.resumed_bytes > 0);
         assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
     }
+}
+
+/// Of what the target's side hears, any byte of the first 64 KiB may be the last one: each of the greeting and of the
+/// digests, and of the data, of which a part of a message is as good as nothing, one in 61; each in the long mode.
+#[test]
+fn a_link_cut_at_any_byte_leaves_the_old_point_and_the_next_one_goes_on() {
+    const HEARD: usize = 64 * 1024;
+    const EACH: usize = 1200;
+    let step = if std::env::var_os("BLOCKFERRY_TEST_LONG").is_some() {
+        1
+    } else {
+        61
+    };
+    let old = image(48, 160 * 1024);
+    let mut new = old.clone();
+    // Noise, which does not become smaller on its way.
+    for page in (0..40).step_by(2) {
+        let at = page * 4096;
+        new[at..at + 4096].copy_from_slice(&images::random_image(page as u64, 4096));
+    }
+    let source = Source::new(new);
+    let mut options = delta(Some(Strategy::Redo));
+    options.block_size = block_size(4096);
+    let whole = run(
+        &Machine::file(&old),
+        &source,
+        &options,
+        Link::pair().unwrap(),
+    );
+    assert!(whole.target.unwrap().sent_bytes > HEARD as u64);
+    let next = AtomicUsize::new(0);
+    let resumed = AtomicUsize::new(0);
+    let threads = thread::available_parallelism().map_or(2, usize::from);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let after = number + number.saturating_sub(EACH) * (step - 1);
+                    if after >= HEARD {
+                        break;
+                    }
+                    let machine = Machine::file(&old);
+                    let cut = run(&machine, &source, &options, cut_after(after));
+
+                    let error = cut.target.expect_err("it was cut");
+                    assert_eq!(error.kind(), ErrorKind::Peer, "after {after}: {error}");
+                    assert_eq!(machine.content().unwrap(), old, "after {after}");
+
+                    let again = run(&machine, &source, &options, Link::pair().unwrap());
+                    let receipt = again
+                        .target
+                        .unwrap_or_else(|e| panic!("after {after}: {e}"));
+                    assert_eq!(receipt.restaged_bytes, 0, "after {after}");
+                    assert!(
+                        machine.content().unwrap() == source.bytes(),
+                        "after {after}"
+                    );
+                    resumed.fetch_add(usize::from(receipt.resumed_bytes > 0), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let resumed = resumed.into_inner();
+    assert!(resumed > 100, "{resumed}");
 }
 
 #[test]

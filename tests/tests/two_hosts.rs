@@ -1,0 +1,320 @@
+//! Two network namespaces with a cable between them, a real sshd in one and the command in the other: push, pull, a
+//! cable that is pulled and put back, a far end that is killed, a connection that is reset.
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use blockferry_testkit::Random;
+use serde_json::Value;
+
+use crate::lab::{Answer, Child, Lab, MIB, output, seeded, skipped, thorough, tool};
+
+const FAR: &str = "10.111.0.2";
+
+/// Two hosts that share nothing but a cable, and the disks of this test.
+struct Hosts {
+    lab: Lab,
+    near: String,
+    far: String,
+    sshd: std::process::Child,
+    shell: String,
+}
+
+impl Hosts {
+    /// `None` where there is no root, no sshd or no namespaces.
+    fn new(name: &str) -> Option<Self> {
+        let lab = Lab::new();
+        let id = std::process::id();
+        let (near, far) = (
+            format!("bf-{name}-near-{id}"),
+            format!("bf-{name}-far-{id}"),
+        );
+        let cabled = connect(&near, &far);
+        let sshd = cabled.and_then(|()| start_sshd(&lab, &far));
+        let Some((sshd, shell)) = sshd else {
+            remove(&near, &far);
+            return None;
+        };
+        Some(Self {
+            lab,
+            near,
+            far,
+            sshd,
+            shell,
+        })
+    }
+
+    /// The command on the near host, in JSON.
+    fn command(&self, line: &str) -> Command {
+        let near = self.lab.command(line);
+        let mut command = crate::lab::command_of(self.lab.root(), "ip");
+        command
+            .args(["netns", "exec", &self.near])
+            .arg(near.get_program())
+            .args(near.get_args())
+            .arg("--remote-path")
+            .arg(near.get_program())
+            .arg("--json")
+            .env("BLOCKFERRY_RSH", &self.shell);
+        command
+    }
+
+    #[track_caller]
+    fn must(&self, line: &str) -> Answer {
+        let answer = Child::start(&mut self.command(line)).finish();
+        assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
+        answer
+    }
+
+    /// The other host's name for a disk of this test.
+    fn there(&self, disk: &str) -> String {
+        format!("{FAR}:{}", self.lab.path(disk).display())
+    }
+
+    fn cable(&self, state: &str) {
+        tool(&["ip", "-n", &self.near, "link", "set", "cable", state]).expect("the cable is there");
+    }
+
+    /// Kills the far end's blockferry, or all that sshd started.
+    fn kill(&self, what: &str) {
+        let processes = tool(&["ip", "netns", "pids", &self.far]).expect("the namespace is there");
+        for id in processes.split_whitespace() {
+            let words = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+            let words = String::from_utf8_lossy(&words);
+            let is_listener = id == self.sshd.id().to_string();
+            if !is_listener && !words.starts_with("sh\0") && words.contains(what) {
+                tool(&["kill", "-9", id]);
+            }
+        }
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        self.sshd.kill().ok();
+        self.sshd.wait().ok();
+        self.kill("");
+        remove(&self.near, &self.far);
+    }
+}
+
+fn connect(near: &str, far: &str) -> Option<()> {
+    for name in [near, far] {
+        tool(&["ip", "netns", "add", name])?;
+        tool(&["ip", "-n", name, "link", "set", "lo", "up"])?;
+    }
+    let cable = ["ip", "link", "add", "cable", "netns", near, "type", "veth"];
+    tool(&[&cable[..], &["peer", "name", "cable", "netns", far]].concat())?;
+    for (name, address) in [(near, "10.111.0.1/24"), (far, "10.111.0.2/24")] {
+        tool(&["ip", "-n", name, "address", "add", address, "dev", "cable"])?;
+        tool(&["ip", "-n", name, "link", "set", "cable", "up"])?;
+    }
+    Some(())
+}
+
+fn remove(near: &str, far: &str) {
+    for name in [near, far] {
+        tool(&["ip", "netns", "delete", name]);
+    }
+}
+
+/// An sshd that knows one key, and the remote shell that has it.
+fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
+    let sshd = tool(&["sh", "-c", "command -v sshd"])?;
+    let path = |name: &str| lab.path(name).display().to_string();
+    for key in ["host-key", "user-key"] {
+        tool(&[
+            "ssh-keygen",
+            "-q",
+            "-t",
+            "ed25519",
+            "-N",
+            "",
+            "-f",
+            &path(key),
+        ])?;
+    }
+    let config = format!(
+        "ListenAddress {FAR}\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n\
+         PidFile none\nSetEnv BLOCKFERRY_STATE_ROOT={}\n",
+        path("host-key"),
+        path("user-key.pub"),
+        path("far-state-root"),
+    );
+    fs::write(lab.path("sshd_config"), config).expect("written");
+    // What it parts its privileges in; a package makes it when the service starts.
+    fs::create_dir_all("/run/sshd").ok()?;
+    let daemon = Command::new("ip")
+        .args([
+            "netns",
+            "exec",
+            far,
+            sshd.trim(),
+            "-D",
+            "-e",
+            "-f",
+            &path("sshd_config"),
+        ])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .ok()?;
+    let shell = format!(
+        "ssh -F none -i {} -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR -o UserKnownHostsFile={}",
+        path("user-key"),
+        path("known-hosts")
+    );
+    Some((daemon, shell))
+}
+
+/// A run that is disturbed while it is under way, and comes to its end all the same.
+fn disturbed(hosts: &Hosts, line: &str, mut disturb: impl FnMut()) -> Answer {
+    let mut run = Child::start(
+        &mut hosts.command(&format!("{line} --bwlimit 6M --mode delta --strategy redo")),
+    );
+    let checkpoint = |line: &Value| line["event"] == "checkpoint";
+    assert!(run.wait_for(checkpoint), "{:#?}", run.finish());
+    disturb();
+    let answer = run.finish();
+    assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
+    assert_eq!(answer.count("restaged_bytes"), 0, "{answer:#?}");
+    answer
+}
+
+fn reconnected(answer: &Answer) -> usize {
+    let again = |line: &&Value| line["code"] == "reconnecting";
+    answer.lines.iter().filter(again).count()
+}
+
+fn pause(random: &mut Random, most: u64) {
+    std::thread::sleep(Duration::from_millis(50 + random.below(most)));
+}
+
+#[test]
+fn two_hosts_push_and_pull_over_ssh() {
+    let Some(hosts) = Hosts::new("plain") else {
+        return skipped(
+            "two_hosts_push_and_pull_over_ssh",
+            "root, namespaces and sshd",
+        );
+    };
+    let old = hosts.lab.disk("far-disk", 81, 48 * MIB);
+    let new = hosts.lab.edited("near-disk", 82, &old, 0.05);
+
+    let pushed = hosts.must(&format!("sync near-disk {}", hosts.there("far-disk")));
+    hosts.lab.assert_holds("far-disk", &new);
+    let (changed, sent) = (pushed.count("changed_bytes"), pushed.count("sent_bytes"));
+    assert!(
+        sent < changed + changed / 20 + 100_000,
+        "{changed} changed, {sent} sent"
+    );
+
+    let pulled = hosts.must(&format!("sync {} back", hosts.there("far-disk")));
+    hosts.lab.assert_holds("back", &new);
+    assert_eq!(
+        pulled.summary()["source_root"],
+        pushed.summary()["target_root"]
+    );
+}
+
+#[test]
+fn a_cable_that_is_pulled_a_far_end_that_is_killed_and_a_connection_that_is_reset_cost_nothing_durable()
+ {
+    let Some(hosts) = Hosts::new("cable") else {
+        let name = "a_cable_that_is_pulled_a_far_end_that_is_killed_and_a_connection_that_is_reset_cost_nothing_durable";
+        return skipped(name, "root, namespaces and sshd");
+    };
+    let mut random = seeded("a_cable_that_is_pulled");
+    let pulls = if thorough() { 20 } else { 3 };
+    for push in [true, false] {
+        let (from, to) = if push {
+            ("near", "far")
+        } else {
+            ("far", "near")
+        };
+        let old = hosts.lab.disk(to, 83, 64 * MIB);
+        let new = hosts.lab.edited(from, 84, &old, 0.4);
+        let line = match push {
+            true => format!("sync near {}", hosts.there("far")),
+            false => format!("sync {} near", hosts.there("far")),
+        };
+
+        let answer = disturbed(&hosts, &line, || {
+            for _ in 0..pulls {
+                hosts.cable("down");
+                pause(&mut random, 400);
+                hosts.cable("up");
+                pause(&mut random, 200);
+            }
+            hosts.kill("serve\0--stdio");
+        });
+
+        assert!(reconnected(&answer) >= 1, "{answer:#?}");
+        assert!(answer.count("resumed_bytes") > 0, "{answer:#?}");
+        hosts.lab.assert_holds(to, &new);
+
+        let newer = hosts.lab.edited(from, 85, &new, 0.4);
+        let answer = disturbed(&hosts, &line, || hosts.kill("sshd"));
+
+        assert!(reconnected(&answer) >= 1, "{answer:#?}");
+        hosts.lab.assert_holds(to, &newer);
+    }
+}
+
+/// Longer than either side waits for a sign of life.
+#[test]
+fn a_cable_that_stays_away_is_given_up_and_found_again() {
+    let Some(hosts) = Hosts::new("away") else {
+        return skipped(
+            "a_cable_that_stays_away_is_given_up_and_found_again",
+            "root, namespaces and sshd",
+        );
+    };
+    if !thorough() {
+        return skipped(
+            "a_cable_that_stays_away_is_given_up_and_found_again",
+            "BLOCKFERRY_TEST_LONG",
+        );
+    }
+    let old = hosts.lab.disk("far", 86, 64 * MIB);
+    let new = hosts.lab.edited("near", 87, &old, 0.4);
+    let line = format!("sync near {}", hosts.there("far"));
+
+    let answer = disturbed(&hosts, &line, || {
+        hosts.cable("down");
+        std::thread::sleep(Duration::from_secs(45));
+        hosts.cable("up");
+    });
+
+    assert!(reconnected(&answer) >= 1, "{answer:#?}");
+    hosts.lab.assert_holds("far", &new);
+}
+
+/// A key that is not known there, or a host that is not there, is an answer and not a puzzle.
+#[test]
+fn a_host_that_does_not_let_us_in_or_is_not_there_is_said_to_be_so() {
+    let Some(hosts) = Hosts::new("shut") else {
+        let name = "a_host_that_does_not_let_us_in_or_is_not_there_is_said_to_be_so";
+        return skipped(name, "root, namespaces and sshd");
+    };
+    hosts.lab.disk("disk", 88, MIB);
+    let stranger = hosts.lab.path("stranger");
+    let key = stranger.display().to_string();
+    tool(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", &key]).expect("a key");
+    for (shell, host) in [
+        (hosts.shell.replace("user-key", "stranger"), FAR),
+        (format!("{} -o ConnectTimeout=1", hosts.shell), "10.111.0.9"),
+    ] {
+        let line = format!("sync disk {host}:{}", hosts.lab.path("target").display());
+        let output = output(hosts.command(&line).env("BLOCKFERRY_RSH", shell)).expect("runs");
+
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(8), "{told}");
+        assert!(told.contains("could not log in"), "{told}");
+        assert!(
+            told.contains("\"type\":\"remote\""),
+            "what ssh says is shown: {told}"
+        );
+        assert!(!hosts.lab.path("target").exists());
+    }
+}
