@@ -7,8 +7,8 @@ use std::sync::Arc;
 use blockferry::core::Geometry;
 use blockferry::transfer_log::{Plan, Session, SourceStamp, Strategy};
 use blockferry::{
-    BlockSize, BlockSource, Context, Receipt, SourceOptions, SyncOptions, Target, TargetOptions,
-    open_source, sync,
+    BlockSize, BlockSource, Connection, Context, Deadlines, Link, Receipt, SourceOptions,
+    SyncOptions, Target, TargetOptions, open_source, serve_source, sync, sync_from_peer,
 };
 
 use crate::{noise, with_changed_pages};
@@ -104,6 +104,31 @@ impl Place {
             &Context::default(),
         )
         .expect("a sync works")
+    }
+
+    /// The same from a source on the other side of a pair of sockets, which is served by threads of its own.
+    ///
+    /// # Panics
+    /// It failed.
+    #[must_use]
+    pub fn sync_over_sockets(&self, options: &SyncOptions) -> Receipt {
+        let (here, there) = Link::pair().expect("the system has sockets");
+        let source = self.source();
+        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        let serving = std::thread::spawn(move || {
+            let connection = Connection::open(there, Deadlines::default())?;
+            let served = serve_source(&source, connection, threads, &Context::default());
+            Ok::<_, blockferry::transport::Error>(served)
+        });
+        let connection =
+            Connection::open(here, Deadlines::default()).expect("both are of one build");
+        let receipt = sync_from_peer(connection, &mut self.open(), options, &Context::default());
+        let served = serving
+            .join()
+            .expect("no panic")
+            .expect("both are of one build");
+        served.expect("the source is served");
+        receipt.expect("a sync works")
     }
 
     /// A redo session on `target` that nothing is staged in yet.

@@ -231,4 +231,11 @@ mod tests {
     fn a_block_behind_the_end_is_the_callers_bug() {
         let _ = Geometry::new(65_536, BlockSize::DEFAULT).block_extent(BlockIndex::new(1));
     }
+
+    #[test]
+    fn a_geometry_is_told_by_its_bytes_and_its_blocks() {
+        let geometry = Geometry::new(10_000, BlockSize::DEFAULT);
+
+        assert_eq!(geometry.to_string(), "10000 bytes in blocks of 64 KiB");
+    }
 }

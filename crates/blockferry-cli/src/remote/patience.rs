@@ -1,7 +1,6 @@
 //! How long a lost connection is sought again.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::engine::{Context, Event};
 
@@ -15,20 +14,23 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Waits longer each time, unless a connection held in between.
 #[derive(Debug)]
-pub(crate) struct Patience {
+pub(crate) struct Patience<'c> {
+    context: &'c Context,
     /// When the first attempt began, or the last connection that held was lost.
-    since: Instant,
-    begun: Instant,
+    since: Duration,
+    /// When the connection of this attempt was made.
+    connected: Option<Duration>,
     wait: Duration,
     has_lost: bool,
 }
 
-impl Patience {
-    /// Beginning with the first attempt.
-    pub(crate) fn new() -> Self {
+impl<'c> Patience<'c> {
+    /// Beginning with the first attempt, of a run in this context.
+    pub(crate) fn new(context: &'c Context) -> Self {
         Self {
-            since: Instant::now(),
-            begun: Instant::now(),
+            context,
+            since: context.clock.now(),
+            connected: None,
             wait: FIRST_WAIT,
             has_lost: false,
         }
@@ -39,24 +41,112 @@ impl Patience {
         self.has_lost
     }
 
+    /// This attempt has a connection.
+    pub(crate) fn connected(&mut self) {
+        self.connected = Some(self.context.clock.now());
+    }
+
     /// After a connection was lost, or not found again: waits, and says whether to try once more.
-    pub(crate) fn try_again(&mut self, why: &str, context: &Context) -> bool {
-        if self.begun.elapsed() >= HELD {
-            (self.since, self.wait) = (Instant::now(), FIRST_WAIT);
+    pub(crate) fn try_again(&mut self, why: &str) -> bool {
+        let (clock, cancel) = (&self.context.clock, &self.context.cancel);
+        let now = clock.now();
+        let connected = self.connected.take();
+        if connected.is_some_and(|at| now.saturating_sub(at) >= HELD) {
+            (self.since, self.wait) = (now, FIRST_WAIT);
         }
-        if self.since.elapsed() >= PATIENCE || context.cancel.is_cancelled() {
+        if now.saturating_sub(self.since) >= PATIENCE || cancel.is_cancelled() {
             return false;
         }
-        context.observer.event(&Event::Warning {
+        self.context.observer.event(&Event::Warning {
             code: "reconnecting".into(),
             message: format!("{why}; trying again in {} s", self.wait.as_secs()),
         });
-        let end = Instant::now() + self.wait;
-        while Instant::now() < end && !context.cancel.is_cancelled() {
-            thread::sleep(TICK);
+        let end = now + self.wait;
+        while clock.now() < end && !cancel.is_cancelled() {
+            clock.sleep(TICK);
         }
-        (self.begun, self.has_lost) = (Instant::now(), true);
         self.wait = (self.wait * 2).min(LONGEST_WAIT);
-        !context.cancel.is_cancelled()
+        self.has_lost = true;
+        !cancel.is_cancelled()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::engine::Clock;
+
+    #[derive(Debug, Default)]
+    struct VirtualClock(Mutex<Duration>);
+
+    impl Clock for VirtualClock {
+        fn now(&self) -> Duration {
+            *self.0.lock().expect("not poisoned")
+        }
+
+        fn sleep(&self, duration: Duration) {
+            *self.0.lock().expect("not poisoned") += duration;
+        }
+    }
+
+    fn context() -> (Context, Arc<VirtualClock>) {
+        let clock = Arc::new(VirtualClock::default());
+        let mut context = Context::default();
+        context.clock = Arc::clone(&clock) as Arc<dyn Clock>;
+        (context, clock)
+    }
+
+    /// The waits of attempts that take so long, each with or without a connection, until it is given up.
+    fn waits(takes: Duration, connects: bool, most: usize) -> Vec<u64> {
+        let (context, clock) = context();
+        let mut patience = Patience::new(&context);
+        let mut waits = Vec::new();
+        while waits.len() < most {
+            if connects {
+                patience.connected();
+            }
+            clock.sleep(takes);
+            let before = clock.now();
+            if !patience.try_again("lost") {
+                break;
+            }
+            waits.push((clock.now() - before).as_secs());
+        }
+        waits
+    }
+
+    #[test]
+    fn waits_grow_and_end_after_ten_minutes_in_which_no_connection_held() {
+        for (takes, connects) in [(1, true), (1, false), (120, false)] {
+            let waits = waits(Duration::from_secs(takes), connects, 1000);
+
+            assert!(waits.is_sorted() && waits[0] == 1, "{waits:?}");
+            assert!(waits.iter().all(|wait| *wait <= 30), "{waits:?}");
+            let all = waits.iter().sum::<u64>() + (waits.len() as u64 + 1) * takes;
+            assert!(
+                (600..=600 + 30 + takes).contains(&all),
+                "{all} s: {waits:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn connections_that_hold_are_made_again_for_ever_and_at_once() {
+        assert_eq!(waits(Duration::from_secs(31), true, 100), vec![1; 100]);
+    }
+
+    #[test]
+    fn a_wait_ends_when_the_run_is_cancelled() {
+        let (context, _clock) = context();
+        let mut patience = Patience::new(&context);
+        assert!(!patience.has_lost());
+        assert!(patience.try_again("lost"));
+        assert!(patience.has_lost());
+
+        context.cancel.cancel();
+
+        assert!(!patience.try_again("lost"));
     }
 }

@@ -119,8 +119,9 @@ pub(crate) fn bring_up_to_date(
             let shell = Shell::new(remote, reach)?;
             let asked = Asked::of_source(pace);
             let (context, _display) = session.context(Look::Bar);
-            with_patience(&shell, &context, session, |_tried| {
+            with_patience(&shell, &context, |patience| {
                 let reached = connect(&shell, session)?;
+                patience.connected();
                 let mut place = open_target(&mut options)?;
                 let (connection, _shell) = reached.open(Role::Source, remote, &asked)?;
                 Ok(engine::sync_from_peer(
@@ -141,12 +142,11 @@ pub(crate) fn bring_up_to_date(
 fn with_patience<T>(
     shell: &Shell<'_>,
     context: &Context,
-    session: &Session,
-    mut attempt: impl FnMut(bool) -> Result<Result<T, engine::Error>, Failure>,
+    mut attempt: impl FnMut(&mut Patience<'_>) -> Result<Result<T, engine::Error>, Failure>,
 ) -> Result<Result<T, engine::Error>, Failure> {
-    let mut patience = Patience::new();
+    let mut patience = Patience::new(context);
     loop {
-        let again = match attempt(patience.has_lost()) {
+        let (why, outcome) = match attempt(&mut patience) {
             Ok(Err(error)) if error.is_lost_link() => {
                 let why = format!("the connection to {} was lost", shell.host());
                 (why, Ok(Err(error)))
@@ -156,8 +156,7 @@ fn with_patience<T>(
             }
             other => return other,
         };
-        let (why, outcome) = again;
-        if session.is_cancelled() || !patience.try_again(&why, context) {
+        if !patience.try_again(&why) {
             return outcome;
         }
     }
@@ -176,9 +175,10 @@ fn push(
     let recorded = source.pushed_from(&host_name());
     let mut asked = Asked::of_target(arguments, recorded, state.clone());
     let (context, display) = session.context(Look::Bar);
-    let outcome = with_patience(&shell, &context, session, |tried| {
-        asked.reconnecting = tried;
+    let outcome = with_patience(&shell, &context, |patience| {
+        asked.reconnecting = patience.has_lost();
         let reached = connect(&shell, session)?;
+        patience.connected();
         let (connection, _shell) = reached.open(Role::Target, target, &asked)?;
         let threads = asked.threads().unwrap_or_else(serve::threads);
         Ok(serve_disk(&disk, connection, threads, &context))
