@@ -184,17 +184,13 @@ fn parse_size_checked(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at(unit_at);
     let unit_bytes = unit_bytes(unit.trim_start())?;
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-    let whole_bytes = parse_digits(whole)?.checked_mul(unit_bytes)?;
+    // Neither has anything but digits and points, so no sign is taken for one.
+    let whole_bytes = whole.parse::<u128>().ok()?.checked_mul(unit_bytes)?;
     // 18 digits times the largest unit (2^60) stay far inside 128 bits.
     let fraction = &fraction[..fraction.len().min(18)];
     let scale = 10_u128.pow(u32::try_from(fraction.len()).ok()?);
-    let fraction_bytes = parse_digits(fraction)? * unit_bytes / scale;
+    let fraction_bytes = fraction.parse::<u128>().ok()? * unit_bytes / scale;
     u64::try_from(whole_bytes.checked_add(fraction_bytes)?).ok()
-}
-
-fn parse_digits(digits: &str) -> Option<u128> {
-    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-    if plain { digits.parse().ok() } else { None }
 }
 
 fn unit_bytes(unit: &str) -> Option<u128> {
@@ -220,8 +216,8 @@ pub fn format_size(bytes: u64) -> String {
     let bytes = u128::from(bytes);
     let mut unit_bytes = 1024_u128;
     let mut unit = 0;
-    // Rounding comes first, so that 1023.96 KiB becomes 1.0 MiB and not 1024.0 KiB.
-    while tenths(bytes, unit_bytes) >= 10_240 && unit + 1 < UNITS.len() {
+    // Rounding comes first, so that 1023.96 KiB becomes 1.0 MiB and not 1024.0 KiB. It ends at 16 EiB.
+    while tenths(bytes, unit_bytes) >= 10_240 {
         unit_bytes *= 1024;
         unit += 1;
     }

@@ -434,6 +434,11 @@ fn after_a_failed_write_the_writer_never_reports_success() {
         .position(Result::is_err)
         .expect("the room ran out");
     assert!(results[first_error..].iter().all(Result::is_err));
+    let told = results[first_error].as_ref().unwrap_err().to_string();
+    assert!(
+        told.contains("at byte ") && !told.contains("at byte 0"),
+        "behind what was written: {told}"
+    );
     assert_eq!(writer.finish().unwrap_err().kind(), ErrorKind::Io);
 }
 

@@ -239,6 +239,8 @@ fn a_rotten_pre_image_is_found_before_the_way_back_is_decided() {
     let refused = replica.rollback(&quiet).unwrap_err();
 
     assert_eq!(refused.kind(), ErrorKind::Corrupt, "{refused}");
+    let place = format!("transfer log record 1 at offset {PAGE} of {log}");
+    assert!(refused.to_string().contains(&place), "{refused}");
     drop(replica);
     assert_eq!(*setup.open(&disk).unwrap().recovered(), Recovered::Clean);
     assert_eq!(setup.content(&disk), Some(new));
@@ -457,4 +459,24 @@ fn the_page_where_a_file_is_cut_off_is_in_the_log_even_if_it_stays() {
             assert_eq!(setup.content(&disk).as_ref(), Some(&new), "{sizes:?}");
         }
     }
+}
+
+#[test]
+fn a_log_of_another_version_is_refused_and_stays() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old()));
+    stage_some(&setup, &disk, 1, &new(), 1, false);
+    let log = format!("{}.log.0000", id(1));
+    let mut another = disk.content(&format!("state/{log}")).unwrap();
+    another[8] = 9;
+    let sum = checksum(&another[..PAGE - 32]);
+    another[PAGE - 32..PAGE].copy_from_slice(sum.as_bytes());
+    disk.install("state", &log, &another);
+
+    let refused = setup.open(&disk).unwrap_err();
+
+    assert_eq!(refused.kind(), ErrorKind::UnknownVersion, "{refused}");
+    let versions = "format version 9, this build reads 1";
+    assert!(refused.to_string().contains(versions), "{refused}");
+    assert_eq!(disk.content(&format!("state/{log}")), Some(another));
 }
