@@ -294,3 +294,27 @@ impl Payload {
         self.buffer = Some(grown);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockferry_core::{BlockSize, block_digest};
+
+    #[test]
+    fn a_batch_of_blocks_written_elsewhere_takes_as_many_as_a_record_has() {
+        let geometry = Geometry::new(1 << 30, BlockSize::DEFAULT);
+        let block = BlockSize::DEFAULT.bytes();
+        let digests = [block_digest(b"block"); 10];
+        let mut batch = Batch::written(geometry, Unit::Block);
+        let mut count = 0;
+
+        while batch.has_room(10 * block) {
+            let extent = Extent::from_range(count * 10 * block..(count + 1) * 10 * block);
+            batch.push(extent, New::Written(&digests), Old::None);
+            count += 1;
+        }
+
+        assert_eq!(count, 25, "256 units at most");
+        assert!(batch.has_room(6 * block) && !batch.has_room(7 * block));
+    }
+}

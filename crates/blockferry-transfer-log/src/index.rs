@@ -241,6 +241,7 @@ mod tests {
                     }).collect::<Vec<_>>()
                 }).collect()
             };
+            prop_assert!(index.runs().all(|run| !run.extent.is_empty()), "no empty runs");
             prop_assert_eq!(by_page(index.runs().collect()), oracle.clone());
             let window = extent(from, pages);
             oracle.retain(|p, _| window.contains(p * 4096));
