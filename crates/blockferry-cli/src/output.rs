@@ -216,5 +216,33 @@ pub(crate) fn stdout_is_terminal() -> bool {
 
 /// Nothing can be done about a standard error that cannot be written.
 fn write_text(text: fmt::Arguments<'_>) {
-    drop(writeln!(io::stderr().lock(), "{text}"));
+    drop(writeln!(
+        io::stderr().lock(),
+        "{}",
+        printable(&text.to_string())
+    ));
+}
+
+/// Names of files, and other hosts, decide what they say, not what our terminal does.
+fn printable(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\n' | '\t' => c,
+        _ if c.is_control() => char::REPLACEMENT_CHARACTER,
+        _ => c,
+    };
+    text.chars().map(shown).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_another_host_or_a_name_says_cannot_drive_the_terminal() {
+        assert_eq!(
+            printable("a\x1b[2Jb\tc\rd\n"),
+            "a\u{fffd}[2Jb\tc\u{fffd}d\n"
+        );
+        assert_eq!(printable("\u{9b}31m\u{fc}"), "\u{fffd}31m\u{fc}");
+    }
 }

@@ -549,7 +549,11 @@ fn hostile_talk() -> Vec<(&'static str, Vec<u8>)> {
         ),
         (
             "asks and does not read",
-            [said(&[from.clone()]), endless(&Message::Examine, 300_000)].concat(),
+            [
+                said(std::slice::from_ref(&from)),
+                endless(&Message::Examine, 300_000),
+            ]
+            .concat(),
         ),
         (
             "opens what it was not told of",

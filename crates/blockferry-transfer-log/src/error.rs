@@ -120,3 +120,27 @@ impl std::error::Error for Error {
         self.cause.as_deref().map(|c| c as _)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockferry_device::{Error as DeviceError, ErrorKind as DeviceErrorKind};
+
+    #[test]
+    fn what_a_device_says_is_told_as_what_the_caller_can_do_next() {
+        for (said, of_the_log, of_the_target) in [
+            (
+                DeviceErrorKind::Cancelled,
+                ErrorKind::Cancelled,
+                ErrorKind::Cancelled,
+            ),
+            (DeviceErrorKind::Busy, ErrorKind::Busy, ErrorKind::Target),
+            (DeviceErrorKind::NoSpace, ErrorKind::Log, ErrorKind::Target),
+        ] {
+            let cause = || DeviceError::new(said, "write of disk");
+
+            assert_eq!(Error::log("stage", cause()).kind(), of_the_log);
+            assert_eq!(Error::target("apply", cause()).kind(), of_the_target);
+        }
+    }
+}

@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select, unbounded};
+use crossbeam_channel::{
+    Receiver, RecvTimeoutError, Sender, TrySendError, bounded, select, unbounded,
+};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::frame::FrameDecoder;
@@ -269,6 +271,18 @@ impl Outbox {
     /// The link is lost.
     pub fn send_data(&self, message: Message) -> Result<()> {
         self.data.send(message).map_err(|_closed| gone())
+    }
+
+    /// Queues a message behind the data that waits, where there is room; else it overtakes.
+    ///
+    /// # Errors
+    /// The link is lost, or the peer does not read.
+    pub fn send_last(&self, message: Message) -> Result<()> {
+        match self.data.try_send(message) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(message)) => self.send(message),
+            Err(TrySendError::Disconnected(_)) => Err(gone()),
+        }
     }
 }
 

@@ -287,23 +287,10 @@ fn show(stream: ChildStderr, host: &str, output: &Output) {
             .take(MAX_LINE_BYTES)
             .read_until(b'\n', &mut line)
         {
-            Ok(1..) => output.remote(host, &printable(&line)),
+            Ok(1..) => output.remote(host, String::from_utf8_lossy(&line).trim_end()),
             Ok(0) | Err(_) => break,
         }
     }
-}
-
-/// Another host decides what it writes, not what our terminal does.
-fn printable(line: &[u8]) -> String {
-    let text = String::from_utf8_lossy(line);
-    let shown = |c: char| {
-        if c.is_control() && c != '\t' {
-            '\u{fffd}'
-        } else {
-            c
-        }
-    };
-    text.trim_end().chars().map(shown).collect()
 }
 
 fn is_program(name: &str) -> bool {
@@ -353,12 +340,6 @@ fn explain(error: &transport::Error, shell: &Shell<'_>, ended: Option<ExitStatus
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_another_host_writes_cannot_drive_the_terminal() {
-        assert_eq!(printable(b"a\x1b[2Jb\tc\r\n"), "a\u{fffd}[2Jb\tc");
-        assert_eq!(printable(b"\xff\n"), "\u{fffd}");
-    }
 
     #[test]
     fn a_program_is_looked_for_as_a_shell_does() {

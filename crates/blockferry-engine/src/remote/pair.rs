@@ -97,7 +97,6 @@ impl Pair {
     }
 
     /// A frame that the peer of a side did not send comes first there, if it is a message at all.
-    #[allow(dead_code, reason = "the fuzzer forges frames")]
     pub(super) fn forge(&mut self, to_target: bool, frame: &Frame) {
         let queue = if to_target {
             &mut self.to_target

@@ -592,8 +592,11 @@ impl Host {
             if !self.hand_out(jobs, known, &mut out) {
                 return Ok(Scanned::Again);
             }
-            for message in out.drain(..) {
-                connection.outbox().send(message).map_err(lost)?;
+            let mut messages = out.drain(..);
+            let sent = messages.try_for_each(|message| connection.outbox().send(message));
+            drop(messages);
+            if let Err(error) = sent {
+                return Err(self.stage_arrived(lost(error), jobs, finished, consume));
             }
             self.take_finished(consume)?;
             match self.role.outcome() {
@@ -608,10 +611,19 @@ impl Host {
             let taken = select! {
                 recv(connection.receiver()) -> message => {
                     let message = message.unwrap_or_else(|_ended| connection.receive());
-                    match message.map_err(lost)? {
-                        Message::Failed { kind, resumable, text } => return Err(failed_peer(connection, kind, resumable, &text)),
-                        message => self.role.message(message, &mut out),
-                    }
+                    let ended = match message {
+                        Ok(Message::Failed { kind, resumable, text }) => {
+                            failed_peer(connection, kind, resumable, &text)
+                        }
+                        Err(error) => lost(error),
+                        Ok(message) => {
+                            if let Err(error) = self.role.message(message, &mut out) {
+                                return again(error);
+                            }
+                            continue;
+                        }
+                    };
+                    return Err(self.stage_arrived(ended, jobs, finished, consume));
                 }
                 recv(finished) -> done => {
                     self.under_way -= 1;
@@ -619,13 +631,47 @@ impl Host {
                     self.done(done?, &mut out, consume)?
                 }
                 default(TICK) => {
-                    connection.check_alive().map_err(lost)?;
+                    if let Err(error) = connection.check_alive() {
+                        return Err(self.stage_arrived(lost(error), jobs, finished, consume));
+                    }
                     consume(Step::Tick)?;
                     Ok(())
                 }
             };
             if let Err(error) = taken {
                 return again(error);
+            }
+        }
+    }
+
+    /// Nothing more comes, because of `why`: what has arrived is staged, so that it need not come again. What fails here
+    /// is the error then.
+    fn stage_arrived(
+        &mut self,
+        why: Error,
+        jobs: &Sender<(TargetJob, Known)>,
+        finished: &Receiver<Result<Finished>>,
+        consume: &mut Consume<'_>,
+    ) -> Error {
+        let mut nobody_hears = Vec::new();
+        loop {
+            while self.under_way < self.most
+                && let Some(job) = self.role.next_arrived()
+                && jobs.send((job, Known::default())).is_ok()
+            {
+                self.under_way += 1;
+            }
+            if self.under_way == 0 {
+                return why;
+            }
+            let Ok(done) = finished.recv() else {
+                return why;
+            };
+            self.under_way -= 1;
+            match done.and_then(|done| self.done(done, &mut nobody_hears, consume)) {
+                Ok(Ok(())) => {}
+                Ok(Err(_lie)) => return why,
+                Err(error) => return error,
             }
         }
     }

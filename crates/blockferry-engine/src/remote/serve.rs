@@ -77,7 +77,8 @@ pub fn serve_source(
 /// Tells the peer why this side ends, if it still listens.
 fn say_failed(outbox: &Outbox, error: &Error) {
     if error.kind() != ErrorKind::Peer {
-        let _nobody_listens = outbox.send(super::failure(error));
+        // What was read already is worth having.
+        let _nobody_listens = outbox.send_last(super::failure(error));
     }
 }
 

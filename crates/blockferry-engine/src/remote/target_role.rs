@@ -195,6 +195,13 @@ impl TargetRole {
         }
     }
 
+    /// What to do yet when no more messages come: what has arrived is staged, so that it need not come again.
+    pub(super) fn next_arrived(&mut self) -> Option<TargetJob> {
+        let is_staging =
+            |job: &TargetJob| matches!(job, TargetJob::Stage(_) | TargetJob::StageZeros { .. });
+        std::iter::from_fn(|| self.jobs.pop_front()).find(is_staging)
+    }
+
     /// A region of the target was read.
     pub(super) fn scanned(&mut self, leaves: RegionLeaves, out: &mut Vec<Message>) {
         let region = leaves.region().get();

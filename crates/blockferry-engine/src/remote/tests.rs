@@ -1,9 +1,12 @@
 //! Both roles against each other, in an order that a seed decides.
 
 use blockferry_core::{BlockSize, Root, block_digest};
+use blockferry_transport::Message;
+use blockferry_transport::frame::{Frame, HEADER_BYTES};
 use blockferry_transport::message::Begin;
 
 use super::pair::{Pair, Sent};
+use super::protocol::ProtocolError;
 use crate::sample::scramble;
 
 fn pair(old: &[u8], new: &[u8], begin: Begin, seed: u64) -> Pair {
@@ -112,4 +115,36 @@ fn whatever_is_changed_on_its_way_never_makes_another_image() {
         whole > 5 && refused > 50,
         "{whole} whole, {refused} refused"
     );
+}
+
+#[test]
+fn a_message_that_its_side_did_not_wait_for_ends_the_run() {
+    let size = 4 << 20;
+    let (old, new) = (image(&[1], size), image(&[2], size));
+    for (to_target, message) in [
+        (true, Message::Release(0)),
+        (
+            true,
+            Message::Blocks {
+                region: 0,
+                differing: Vec::new(),
+            },
+        ),
+        (false, Message::Stopped),
+        (false, Message::Release(9)),
+    ] {
+        let mut pair = pair(&old, &new, begin(false), 1);
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let body = bytes.split_off(HEADER_BYTES);
+        let kind = bytes[HEADER_BYTES - 1];
+        pair.forge(to_target, &Frame { kind, body });
+
+        let refused = pair.run().unwrap_err();
+
+        assert!(
+            matches!(refused, ProtocolError::Violation(_)),
+            "{refused:?}"
+        );
+    }
 }
