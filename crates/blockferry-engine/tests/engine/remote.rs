@@ -346,27 +346,29 @@ fn a_target_that_is_not_there_comes_from_another_machine() {
 #[test]
 fn a_full_download_goes_on_here_or_from_another_machine() {
     for from_peer_first in [false, true] {
-        let old = image(46, BYTES);
-        let source = Source::new(edited(46, &old, BYTES, 100));
-        let machine = Machine::file(&old);
+        let old = image(46, 4 * BYTES);
+        let source = Source::new(edited(46, &old, 4 * BYTES, 100));
+        let (machine, another) = (Machine::file(&old), Machine::file(&old));
         let mut auto = delta(None);
         auto.mode = Mode::Auto;
         let shadow = full(Some(Strategy::Shadow));
-        let sync_from = |from_peer: bool, options: &SyncOptions| {
+        let sync_from = |machine: &Machine, from_peer: bool, options: &SyncOptions| {
             if from_peer {
-                run(&machine, &source, options, Link::pair().unwrap()).target
+                run(machine, &source, options, Link::pair().unwrap()).target
             } else {
                 machine.sync(&source, options)
             }
         };
         source.count_from_now();
-        // The other machine looks at all of its image first.
-        source.fail_from(if from_peer_first { 300 } else { 40 });
-        sync_from(from_peer_first, &shadow).unwrap_err();
+        sync_from(&another, from_peer_first, &shadow).unwrap();
+        let reads = source.take_reads().len() as u64;
+        source.count_from_now();
+        source.fail_from(reads * 3 / 4);
+        sync_from(&machine, from_peer_first, &shadow).unwrap_err();
         assert_eq!(machine.content().unwrap(), old);
         source.heal();
 
-        let receipt = sync_from(!from_peer_first, &auto).unwrap();
+        let receipt = sync_from(&machine, !from_peer_first, &auto).unwrap();
 
         assert_eq!(receipt.strategy, Some(Strategy::Shadow));
         assert!(receipt.resumed_bytes > 0, "{from_peer_first}");
