@@ -135,7 +135,7 @@ fn manifests(golden: &Path, seeds: &Seeds) -> std::io::Result<()> {
     Ok(())
 }
 
-const COMMAND_LINES: [(&str, &str); 10] = [
+const COMMAND_LINES: [(&str, &str); 11] = [
     (
         "sync",
         "sync a.raw /dev/disk/by-id/b:c --mode delta --block-size 64KiB --undo none --threads 4 --bwlimit 1.5M/s --dry-run",
@@ -160,6 +160,7 @@ const COMMAND_LINES: [(&str, &str); 10] = [
     ("decide", "rollback t --state /s"),
     ("demo", "demo --size 10.5MB --keep --dir d"),
     ("id", "completions bash 51515151515151515151515151515151"),
+    ("brackets", "sync ]:dry-run [-oProxyCommand=x]:/a"),
     (
         "hosts",
         "sync -e ssh --remote-path bf me@[::1]:rel ssh://me@h:22/a%20b serve --stdio pushed://h/a",

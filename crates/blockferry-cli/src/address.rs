@@ -125,10 +125,26 @@ impl fmt::Display for Address {
 
 impl Remote {
     fn new(host: &str, port: Option<u16>, path: PathBuf) -> Result<Self, &'static str> {
-        let (user, name) = host.rsplit_once('@').unwrap_or(("-", host));
-        let host_is_named = !name.is_empty() && !user.is_empty();
-        if !host_is_named || host.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        let (user, name) = match host.rsplit_once('@') {
+            Some((user, name)) => (Some(user), name),
+            None => (None, host),
+        };
+        // ssh wants a number of IPv6 without the brackets that part it from a port or path.
+        let inside = name
+            .strip_prefix('[')
+            .and_then(|name| name.strip_suffix(']'));
+        let name = inside.unwrap_or(name);
+        let has = |text: &str, wrong: &dyn Fn(char) -> bool| text.chars().any(wrong);
+        if user == Some("")
+            || name.is_empty()
+            || has(host, &|c| c.is_whitespace() || c.is_control())
+        {
             return Err("expected a host, or a user and a host, before the path");
+        }
+        if has(name, &|c| "[]".contains(c))
+            || user.is_some_and(|user| has(user, &|c| "[]".contains(c)))
+        {
+            return Err("brackets stand around a number of IPv6 only");
         }
         if host.starts_with('-') || name.starts_with('-') {
             return Err("a host does not begin with -");
@@ -139,8 +155,7 @@ impl Remote {
         if !path.is_absolute() && path.to_str().is_none() {
             return Err("a path that is no text must be absolute, in an ssh:// URL");
         }
-        // ssh wants the number alone, without the brackets that part it from a port or path.
-        let host = host.replace(['[', ']'], "");
+        let host = user.map_or_else(|| name.to_owned(), |user| format!("{user}@{name}"));
         Ok(Self { host, port, path })
     }
 
@@ -331,6 +346,13 @@ mod tests {
             "@host:/a",
             "-oProxyCommand=x:/a",
             "me@-x:/a",
+            "[-oProxyCommand=x]:/a",
+            "me@[-x]:/a",
+            "]:a",
+            "[]:a",
+            "[[::1]]:a",
+            "a[b]c:/x",
+            "[me]@h:/x",
             "ssh://-oProxyCommand=x/a",
             "ssh://host",
             "ssh://host:0/a",
