@@ -141,10 +141,12 @@ impl Remote {
         {
             return Err("expected a host, or a user and a host, before the path");
         }
-        if has(name, &|c| "[]".contains(c))
-            || user.is_some_and(|user| has(user, &|c| "[]".contains(c)))
-        {
+        let no_number = inside.is_some() && !name.contains(':');
+        if no_number || has(name, &|c| "[]".contains(c)) {
             return Err("brackets stand around a number of IPv6 only");
+        }
+        if user.is_some_and(|user| has(user, &|c| "[]:".contains(c))) {
+            return Err("a user has no colon and no brackets");
         }
         if host.starts_with('-') || name.starts_with('-') {
             return Err("a host does not begin with -");
@@ -353,6 +355,9 @@ mod tests {
             "[[::1]]:a",
             "a[b]c:/x",
             "[me]@h:/x",
+            "[nbd]:x",
+            "me::@[::1]:x",
+            "ssh://me:secret@h:22/x",
             "ssh://-oProxyCommand=x/a",
             "ssh://host",
             "ssh://host:0/a",
