@@ -209,11 +209,11 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
             read_bytes: 4096,
         },
         Message::Stopped,
-        Message::Failed {
+        Message::Failed(message::Failed {
             kind: 3,
             resumable: true,
             text: "no such disk".to_owned(),
-        },
+        }),
     ];
     let target = [
         open,

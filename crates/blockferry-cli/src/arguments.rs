@@ -169,7 +169,8 @@ pub(crate) struct SyncArguments {
 }
 
 /// Options about a run's appetite, also taken when it is resumed.
-#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub(crate) struct Pace {
     /// Most bytes per second to send, such as 100M or 1.5GiB
     #[arg(long, value_name = "RATE", value_parser = rate)]
@@ -314,10 +315,11 @@ pub(crate) struct ManArguments {
     pub(crate) dir: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum ModeArgument {
     /// Sample, measure, predict both and choose
+    #[default]
     Auto,
     /// Compare and send what differs
     Delta,
@@ -335,10 +337,11 @@ impl From<ModeArgument> for Mode {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum UndoArgument {
     /// Keep the old point until `accept`
+    #[default]
     Keep,
     /// Let it go as soon as the new one is proven
     None,
@@ -404,12 +407,7 @@ fn address() -> ValueParser {
 
 /// A path, or the `file://` URL that printed commands have for one that is no text.
 fn directory() -> ValueParser {
-    ValueParser::new(OsStringValueParser::new().try_map(|word| {
-        match word.to_str().and_then(file_url::path_of) {
-            Some(path) => path,
-            None => Ok(PathBuf::from(word)),
-        }
-    }))
+    ValueParser::new(OsStringValueParser::new().try_map(file_url::path_or_url))
 }
 
 fn positive_size(text: &str) -> Result<u64, String> {

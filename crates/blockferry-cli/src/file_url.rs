@@ -48,6 +48,14 @@ fn escape(url: &mut String, bytes: &[u8]) {
     }
 }
 
+/// The path of a word that is one, or such a URL.
+pub(crate) fn path_or_url(word: OsString) -> Result<PathBuf, &'static str> {
+    match word.to_str().and_then(path_of) {
+        Some(path) => path,
+        None => Ok(PathBuf::from(word)),
+    }
+}
+
 /// The path that a `file://` URL means; nothing if it is no such URL, the error what is wrong with it.
 pub(crate) fn path_of(text: &str) -> Option<Result<PathBuf, &'static str>> {
     let path = text.strip_prefix(SCHEME)?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use blockferry::BlockSize;
@@ -126,12 +126,10 @@ impl Hosts {
         fs::read_to_string(self.far("calls")).expect("it was called")
     }
 
-    /// A run slowed down so much that it lasts, stopped by this signal once something is durable.
-    fn stopped(&self, line: &str, name: &str) -> (Option<i32>, Vec<Value>) {
+    /// A delta that is slowed down so much that it lasts, once something is durable; and what it still says.
+    fn begun(&self, line: &str) -> (Child, impl Iterator<Item = Value> + use<>) {
         let mut child = self
-            .command(&format!(
-                "{line} --bwlimit 4M --mode delta --strategy redo --json"
-            ))
+            .command(&format!("{line} --mode delta --strategy redo --json"))
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -142,6 +140,12 @@ impl Hosts {
         lines
             .find(|line| line["event"] == "checkpoint")
             .expect("something is durable before the end");
+        (child, lines)
+    }
+
+    /// A run slowed down so much that it lasts, stopped by this signal once something is durable.
+    fn stopped(&self, line: &str, name: &str) -> (Option<i32>, Vec<Value>) {
+        let (mut child, lines) = self.begun(&format!("{line} --bwlimit 4M"));
         signal(&child, name);
         let rest = lines.collect();
         (child.wait().expect("ends").code(), rest)
@@ -328,18 +332,7 @@ fn a_far_end_that_is_killed_is_started_again() {
     let hosts = Hosts::new();
     let source = hosts.lab.disk("source", 24 * MIB, 9);
     fs::write(hosts.far("target"), content(24 * MIB, 10)).expect("written");
-    let mut child = hosts
-        .command("sync source h:target --bwlimit 8M --mode delta --strategy redo --json")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("runs");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped"))
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
-    lines
-        .find(|line| line["event"] == "checkpoint")
-        .expect("something is durable");
+    let (mut child, lines) = hosts.begun("sync source h:target --bwlimit 8M");
     // Its working directory tells it from every other.
     let far = fs::canonicalize(hosts.far(".")).expect("there");
     let killed = fs::read_dir("/proc")

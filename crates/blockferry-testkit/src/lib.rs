@@ -22,6 +22,7 @@
 //! printed with a test to paste, which [`reproduce`] takes straight there; [`sensitivity`] shows whether each barrier of
 //! a protocol is missed when it is gone.
 
+mod clock;
 pub mod conformance;
 mod explore;
 mod faults;
@@ -29,6 +30,7 @@ pub mod images;
 mod random;
 mod sim;
 
+pub use clock::VirtualClock;
 pub use explore::{
     Crash, Events, ExploreOptions, Report, Scenario, StepCounts, Violation, explore,
     explore_faults, explore_with, reproduce, sensitivity,

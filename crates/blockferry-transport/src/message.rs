@@ -100,18 +100,23 @@ pub enum Message {
     /// The run is over; what came of it: JSON.
     Outcome(Vec<u8>),
     /// The run is over, and failed.
-    Failed {
-        /// As the roles number their kinds of errors.
-        kind: u8,
-        /// What is durable is kept: the same run goes on from there.
-        resumable: bool,
-        /// What was attempted, expected and found.
-        text: String,
-    },
+    Failed(Failed),
     /// The one who connected says what is wanted of the one who was connected to.
     Open(Open),
     /// What happened on the target's side, for the one who watches on the other: JSON.
     Event(Vec<u8>),
+}
+
+/// Why a run is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a plain value")]
+pub struct Failed {
+    /// As the roles number their kinds of errors.
+    pub kind: u8,
+    /// What is durable is kept: the same run goes on from there.
+    pub resumable: bool,
+    /// What was attempted, expected and found.
+    pub text: String,
 }
 
 /// What is wanted of the side that was connected to.
@@ -216,7 +221,7 @@ impl Message {
             Self::Ping => (kind::PING, "ping"),
             Self::Pong => (kind::PONG, "pong"),
             Self::Outcome(_) => (kind::OUTCOME, "outcome"),
-            Self::Failed { .. } => (kind::FAILED, "failed"),
+            Self::Failed(_) => (kind::FAILED, "failed"),
             Self::Stop => (kind::STOP, "stop"),
             Self::Stopped => (kind::STOPPED, "stopped"),
             Self::Open(_) => (kind::OPEN, "open"),
@@ -291,14 +296,10 @@ impl Message {
                 e.bytes_u16(json);
             }
             Self::Open(open) => open.encode(e),
-            Self::Failed {
-                kind,
-                resumable,
-                text,
-            } => {
-                e.u8(*kind)
-                    .u8(u8::from(*resumable))
-                    .bytes_u16(text.as_bytes());
+            Self::Failed(failed) => {
+                e.u8(failed.kind)
+                    .u8(u8::from(failed.resumable))
+                    .bytes_u16(failed.text.as_bytes());
             }
         }
     }
@@ -351,11 +352,11 @@ impl Message {
             kind::PING => Self::Ping,
             kind::PONG => Self::Pong,
             kind::OUTCOME => Self::Outcome(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
-            kind::FAILED => Self::Failed {
+            kind::FAILED => Self::Failed(Failed {
                 kind: d.u8()?,
                 resumable: flag(d)?,
                 text: text(d)?,
-            },
+            }),
             kind::OPEN => Self::Open(Open::decode(d)?),
             kind::EVENT => Self::Event(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
             _ => return Err(invalid("no message has this kind".to_owned())),
@@ -585,11 +586,11 @@ mod tests {
             Message::Ping,
             Message::Pong,
             Message::Outcome(b"{\"a\":1}".to_vec()),
-            Message::Failed {
+            Message::Failed(Failed {
                 kind: 3,
                 resumable: true,
                 text: "no such disk".to_owned(),
-            },
+            }),
             Message::Open(Open {
                 role: Role::Target,
                 path: b"/disks/\xff".to_vec(),

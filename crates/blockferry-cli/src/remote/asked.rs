@@ -1,12 +1,14 @@
 //! What the far end of a sync is asked to do: the options of the command line that matter there.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
 
 use crate::arguments::{ModeArgument, Pace, StrategyArgument, SyncArguments, UndoArgument};
-use crate::engine::{BlockSize, Proof, SyncOptions};
+use crate::engine::{BlockSize, SyncOptions};
+use crate::verbs::sync::paced;
 
 /// As it travels: what is not said is as usual, and what a far end does not know it refuses, for it would not be done.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -14,55 +16,68 @@ use crate::engine::{BlockSize, Proof, SyncOptions};
 )]
 pub(crate) struct Asked {
     /// A connection for the same was lost: the far end of that one may still be there for a moment.
-    #[serde(skip_serializing_if = "is_default")]
     pub(crate) reconnecting: bool,
-    #[serde(skip_serializing_if = "is_default")]
-    crash_consistent: bool,
-    #[serde(skip_serializing_if = "is_default")]
-    threads: Option<u16>,
+    pub(crate) pace: Pace,
     /// Where a target's host finds its source again, for people.
-    #[serde(skip_serializing_if = "is_default")]
     source_address: String,
     /// Where the state of the target is, as text or URL.
-    #[serde(skip_serializing_if = "is_default")]
-    state: Option<String>,
-    #[serde(skip_serializing_if = "is_default")]
-    mode: Option<ModeArgument>,
-    #[serde(skip_serializing_if = "is_default")]
+    pub(crate) state: Option<String>,
+    mode: ModeArgument,
     strategy: Option<StrategyArgument>,
-    #[serde(skip_serializing_if = "is_default")]
-    undo: Option<UndoArgument>,
-    /// In bytes.
-    #[serde(skip_serializing_if = "is_default")]
-    block_size: Option<u64>,
-    /// In bytes per second.
-    #[serde(skip_serializing_if = "is_default")]
-    bwlimit: Option<u64>,
-    /// In bytes.
-    #[serde(skip_serializing_if = "is_default")]
-    log_limit: Option<u64>,
-    #[serde(skip_serializing_if = "is_default")]
-    no_read_back: bool,
-    #[serde(skip_serializing_if = "is_default")]
+    undo: UndoArgument,
+    #[serde(serialize_with = "bytes_of", deserialize_with = "block_size_of")]
+    block_size: BlockSize,
     allow_shrink: bool,
-    #[serde(skip_serializing_if = "is_default")]
     in_place: bool,
-    #[serde(skip_serializing_if = "is_default")]
     strict: bool,
-    #[serde(skip_serializing_if = "is_default")]
     rescan: bool,
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
+impl Default for Asked {
+    fn default() -> Self {
+        Self {
+            reconnecting: false,
+            pace: Pace::default(),
+            source_address: String::new(),
+            state: None,
+            mode: ModeArgument::default(),
+            strategy: None,
+            undo: UndoArgument::default(),
+            block_size: BlockSize::DEFAULT,
+            allow_shrink: false,
+            in_place: false,
+            strict: false,
+            rescan: false,
+        }
+    }
+}
+
+fn bytes_of<S: Serializer>(size: &BlockSize, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(size.bytes())
+}
+
+fn block_size_of<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BlockSize, D::Error> {
+    BlockSize::new(u64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+/// A far end that is older need not know an option that nobody asked for.
+fn leave_out_usual(told: &mut Value, usual: &Value) {
+    let (Value::Object(told), Value::Object(usual)) = (told, usual) else {
+        return;
+    };
+    told.retain(|key, value| {
+        let usual = usual.get(key).unwrap_or(&Value::Null);
+        let differs = value != usual;
+        leave_out_usual(value, usual);
+        differs
+    });
 }
 
 impl Asked {
     /// Of the host that has the source.
     pub(crate) fn of_source(pace: &Pace) -> Self {
         Self {
-            crash_consistent: pace.crash_consistent,
-            threads: pace.threads,
+            pace: pace.clone(),
             ..Self::default()
         }
     }
@@ -73,20 +88,15 @@ impl Asked {
         source_address: String,
         state: Option<String>,
     ) -> Self {
-        let pace = &arguments.pace;
         Self {
             reconnecting: false,
-            crash_consistent: false,
-            threads: pace.threads,
+            pace: arguments.pace.clone(),
             source_address,
             state,
-            mode: Some(arguments.mode),
+            mode: arguments.mode,
             strategy: arguments.strategy,
-            undo: Some(arguments.undo),
-            block_size: Some(arguments.block_size.bytes()),
-            bwlimit: pace.bwlimit,
-            log_limit: pace.log_limit,
-            no_read_back: pace.no_read_back,
+            undo: arguments.undo,
+            block_size: arguments.block_size,
             allow_shrink: arguments.allow_shrink,
             in_place: arguments.in_place,
             strict: arguments.strict,
@@ -95,7 +105,10 @@ impl Asked {
     }
 
     pub(crate) fn to_json(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("options have string keys only")
+        let value = |asked: &Self| serde_json::to_value(asked).expect("string keys only");
+        let mut told = value(self);
+        leave_out_usual(&mut told, &value(&Self::default()));
+        told.to_string().into_bytes()
     }
 
     /// What was asked, or what is wrong with it.
@@ -103,44 +116,18 @@ impl Asked {
         serde_json::from_slice(json).map_err(|error| error.to_string())
     }
 
-    pub(crate) fn crash_consistent(&self) -> bool {
-        self.crash_consistent
-    }
-
-    pub(crate) fn threads(&self) -> Option<usize> {
-        self.threads.map(usize::from)
-    }
-
-    /// Where the state of the target is, as text or URL.
-    pub(crate) fn state(&self) -> Option<&str> {
-        self.state.as_deref()
-    }
-
     /// As the engine takes them.
-    pub(crate) fn options(&self) -> Result<SyncOptions, String> {
-        let mut options = SyncOptions::default();
-        options.threads = self.threads();
-        options.source_address.clone_from(&self.source_address);
-        options.bwlimit_bytes_per_second = self.bwlimit;
-        options.log_limit_bytes = self.log_limit;
-        if self.no_read_back {
-            options.proof = Proof::Flush;
-        }
-        if let Some(mode) = self.mode {
-            options.mode = mode.into();
-        }
-        if let Some(undo) = self.undo {
-            options.undo = undo.into();
-        }
-        if let Some(bytes) = self.block_size {
-            options.block_size = BlockSize::new(bytes).map_err(|error| error.to_string())?;
-        }
-        options.strategy = self.strategy.map(Into::into);
+    pub(crate) fn options(&self) -> SyncOptions {
+        let mut options = paced(self.source_address.clone(), &self.pace);
+        options.mode = self.mode.into();
+        options.block_size = self.block_size;
+        options.undo = self.undo.into();
         options.allow_shrink = self.allow_shrink;
         options.in_place = self.in_place;
         options.strict = self.strict;
         options.rescan = self.rescan;
-        Ok(options)
+        options.strategy = self.strategy.map(Into::into);
+        options
     }
 }
 
@@ -170,7 +157,7 @@ mod tests {
         let arrived = Asked::from_json(&asked.to_json()).expect("what was sent");
 
         assert_eq!(arrived, asked);
-        let options = arrived.options().expect("sound");
+        let options = arrived.options();
         let usual = SyncOptions::default();
         let (found, usual) = (format!("{options:#?}"), format!("{usual:#?}"));
         let same: Vec<&str> = found
@@ -185,7 +172,11 @@ mod tests {
         let arrived = Asked::from_json(b"{}").expect("nothing");
 
         assert_eq!(arrived, Asked::default());
-        let options = arrived.options().expect("nothing");
+        assert_eq!(arrived.to_json(), b"{}");
+        let threads = asked("sync a h:b --threads 3");
+        let told = br#"{"pace":{"threads":3},"source_address":"pushed://a/b","state":"/s"}"#;
+        assert_eq!(threads.to_json(), told, "and nothing that is usual");
+        let options = arrived.options();
         assert_eq!(
             format!("{options:?}"),
             format!("{:?}", SyncOptions::default())
@@ -198,13 +189,13 @@ mod tests {
             &b"{\"sparse_levels\":1}"[..],
             b"{\"mode\":\"magic\"}",
             b"[",
-            b"{\"threads\":-1}",
+            b"{\"pace\":{\"threads\":-1}}",
+            b"{\"pace\":{\"sparse_levels\":1}}",
+            b"{\"block_size\":5}",
         ] {
             Asked::from_json(json).expect_err("unknown");
         }
         let error = Asked::from_json(b"{\"sparse_levels\":1}").expect_err("unknown");
         assert!(error.contains("sparse_levels"), "{error}");
-        let size = Asked::from_json(b"{\"block_size\":5}").expect("a number");
-        size.options().expect_err("no block size");
     }
 }

@@ -21,7 +21,6 @@ pub(crate) struct Patience<'c> {
     /// When the connection of this attempt was made.
     connected: Option<Duration>,
     wait: Duration,
-    has_lost: bool,
 }
 
 impl<'c> Patience<'c> {
@@ -32,13 +31,12 @@ impl<'c> Patience<'c> {
             since: context.clock.now(),
             connected: None,
             wait: FIRST_WAIT,
-            has_lost: false,
         }
     }
 
     /// Whether this attempt is not the first.
     pub(crate) fn has_lost(&self) -> bool {
-        self.has_lost
+        self.wait > FIRST_WAIT
     }
 
     /// This attempt has a connection.
@@ -66,30 +64,18 @@ impl<'c> Patience<'c> {
             clock.sleep(TICK);
         }
         self.wait = (self.wait * 2).min(LONGEST_WAIT);
-        self.has_lost = true;
         !cancel.is_cancelled()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
+
+    use blockferry_testkit::VirtualClock;
 
     use super::*;
     use crate::engine::Clock;
-
-    #[derive(Debug, Default)]
-    struct VirtualClock(Mutex<Duration>);
-
-    impl Clock for VirtualClock {
-        fn now(&self) -> Duration {
-            *self.0.lock().expect("not poisoned")
-        }
-
-        fn sleep(&self, duration: Duration) {
-            *self.0.lock().expect("not poisoned") += duration;
-        }
-    }
 
     fn context() -> (Context, Arc<VirtualClock>) {
         let clock = Arc::new(VirtualClock::default());

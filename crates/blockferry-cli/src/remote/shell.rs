@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::address::Remote;
 use crate::arguments::Reach;
-use crate::engine::transport::message::{Open, Role};
+use crate::engine::transport::message::{MAX_JSON_BYTES, MAX_TEXT_BYTES, Open, Role};
 use crate::engine::transport::{self, Message};
 use crate::engine::{self, Connection, Deadlines, Link};
 use crate::exit::Exit;
@@ -103,43 +103,25 @@ impl<'a> Shell<'a> {
     }
 }
 
-/// A connection to a blockferry on another host, and the shell that carries it.
-#[derive(Debug)]
-pub(crate) struct Reached {
-    connection: Connection,
-    shell: Running,
-}
-
-impl Reached {
-    /// Says what is wanted of the other host, and hands out the connection for the run. The shell ends when the second
-    /// part is dropped: after the run.
-    pub(crate) fn open(
-        self,
-        role: Role,
-        remote: &Remote,
-        asked: &Asked,
-    ) -> Result<(Connection, Running), Failure> {
-        let open = Open {
-            role,
-            path: remote.path().as_os_str().as_bytes().to_vec(),
-            options: asked.to_json(),
-        };
-        if open.path.len() > transport::message::MAX_TEXT_BYTES
-            || open.options.len() > transport::message::MAX_JSON_BYTES
-        {
-            return Err(Failure::new(
-                Exit::Usage,
-                "a path or an option is longer than can be told to another host",
-            ));
-        }
-        let sent = self.connection.outbox().send(Message::Open(open));
-        sent.map_err(|error| Failure::from_error(Exit::Peer, &error))?;
-        Ok((self.connection, self.shell))
+/// Starts blockferry on the other host, greets it, and says what is wanted of it. The shell ends once the connection
+/// has; dropped, it is waited for.
+pub(crate) fn connect(
+    shell: &Shell<'_>,
+    role: Role,
+    asked: &Asked,
+    session: &Session,
+) -> Result<(Running, Connection), Failure> {
+    let open = Open {
+        role,
+        path: shell.remote.path().as_os_str().as_bytes().to_vec(),
+        options: asked.to_json(),
+    };
+    if open.path.len() > MAX_TEXT_BYTES || open.options.len() > MAX_JSON_BYTES {
+        return Err(Failure::new(
+            Exit::Usage,
+            "a path or an option is longer than can be told to another host",
+        ));
     }
-}
-
-/// Starts blockferry on the other host and greets it.
-pub(crate) fn connect(shell: &Shell<'_>, session: &Session) -> Result<Reached, Failure> {
     let host = shell.remote.host().to_owned();
     let mut running = Running::start(shell, &session.output)?;
     let link = running.link(&host)?;
@@ -164,10 +146,11 @@ pub(crate) fn connect(shell: &Shell<'_>, session: &Session) -> Result<Reached, F
         opened
     });
     match opened {
-        Ok(connection) => Ok(Reached {
-            connection,
-            shell: running,
-        }),
+        Ok(connection) => {
+            let sent = connection.outbox().send(Message::Open(open));
+            sent.map_err(|error| Failure::from_error(Exit::Peer, &error))?;
+            Ok((running, connection))
+        }
         Err(_) if session.is_cancelled() => {
             let error = engine::Error::new(
                 engine::ErrorKind::Cancelled,

@@ -14,8 +14,7 @@ use crate::arguments::ServeArguments;
 use crate::engine::transport::Message;
 use crate::engine::transport::message::{Open, Role};
 use crate::engine::{
-    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, SourceOptions,
-    Target, open_source,
+    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, Target,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -109,31 +108,22 @@ fn serve_source(
     asked: &Asked,
     context: &Context,
 ) -> Result<(), Error> {
-    let mut options = SourceOptions::default();
-    options.crash_consistent = asked.crash_consistent();
-    match open_source(path, options) {
-        Ok(disk) => {
-            let threads = asked.threads().unwrap_or_else(threads);
-            engine::serve_source(&disk, connection, threads, context).map(drop)
-        }
-        Err(error) => {
-            let busy = error.kind() == engine::device::ErrorKind::Busy;
-            let hint = if busy {
-                " (--crash-consistent accepts a source that is being written)"
-            } else {
-                ""
-            };
-            let error = Failure::source(&error);
-            refuse(
-                connection,
-                Error::new(ErrorKind::Source, format!("{}{hint}", error.message())),
-            )
+    match super::open(path, asked.pace.crash_consistent) {
+        Ok(disk) => engine::serve_source(&disk, connection, threads(asked), context).map(drop),
+        Err(failure) => {
+            let mut text = failure.message().to_owned();
+            for hint in failure.hints() {
+                text = format!("{text} ({hint})");
+            }
+            refuse(connection, Error::new(ErrorKind::Source, text))
         }
     }
 }
 
-pub(crate) fn threads() -> usize {
-    thread::available_parallelism().map_or(2, usize::from)
+/// As many as asked for, or as there are processors.
+pub(crate) fn threads(asked: &Asked) -> usize {
+    let processors = || thread::available_parallelism().map_or(2, usize::from);
+    asked.pace.threads.map_or_else(processors, usize::from)
 }
 
 fn serve_target(
@@ -143,17 +133,12 @@ fn serve_target(
     context: &Context,
     session: &Session,
 ) -> Result<(), Error> {
-    let options = match asked.options() {
-        Ok(options) => options,
-        Err(why) => return refuse(connection, not_known(&why)),
-    };
     let mut place = session.target_options();
-    if let Some(state) = asked.state() {
-        place.state_dir = match file_url::path_of(state) {
-            Some(Err(why)) => return refuse(connection, not_known(why)),
-            Some(Ok(path)) => Some(path),
-            None => Some(PathBuf::from(state)),
-        };
+    if let Some(state) = &asked.state {
+        match file_url::path_or_url(state.into()) {
+            Ok(path) => place.state_dir = Some(path),
+            Err(why) => return refuse(connection, not_known(why)),
+        }
     }
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let end = Instant::now() + HELD;
@@ -172,7 +157,7 @@ fn serve_target(
     };
     match opened {
         Ok(mut target) => {
-            engine::sync_from_peer(connection, &mut target, &options, context).map(drop)
+            engine::sync_from_peer(connection, &mut target, &asked.options(), context).map(drop)
         }
         Err(error) => refuse(connection, error),
     }

@@ -120,10 +120,9 @@ pub(crate) fn bring_up_to_date(
             let asked = Asked::of_source(pace);
             let (context, _display) = session.context(Look::Bar);
             with_patience(&shell, &context, |patience| {
-                let reached = connect(&shell, session)?;
+                let (_running, connection) = connect(&shell, Role::Source, &asked, session)?;
                 patience.connected();
                 let mut place = open_target(&mut options)?;
-                let (connection, _shell) = reached.open(Role::Source, remote, &asked)?;
                 Ok(engine::sync_from_peer(
                     connection, &mut place, &options, &context,
                 ))
@@ -177,11 +176,14 @@ fn push(
     let (context, display) = session.context(Look::Bar);
     let outcome = with_patience(&shell, &context, |patience| {
         asked.reconnecting = patience.has_lost();
-        let reached = connect(&shell, session)?;
+        let (_running, connection) = connect(&shell, Role::Target, &asked, session)?;
         patience.connected();
-        let (connection, _shell) = reached.open(Role::Target, target, &asked)?;
-        let threads = asked.threads().unwrap_or_else(serve::threads);
-        Ok(serve_disk(&disk, connection, threads, &context))
+        Ok(serve_disk(
+            &disk,
+            connection,
+            serve::threads(&asked),
+            &context,
+        ))
     });
     drop(display);
     let command = |verb: &str| shell.command(verb, state.as_deref());
@@ -252,16 +254,7 @@ pub(crate) fn paced(source_address: String, pace: &Pace) -> SyncOptions {
 }
 
 fn options(arguments: &SyncArguments) -> SyncOptions {
-    let mut options = paced(arguments.source.recorded(), &arguments.pace);
-    options.mode = arguments.mode.into();
-    options.block_size = arguments.block_size;
-    options.undo = arguments.undo.into();
-    options.allow_shrink = arguments.allow_shrink;
-    options.in_place = arguments.in_place;
-    options.strict = arguments.strict;
-    options.rescan = arguments.rescan;
-    options.strategy = arguments.strategy.map(Into::into);
-    options
+    Asked::of_target(arguments, arguments.source.recorded(), None).options()
 }
 
 /// What a failed run leaves, and the command that goes on.

@@ -18,6 +18,7 @@ mod target_role;
 #[cfg(test)]
 mod tests;
 
+use blockferry_transport::message::Failed;
 use blockferry_transport::{Connection, Message};
 
 pub use events::PeerObserver;
@@ -77,19 +78,19 @@ fn failure(error: &Error) -> Message {
     let kind = kind
         .and_then(|kind| u8::try_from(kind).ok())
         .unwrap_or(u8::MAX);
-    Message::Failed {
+    Message::Failed(Failed {
         kind,
         resumable: error.is_resumable(),
         text,
-    }
+    })
 }
 
 /// An error of the other side.
-fn failed_peer(peer: &Connection, kind: u8, resumable: bool, text: &str) -> Error {
-    let kind = KINDS.get(usize::from(kind)).copied();
+fn failed_peer(peer: &Connection, failed: &Failed) -> Error {
+    let kind = KINDS.get(usize::from(failed.kind)).copied();
     Error::new(
         kind.unwrap_or(ErrorKind::Peer),
-        format!("{}: {text}", peer.label()),
+        format!("{}: {}", peer.label(), failed.text),
     )
-    .resumable(resumable)
+    .resumable(failed.resumable)
 }

@@ -46,11 +46,7 @@ impl Peer {
         connection.outbox().send(Message::Examine).map_err(lost)?;
         match connection.receive().map_err(lost)? {
             Message::Source(source) => Ok(source),
-            Message::Failed {
-                kind,
-                resumable,
-                text,
-            } => Err(failed_peer(connection, kind, resumable, &text)),
+            Message::Failed(failed) => Err(failed_peer(connection, &failed)),
             other => Err(violated(super::unexpected("target", &other))),
         }
     }
@@ -62,11 +58,7 @@ impl Peer {
         loop {
             match connection.receive().map_err(lost)? {
                 Message::Stopped => return Ok(()),
-                Message::Failed {
-                    kind,
-                    resumable,
-                    text,
-                } => return Err(failed_peer(connection, kind, resumable, &text)),
+                Message::Failed(failed) => return Err(failed_peer(connection, &failed)),
                 _of_that_scan => {}
             }
         }
@@ -223,7 +215,7 @@ impl TargetSide {
                 }
                 Ok(Finished::Paged(region, taken))
             }
-            TargetJob::StageZeros { region, blocks } => self.zeros(region, blocks, buffers),
+            TargetJob::StageZeros { region, blocks } => self.zeros(region, &blocks, buffers),
             TargetJob::Stage(arrived) => self.stage(arrived, buffers),
         }
     }
@@ -305,11 +297,16 @@ impl TargetSide {
             return Ok(Old::None);
         }
         let old = self.old(extent, buffer)?;
-        Ok(if is_zero(old) {
-            Old::Zero
-        } else {
-            Old::Data(old)
-        })
+        Ok(self.replaced(old))
+    }
+
+    /// What is replaced, as it is kept.
+    fn replaced<'o>(&self, old: &'o [u8]) -> Old<'o> {
+        match (self.keep_old, is_zero(old)) {
+            (false, _) => Old::None,
+            (true, true) => Old::Zero,
+            (true, false) => Old::Data(old),
+        }
     }
 
     /// Reads what the target holds as staged so far.
@@ -331,19 +328,20 @@ impl TargetSide {
     fn zeros(
         &self,
         region: RegionIndex,
-        blocks: Vec<u16>,
+        blocks: &[u16],
         (old, view): &mut (AlignedBuffer, AlignedBuffer),
     ) -> Result<Finished> {
         let mut staging = Staging::new(self);
+        let answered = blocks.iter().map(|b| (region.get(), *b)).collect();
         if self.writes_blocks {
             for run in runs(&self.geometry, region, |b| {
                 blocks.contains(&block_number(b))
             }) {
                 staging.zero_blocks(run.extent, self.kept(run.extent, old)?)?;
             }
-            return Ok(staging.finished(region, blocks));
+            return Ok(staging.finished(answered, Vec::new()));
         }
-        for block in &blocks {
+        for block in blocks {
             let extent = block_in(&self.geometry, region, usize::from(*block));
             let old = self.old(extent, old)?;
             let view = &mut view[..old.len()];
@@ -354,7 +352,7 @@ impl TargetSide {
                 staging.zero(run.extent, part(old, extent, run.extent));
             });
         }
-        Ok(staging.finished(region, blocks))
+        Ok(staging.finished(answered, Vec::new()))
     }
 
     /// Stages what arrived, packed as it came, unless some of it is not what it should be.
@@ -380,11 +378,7 @@ impl TargetSide {
             .blocks()
             .iter()
             .map(|(region, block, _)| (*region, *block));
-        Ok(Finished::Staged {
-            blocks: blocks.collect(),
-            wrong,
-            batches: staging.finish(),
-        })
+        Ok(staging.finished(blocks.collect(), wrong))
     }
 
     /// Stages the pages that came, in the frame that they came in if all are right. Returns the blocks that they do not
@@ -487,22 +481,14 @@ impl<'s> Staging<'s> {
         }
     }
 
-    fn replaced<'o>(&self, old: &'o [u8]) -> Old<'o> {
-        match (self.side.keep_old, is_zero(old)) {
-            (false, _) => Old::None,
-            (true, true) => Old::Zero,
-            (true, false) => Old::Data(old),
-        }
-    }
-
     /// All data of one message fits one batch: they have the same limits.
     fn data(&mut self, extent: Extent, new: &[u8], old: &[u8]) {
-        let old = self.replaced(old);
+        let old = self.side.replaced(old);
         self.side.stager.add(&mut self.data, extent, new, old);
     }
 
     fn zero(&mut self, extent: Extent, old: &[u8]) {
-        let (stager, old) = (&self.side.stager, self.replaced(old));
+        let (stager, old) = (&self.side.stager, self.side.replaced(old));
         let batch = with_room(&mut self.more, extent, || stager.pages());
         stager.add_zero(batch, extent, old);
     }
@@ -544,18 +530,14 @@ impl<'s> Staging<'s> {
         }
     }
 
-    /// All that was to be staged, of blocks of one region.
-    fn finished(self, region: RegionIndex, blocks: Vec<u16>) -> Finished {
-        Finished::Staged {
-            blocks: blocks.into_iter().map(|b| (region.get(), b)).collect(),
-            wrong: Vec::new(),
-            batches: self.finish(),
-        }
-    }
-
-    fn finish(self) -> Vec<Batch> {
+    /// What these blocks came to, but for the wrong ones.
+    fn finished(self, blocks: Vec<(u64, u16)>, wrong: Vec<(u64, u16)>) -> Finished {
         let batches = std::iter::once(self.data).chain(self.more);
-        batches.filter(|batch| !batch.is_empty()).collect()
+        Finished::Staged {
+            blocks,
+            wrong,
+            batches: batches.filter(|batch| !batch.is_empty()).collect(),
+        }
     }
 }
 
@@ -612,8 +594,8 @@ impl Host {
                 recv(connection.receiver()) -> message => {
                     let message = message.unwrap_or_else(|_ended| connection.receive());
                     let ended = match message {
-                        Ok(Message::Failed { kind, resumable, text }) => {
-                            failed_peer(connection, kind, resumable, &text)
+                        Ok(Message::Failed(failed)) => {
+                            failed_peer(connection, &failed)
                         }
                         Err(error) => lost(error),
                         Ok(message) => {

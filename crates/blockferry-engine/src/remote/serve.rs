@@ -86,19 +86,13 @@ fn say_failed(outbox: &Outbox, error: &Error) {
 /// decided before.
 fn outcome_there(connection: &Connection) -> Option<Result<Vec<u8>>> {
     let end = Instant::now() + STOPPING;
-    while let left @ 1.. = end.saturating_duration_since(Instant::now()).as_millis() {
-        let left = Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX));
-        match connection.receiver().recv_timeout(left).ok()?.ok()? {
+    loop {
+        match connection.receiver().recv_deadline(end).ok()?.ok()? {
             Message::Outcome(json) => return Some(Ok(json)),
-            Message::Failed {
-                kind,
-                resumable,
-                text,
-            } => return Some(Err(failed_peer(connection, kind, resumable, &text))),
+            Message::Failed(failed) => return Some(Err(failed_peer(connection, &failed))),
             _of_the_run => {}
         }
     }
-    None
 }
 
 struct Host {
@@ -174,11 +168,7 @@ impl Host {
     ) -> Result<Option<Vec<u8>>> {
         match message {
             Message::Outcome(json) => return Ok(Some(json)),
-            Message::Failed {
-                kind,
-                resumable,
-                text,
-            } => return Err(failed_peer(connection, kind, resumable, &text)),
+            Message::Failed(failed) => return Err(failed_peer(connection, &failed)),
             Message::Event(json) => {
                 events::pass_on(&json, observer);
                 Ok(())

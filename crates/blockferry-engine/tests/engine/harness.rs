@@ -3,11 +3,10 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
-use std::time::Duration;
 
 use blockferry_core::{BlockSize, Extent, PAGE_BYTES, Root};
 use blockferry_device::{
-    BlockSource, CancelToken, Clock, Error as DeviceError, ErrorKind as DeviceErrorKind, Evidence,
+    BlockSource, CancelToken, Error as DeviceError, ErrorKind as DeviceErrorKind, Evidence,
     Identity, Result as DeviceResult, Status, StorageDir,
 };
 use blockferry_engine::{
@@ -500,18 +499,4 @@ pub(crate) fn cancelled_by(token: &CancelToken) -> Context {
     let mut context = Context::default();
     context.cancel = token.clone();
     context
-}
-
-/// Time that passes only by waiting.
-#[derive(Debug, Default)]
-pub(crate) struct VirtualClock(Mutex<Duration>);
-
-impl Clock for VirtualClock {
-    fn now(&self) -> Duration {
-        *self.0.lock().unwrap()
-    }
-
-    fn sleep(&self, duration: Duration) {
-        *self.0.lock().unwrap() += duration;
-    }
 }

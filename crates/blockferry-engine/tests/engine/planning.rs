@@ -9,8 +9,7 @@ use blockferry_engine::{Context, ErrorKind, Mode, Strategy, SyncOptions, Undo, a
 use blockferry_pipeline::{Event, Phase};
 
 use crate::harness::{
-    Machine, On, Source, VirtualClock, assert_rolls_back_to, assert_synced, block_size, edited,
-    image, options,
+    Machine, On, Source, assert_rolls_back_to, assert_synced, block_size, edited, image, options,
 };
 
 const BYTES: u64 = 6 << 20;
@@ -252,7 +251,7 @@ fn a_log_that_runs_full_interrupts_the_run() {
     let old = blockferry_testkit::images::random_image(50, BYTES);
     let machine = Machine::file(&old);
     let source = Source::new(edited(50, &old, BYTES, 900));
-    let clock = Arc::new(VirtualClock::default());
+    let clock = Arc::new(blockferry_testkit::VirtualClock::default());
     let staged = Arc::new(AtomicBool::new(false));
     let is_full = Arc::new(AtomicBool::new(false));
     let disk = machine.disk.clone();
@@ -421,7 +420,7 @@ fn a_bandwidth_limit_holds_within_five_percent_from_end_to_end() {
         let old = blockferry_testkit::images::random_image(49, BYTES);
         let machine = Machine::file(&old);
         let source = Source::new(blockferry_testkit::images::random_image(50, BYTES));
-        let clock = Arc::new(VirtualClock::default());
+        let clock = Arc::new(blockferry_testkit::VirtualClock::default());
         let mut context = Context::default();
         context.clock = Arc::clone(&clock) as _;
         let limited = options(|o| {

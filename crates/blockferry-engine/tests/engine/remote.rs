@@ -11,12 +11,12 @@ use blockferry_engine::{
     ChangesSince, Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Undo,
     serve_source, sync_from_peer,
 };
-use blockferry_testkit::{Random, images};
+use blockferry_testkit::{Random, VirtualClock, images};
 use blockferry_transport::{Connection, Deadlines, Link, Message, ShortDigests, Width, message};
 
 use crate::harness::{
-    Machine, On, Source, VirtualClock, assert_rolls_back_to, assert_synced, block_size, edited,
-    image, listening, options, warnings,
+    Machine, On, Source, assert_rolls_back_to, assert_synced, block_size, edited, image, listening,
+    options, warnings,
 };
 
 const BYTES: u64 = 6 << 20;
