@@ -363,7 +363,7 @@ impl Reader {
                     return Ok(count);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Error::lost("read from the peer", error)),
+                Err(error) => return Err(Error::of_stream("read from the peer", error)),
             }
         }
     }

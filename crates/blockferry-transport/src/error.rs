@@ -19,6 +19,8 @@ pub enum ErrorKind {
     UnknownVersion,
     /// The peer refuses, and says why.
     Refused,
+    /// Certificates or keys cannot be used, or one side does not trust the other's: see to them.
+    Credentials,
 }
 
 /// A failed operation of this crate.
@@ -46,20 +48,36 @@ impl Error {
 
     /// The link failed under `attempt`.
     pub fn lost(attempt: impl Into<String>, cause: std::io::Error) -> Self {
+        Self::with_cause(ErrorKind::Lost, attempt, cause)
+    }
+
+    /// As [`Self::lost`], unless the stream found out more about its peer than that.
+    pub(crate) fn of_stream(attempt: &str, cause: std::io::Error) -> Self {
+        cause
+            .downcast::<Self>()
+            .unwrap_or_else(|cause| Self::lost(attempt, cause))
+    }
+
+    /// `attempt` failed because of `cause`.
+    pub(crate) fn with_cause(
+        kind: ErrorKind,
+        attempt: impl Into<String>,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
         Self {
-            kind: ErrorKind::Lost,
+            kind,
             message: attempt.into(),
-            cause: Some(Box::new(cause)),
+            cause: Some(cause.into()),
         }
     }
 
     /// A body that cannot be read as what its frame says it is.
     pub(crate) fn undecodable(what: &str, cause: blockferry_core::Error) -> Self {
-        Self {
-            kind: ErrorKind::Protocol,
-            message: format!("message {what} of the peer"),
-            cause: Some(Box::new(cause)),
-        }
+        Self::with_cause(
+            ErrorKind::Protocol,
+            format!("message {what} of the peer"),
+            cause,
+        )
     }
 
     /// What the caller can do next.

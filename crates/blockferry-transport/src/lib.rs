@@ -7,6 +7,8 @@ mod link;
 pub mod message;
 mod preamble;
 mod short;
+#[cfg(feature = "tls")]
+pub mod tls;
 
 pub use connection::{Connection, Deadlines, Outbox};
 pub use error::{Error, ErrorKind, Result};
