@@ -160,6 +160,10 @@ const COMMAND_LINES: [(&str, &str); 11] = [
     ("decide", "rollback t --state /s"),
     ("demo", "demo --size 10.5MB --keep --dir d"),
     ("id", "completions bash 51515151515151515151515151515151"),
+    (
+        "server",
+        "sync --certs /c blockferry://h.example:7417/web-1 blockferry://[::1]/x serve --listen [::]:0 --config f certs",
+    ),
     ("brackets", "sync ]:dry-run [-oProxyCommand=x]:/a"),
     (
         "hosts",

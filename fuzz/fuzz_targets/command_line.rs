@@ -10,6 +10,9 @@ mod address;
 #[path = "../../crates/blockferry-cli/src/arguments.rs"]
 mod arguments;
 #[allow(dead_code)]
+#[path = "../../crates/blockferry-cli/src/export.rs"]
+mod export;
+#[allow(dead_code)]
 #[path = "../../crates/blockferry-cli/src/file_url.rs"]
 mod file_url;
 #[allow(dead_code)]
@@ -113,9 +116,9 @@ fn check_address(word: OsString) {
         }
         (there, again) => {
             assert_eq!(again, there, "{recorded}");
-            if let Location::There(remote) = there {
+            if let Location::There(there) = there {
                 // ssh takes neither for an option.
-                assert!(!remote.host().starts_with('-') && !remote.host().is_empty());
+                assert!(!there.host().starts_with('-') && !there.host().is_empty());
             }
         }
     }

@@ -1,5 +1,5 @@
-//! Two network namespaces with a cable between them, a real sshd in one and the command in the other: push, pull, a
-//! cable that is pulled and put back, a far end that is killed, a connection that is reset.
+//! Two network namespaces with a cable between them, a real sshd or a server in one and the command in the other: push,
+//! pull, a cable that is pulled and put back, a far end that is killed, a connection that is reset.
 
 use std::fs;
 use std::process::Command;
@@ -70,6 +70,39 @@ impl Hosts {
     /// The other host's name for a disk of this test.
     fn there(&self, disk: &str) -> String {
         format!("{FAR}:{}", self.lab.path(disk).display())
+    }
+
+    /// A server of the far host that has its disk `far`; one that was there is killed.
+    fn serve(&self) -> Child {
+        let pki = self.lab.path("pki");
+        if !pki.exists() {
+            let made =
+                output(&mut self.lab.command(&format!("certs pki near {FAR}"))).expect("runs");
+            assert!(made.status.success(), "{made:?}");
+        }
+        let config = format!(
+            "certs = \"{}\"\n[exports.disk]\npath = \"{}\"\nread = [\"near\"]\nwrite = [\"near\"]\n",
+            pki.join(FAR).display(),
+            self.lab.path("far").display()
+        );
+        fs::write(self.lab.path("serve.toml"), config).expect("written");
+        self.kill("serve\0--listen");
+        let near = self
+            .lab
+            .command(&format!("serve --listen {FAR} --config serve.toml --json"));
+        let mut command = crate::lab::command_of(self.lab.root(), "ip");
+        command
+            .args(["netns", "exec", &self.far])
+            .arg(near.get_program())
+            .args(near.get_args())
+            .env("BLOCKFERRY_STATE_ROOT", self.lab.path("far-state-root"));
+        let mut server = Child::start(&mut command);
+        assert!(
+            server.wait_for(|line| line["message"] == "listening"),
+            "{:#?}",
+            server.finish()
+        );
+        server
     }
 
     fn cable(&self, state: &str) {
@@ -259,6 +292,43 @@ fn a_cable_that_is_pulled_a_far_end_that_is_killed_and_a_connection_that_is_rese
         assert!(reconnected(&answer) >= 1, "{answer:#?}");
         hosts.lab.assert_holds(to, &newer);
     }
+}
+
+#[test]
+fn two_hosts_push_and_pull_over_tls_whatever_becomes_of_cable_and_server() {
+    let name = "two_hosts_push_and_pull_over_tls_whatever_becomes_of_cable_and_server";
+    let Some(hosts) = Hosts::new("tls") else {
+        return skipped(name, "root, namespaces and sshd");
+    };
+    let mut random = seeded(name);
+    let pulls = if thorough() { 20 } else { 3 };
+    let mut server = hosts.serve();
+    let mut old = hosts.lab.disk("far", 89, 64 * MIB);
+    for push in [true, false] {
+        let from = if push { "near" } else { "far" };
+        let to = if push { "far" } else { "near" };
+        let new = hosts.lab.edited(from, 90 + u64::from(push), &old, 0.4);
+        let line = match push {
+            true => format!("sync near blockferry://{FAR}/disk --certs pki/near"),
+            false => format!("sync blockferry://{FAR}/disk near --certs pki/near"),
+        };
+
+        let answer = disturbed(&hosts, &line, || {
+            for _ in 0..pulls {
+                hosts.cable("down");
+                pause(&mut random, 400);
+                hosts.cable("up");
+                pause(&mut random, 200);
+            }
+            server = hosts.serve();
+        });
+
+        assert!(reconnected(&answer) >= 1, "{answer:#?}");
+        assert!(answer.count("resumed_bytes") > 0, "{answer:#?}");
+        hosts.lab.assert_holds(to, &new);
+        old = new;
+    }
+    drop(server);
 }
 
 /// Longer than either side waits for a sign of life.

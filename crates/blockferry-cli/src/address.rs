@@ -1,4 +1,4 @@
-//! Where a disk is: a local path, also as a `file://` URL, or a path on another host. Forms that later versions
+//! Where a disk is: a local path, also as a `file://` URL, a path on another host, or an export of a server. Forms that later versions
 //! understand are refused by name, so that none is mistaken for a file that does not exist.
 
 use std::ffi::OsString;
@@ -6,13 +6,21 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use crate::export::Export;
 use crate::file_url;
 
 /// A disk here or on another host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Location {
     Here(Address),
-    There(Remote),
+    There(There),
+}
+
+/// A disk on another host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum There {
+    Shell(Remote),
+    Server(Export),
 }
 
 /// A local disk image or block device.
@@ -52,7 +60,14 @@ impl Location {
             return here.map_err(|what| AddressError::Url { what });
         }
         if let Some(url) = text.to_str().and_then(|text| text.strip_prefix("ssh://")) {
-            let there = Remote::from_url(url).map(Self::There);
+            let there = Remote::from_url(url).map(|remote| Self::There(There::Shell(remote)));
+            return there.map_err(|what| AddressError::Url { what });
+        }
+        if let Some(url) = text
+            .to_str()
+            .and_then(|text| text.strip_prefix("blockferry://"))
+        {
+            let there = Export::from_url(url).map(|export| Self::There(There::Server(export)));
             return there.map_err(|what| AddressError::Url { what });
         }
         if let Some(from) = text.to_str().and_then(|text| text.strip_prefix(PUSHED)) {
@@ -64,7 +79,7 @@ impl Location {
             Some((head, rest)) => match unsupported_form(head, rest) {
                 Some(what) => Err(AddressError::Unsupported { what }),
                 None => Remote::new(head, None, PathBuf::from(OsString::from_vec(rest.to_vec())))
-                    .map(Self::There)
+                    .map(|remote| Self::There(There::Shell(remote)))
                     .map_err(|what| AddressError::Url { what }),
             },
         }
@@ -74,7 +89,7 @@ impl Location {
     pub(crate) fn recorded(&self) -> String {
         match self {
             Self::Here(address) => address.recorded(),
-            Self::There(remote) => remote.to_string(),
+            Self::There(there) => there.to_string(),
         }
     }
 }
@@ -83,7 +98,26 @@ impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Here(address) => address.fmt(f),
-            Self::There(remote) => remote.fmt(f),
+            Self::There(there) => there.fmt(f),
+        }
+    }
+}
+
+impl There {
+    /// For messages.
+    pub(crate) fn host(&self) -> &str {
+        match self {
+            Self::Shell(remote) => remote.host(),
+            Self::Server(export) => export.host(),
+        }
+    }
+}
+
+impl fmt::Display for There {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shell(remote) => remote.fmt(f),
+            Self::Server(export) => export.fmt(f),
         }
     }
 }
@@ -165,20 +199,7 @@ impl Remote {
     fn from_url(url: &str) -> Result<Self, &'static str> {
         let slash = url.find('/').ok_or("expected a path behind the host")?;
         let (authority, path) = url.split_at(slash);
-        let is_number = |port: &str| !port.contains(']');
-        let (host, port) = match authority
-            .rsplit_once(':')
-            .filter(|(_, port)| is_number(port))
-        {
-            Some((host, port)) => {
-                let port = port.parse().ok().filter(|port| *port != 0);
-                (
-                    host,
-                    Some(port.ok_or("expected the number of a port behind the colon")?),
-                )
-            }
-            None => (authority, None),
-        };
+        let (host, port) = port_of(authority)?;
         let path = OsString::from_vec(file_url::unescaped(path)?);
         Self::new(host, port, PathBuf::from(path))
     }
@@ -230,6 +251,18 @@ impl fmt::Display for Remote {
     }
 }
 
+/// Host, and port if there is one, of `host[:port]`; colons inside brackets belong to the host.
+pub(crate) fn port_of(authority: &str) -> Result<(&str, Option<u16>), &'static str> {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => {
+            let port = port.parse().ok().filter(|port| *port != 0);
+            let port = port.ok_or("expected the number of a port behind the colon")?;
+            Ok((host, Some(port)))
+        }
+        _ => Ok((authority, None)),
+    }
+}
+
 /// As rsync and scp do, a colon before the first slash makes an address remote; `./a:b` is a file. A host that is a
 /// number of IPv6 stands in brackets.
 fn head_of(text: &[u8]) -> Option<(&str, &[u8])> {
@@ -247,7 +280,6 @@ fn head_of(text: &[u8]) -> Option<(&str, &[u8])> {
 fn unsupported_form(head: &str, rest: &[u8]) -> Option<&'static str> {
     let url = rest.starts_with(b"//");
     Some(match head {
-        "blockferry" if url => "a disk behind a blockferry server",
         "nbd" | "nbd+unix" | "nbds" | "nbds+unix" => "an NBD export",
         _ if head.ends_with("+file") => "an image format other than raw",
         _ if url => "this kind of address",
@@ -289,8 +321,8 @@ mod tests {
 
     fn there(text: &str) -> Remote {
         match parse(text).expect(text) {
-            Location::There(remote) => remote,
-            Location::Here(address) => panic!("{text}: {address}"),
+            Location::There(There::Shell(remote)) => remote,
+            other => panic!("{text}: {other}"),
         }
     }
 
@@ -375,7 +407,6 @@ mod tests {
     #[test]
     fn other_places_and_formats_are_refused_as_unsupported() {
         for text in [
-            "blockferry://host:9000/name",
             "nbd://host/export",
             "nbd+unix:///export?socket=/run/nbd",
             "qcow2+file:a.qcow2",
@@ -414,7 +445,13 @@ mod tests {
             assert_eq!(again.path(), address.absolute());
         }
         let remote = there("me@host:/disks/a b%\u{fc}");
-        assert_eq!(there(&Location::There(remote.clone()).recorded()), remote);
+        assert_eq!(
+            there(&Location::There(There::Shell(remote.clone())).recorded()),
+            remote
+        );
+        let export = parse("blockferry://host:99/web").expect("an export");
+        assert!(matches!(&export, Location::There(There::Server(export)) if export.port() == 99));
+        assert_eq!(parse(&export.recorded()).as_ref(), Ok(&export));
     }
 
     #[test]

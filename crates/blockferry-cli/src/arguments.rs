@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::address::{Address, Location};
 use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
+use crate::export::PORT;
 use crate::file_url;
-use crate::quote::quoted;
+use crate::quote::{quoted, quoted_path};
 
 /// Brings whole disks up to date, block by block, and never leaves one torn.
 ///
@@ -80,8 +81,10 @@ pub(crate) enum Verb {
     Digest(DigestArguments),
     /// Compare two disks, or check a target against its recorded point
     Verify(VerifyArguments),
-    /// Be the far end of a sync that another host began: what ssh starts there
+    /// Be the far end of syncs that other hosts begin: what ssh starts there, or a server
     Serve(ServeArguments),
+    /// Make certificates for hosts that are to trust each other
+    Certs(CertsArguments),
     /// Print a completion script for a shell
     Completions(CompletionsArguments),
     /// Write the manual pages into a directory
@@ -104,6 +107,7 @@ impl Verb {
             Self::Digest(_) => "digest",
             Self::Verify(_) => "verify",
             Self::Serve(_) => "serve",
+            Self::Certs(_) => "certs",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
         }
@@ -129,10 +133,10 @@ pub(crate) struct DemoArguments {
     reason = "each one is a flag of the command line contract"
 )]
 pub(crate) struct SyncArguments {
-    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH
+    /// The disk to read: a file or block device at rest, here, as [USER@]HOST:PATH or as blockferry://HOST/NAME
     #[arg(value_parser = location())]
     pub(crate) source: Location,
-    /// The disk to bring up to date: a file (created if absent) or block device, here or as [USER@]HOST:PATH
+    /// The disk to bring up to date: a file (created if absent) or block device, here or elsewhere as SOURCE can be
     #[arg(value_parser = location())]
     pub(crate) target: Location,
     /// How to find what to send
@@ -218,6 +222,9 @@ pub(crate) struct Reach {
     /// How blockferry is started on the other host, by its shell
     #[arg(long, value_name = "COMMAND", default_value = "blockferry")]
     pub(crate) remote_path: String,
+    /// The certificates of this host, for blockferry:// [default: /etc/blockferry/certs, or in ~/.config]
+    #[arg(long, value_name = "DIR", value_parser = directory())]
+    pub(crate) certs: Option<PathBuf>,
 }
 
 impl Reach {
@@ -230,6 +237,10 @@ impl Reach {
         if self.remote_path != "blockferry" {
             words.push_str(&format!(" --remote-path {}", quoted(&self.remote_path)));
         }
+        if let Some(certs) = &self.certs {
+            let certs = std::path::absolute(certs).unwrap_or_else(|_| certs.clone());
+            words.push_str(&format!(" --certs {}", quoted_path(&certs)));
+        }
         words
     }
 }
@@ -237,8 +248,26 @@ impl Reach {
 #[derive(Args, Debug)]
 pub(crate) struct ServeArguments {
     /// Talk over standard input and output, as ssh carries them
-    #[arg(long, required = true)]
+    #[arg(long, required_unless_present = "listen", conflicts_with = "listen")]
     pub(crate) stdio: bool,
+    /// Listen at ADDRESS, a name or number with or without a port, and serve over TLS what the configuration names
+    #[arg(long, value_name = "ADDRESS", requires = "config", value_parser = listening)]
+    pub(crate) listen: Option<String>,
+    /// The configuration: what is exported, and to whom
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CertsArguments {
+    /// Where the authority is, and where certificates go; made if absent
+    pub(crate) dir: PathBuf,
+    /// A host, and after commas its other names and addresses
+    #[arg(value_name = "NAME[,NAME]...", required = true)]
+    pub(crate) hosts: Vec<String>,
+    /// How long the certificates are valid
+    #[arg(long, value_name = "DAYS", default_value_t = 825, value_parser = clap::value_parser!(u32).range(1..=36500))]
+    pub(crate) days: u32,
 }
 
 #[derive(Args, Debug)]
@@ -408,6 +437,22 @@ fn address() -> ValueParser {
 /// A path, or the `file://` URL that printed commands have for one that is no text.
 fn directory() -> ValueParser {
     ValueParser::new(OsStringValueParser::new().try_map(file_url::path_or_url))
+}
+
+/// With the usual port, unless it names one; 0 is any that is free.
+fn listening(text: &str) -> Result<String, String> {
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => {
+            let port = port.parse::<u16>();
+            (host, port.map_err(|error| format!("port: {error}"))?)
+        }
+        _ => (text, PORT),
+    };
+    let is_number = host.starts_with('[') && host.ends_with(']');
+    if host.is_empty() || (host.contains(':') && !is_number) {
+        return Err("expected a name or a number, in brackets if it is one of IPv6".to_owned());
+    }
+    Ok(format!("{host}:{port}"))
 }
 
 fn positive_size(text: &str) -> Result<u64, String> {

@@ -8,6 +8,7 @@ mod demo;
 #[cfg(test)]
 mod documented;
 mod exit;
+mod export;
 mod failure;
 mod file_url;
 mod output;

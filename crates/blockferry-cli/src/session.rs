@@ -122,19 +122,23 @@ pub(crate) fn device_state_root() -> PathBuf {
     if is_root() {
         return PathBuf::from("/var/lib/blockferry");
     }
+    user_dir("XDG_STATE_HOME", ".local/state").join("blockferry")
+}
+
+/// What the variable of the XDG base directories names, or that place in the home of the user.
+pub(crate) fn user_dir(variable: &str, in_home: &str) -> PathBuf {
     let absolute = |name: &str| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
-    absolute("XDG_STATE_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+    absolute(variable)
+        .or_else(|| absolute("HOME").map(|home| home.join(in_home)))
         .unwrap_or_else(std::env::temp_dir)
-        .join("blockferry")
 }
 
 /// `/proc/self` belongs to the effective user.
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }

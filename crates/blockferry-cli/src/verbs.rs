@@ -1,5 +1,6 @@
 //! One module per verb: call the library, show the outcome, choose the exit.
 
+pub(crate) mod certs;
 pub(crate) mod decide;
 pub(crate) mod diff;
 pub(crate) mod digest;

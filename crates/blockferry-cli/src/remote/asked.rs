@@ -104,6 +104,28 @@ impl Asked {
         }
     }
 
+    /// Options that give something up, as [`Self::dangers`] calls them.
+    pub(crate) const DANGERS: [&str; 5] = [
+        "in-place",
+        "allow-shrink",
+        "undo-none",
+        "no-read-back",
+        "crash-consistent",
+    ];
+
+    /// Which of them are asked for.
+    pub(crate) fn dangers(&self) -> impl Iterator<Item = &'static str> {
+        let asked = [
+            self.in_place,
+            self.allow_shrink,
+            self.undo == UndoArgument::None,
+            self.pace.no_read_back,
+            self.pace.crash_consistent,
+        ];
+        let dangers = Self::DANGERS.into_iter().zip(asked);
+        dangers.filter_map(|(danger, is_asked)| is_asked.then_some(danger))
+    }
+
     pub(crate) fn to_json(&self) -> Vec<u8> {
         let value = |asked: &Self| serde_json::to_value(asked).expect("string keys only");
         let mut told = value(self);

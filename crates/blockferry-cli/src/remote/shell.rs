@@ -10,14 +10,12 @@ use std::time::{Duration, Instant};
 
 use crate::address::Remote;
 use crate::arguments::Reach;
-use crate::engine::transport::message::{MAX_JSON_BYTES, MAX_TEXT_BYTES, Open, Role};
-use crate::engine::transport::{self, Message};
-use crate::engine::{self, Connection, Deadlines, Link};
+use crate::engine::transport;
+use crate::engine::{Connection, Deadlines, Link};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::quote::quoted;
-use crate::remote::Asked;
 use crate::session::Session;
 
 /// The remote shell, where no option names it.
@@ -32,7 +30,7 @@ const MAX_LINE_BYTES: u64 = 4096;
 
 /// The command that starts something on another host.
 #[derive(Clone, Debug)]
-pub(crate) struct Shell<'a> {
+pub(super) struct Shell<'a> {
     remote: &'a Remote,
     words: Vec<String>,
     remote_path: &'a str,
@@ -40,7 +38,7 @@ pub(crate) struct Shell<'a> {
 
 impl<'a> Shell<'a> {
     /// Finds out how the host is reached.
-    pub(crate) fn new(remote: &'a Remote, reach: &'a Reach) -> Result<Self, Failure> {
+    pub(super) fn new(remote: &'a Remote, reach: &'a Reach) -> Result<Self, Failure> {
         let variable = || {
             std::env::var(RSH_VARIABLE)
                 .ok()
@@ -66,8 +64,9 @@ impl<'a> Shell<'a> {
         })
     }
 
-    pub(crate) fn host(&self) -> &str {
-        self.remote.host()
+    /// What is asked for there.
+    pub(super) fn disk(&self) -> &[u8] {
+        self.remote.path().as_os_str().as_bytes()
     }
 
     /// Program and arguments up to the host.
@@ -91,7 +90,7 @@ impl<'a> Shell<'a> {
     }
 
     /// The command for `verb` on the disk of the other host, to be pasted here.
-    pub(crate) fn command(&self, verb: &str, state: Option<&str>) -> String {
+    pub(super) fn command(&self, verb: &str, state: Option<&str>) -> String {
         let state = state.map(|dir| format!(" --state {}", quoted(dir)));
         let path = quoted(&self.remote.word());
         let there = format!(
@@ -103,25 +102,11 @@ impl<'a> Shell<'a> {
     }
 }
 
-/// Starts blockferry on the other host, greets it, and says what is wanted of it. The shell ends once the connection
-/// has; dropped, it is waited for.
-pub(crate) fn connect(
+/// Starts blockferry on the other host and greets it. The shell ends once the connection has; dropped, it is waited for.
+pub(super) fn connect(
     shell: &Shell<'_>,
-    role: Role,
-    asked: &Asked,
     session: &Session,
 ) -> Result<(Running, Connection), Failure> {
-    let open = Open {
-        role,
-        path: shell.remote.path().as_os_str().as_bytes().to_vec(),
-        options: asked.to_json(),
-    };
-    if open.path.len() > MAX_TEXT_BYTES || open.options.len() > MAX_JSON_BYTES {
-        return Err(Failure::new(
-            Exit::Usage,
-            "a path or an option is longer than can be told to another host",
-        ));
-    }
     let host = shell.remote.host().to_owned();
     let mut running = Running::start(shell, &session.output)?;
     let link = running.link(&host)?;
@@ -146,25 +131,15 @@ pub(crate) fn connect(
         opened
     });
     match opened {
-        Ok(connection) => {
-            let sent = connection.outbox().send(Message::Open(open));
-            sent.map_err(|error| Failure::from_error(Exit::Peer, &error))?;
-            Ok((running, connection))
-        }
-        Err(_) if session.is_cancelled() => {
-            let error = engine::Error::new(
-                engine::ErrorKind::Cancelled,
-                format!("stopped before {host} answered"),
-            );
-            Err(session.failure(&error))
-        }
+        Ok(connection) => Ok((running, connection)),
+        Err(_) if session.is_cancelled() => Err(super::stopped(&host, session)),
         Err(error) => Err(explain(&error, shell, running.end())),
     }
 }
 
 /// A remote shell under way. Dropped, it is given some time to end, and then ended.
 #[derive(Debug)]
-pub(crate) struct Running {
+pub(super) struct Running {
     child: Mutex<Child>,
     errors: Option<JoinHandle<()>>,
 }

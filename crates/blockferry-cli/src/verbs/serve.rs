@@ -1,5 +1,4 @@
-//! `serve --stdio`: the far end of a sync that another host began. Standard output carries the protocol; what goes
-//! wrong is told to the other side, which shows it.
+//! `serve`: the far end of a sync that another host began. What goes wrong is told to the other side, which shows it.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,10 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::arguments::ServeArguments;
-use crate::engine::transport::Message;
 use crate::engine::transport::message::{Open, Role};
+use crate::engine::transport::{self, Message};
 use crate::engine::{
-    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, Target,
+    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, Receipt, Target,
+    TargetOptions,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -22,12 +22,24 @@ use crate::file_url;
 use crate::remote::Asked;
 use crate::session::Session;
 
+mod config;
+mod listen;
+mod log;
+
 /// How long the far end of a connection that was cut may still hold the target: a silent peer is given up after 30
 /// seconds.
 const HELD: Duration = Duration::from_secs(45);
 const TICK: Duration = Duration::from_millis(200);
 
-pub(crate) fn run(_stdio: &ServeArguments, session: &Session) -> Result<Exit, Failure> {
+pub(crate) fn run(arguments: &ServeArguments, session: &Session) -> Result<Exit, Failure> {
+    match (&arguments.listen, &arguments.config) {
+        (Some(address), Some(config)) => listen::run(address, config, session),
+        _ => over_stdio(session),
+    }
+}
+
+/// Standard output carries the protocol.
+fn over_stdio(session: &Session) -> Result<Exit, Failure> {
     if session.output.is_json() {
         let message =
             "serve --stdio speaks to another blockferry over standard output: it has no --json";
@@ -38,21 +50,43 @@ pub(crate) fn run(_stdio: &ServeArguments, session: &Session) -> Result<Exit, Fa
         return Err(Failure::new(Exit::Usage, message)
             .with_hint("on the other host: blockferry sync SOURCE USER@THIS-HOST:PATH starts it"));
     }
-    let lost = |error: &engine::transport::Error| Failure::from_error(Exit::Peer, error);
+    let lost = |error: &transport::Error| Failure::from_error(Exit::Peer, error);
     let connection =
         Connection::open(stdio()?, Deadlines::default()).map_err(|error| lost(&error))?;
-    let served = match connection.receive().map_err(|error| lost(&error))? {
-        Message::Open(open) => serve(connection, open, session),
-        other => refuse(
-            connection,
-            Error::new(
-                ErrorKind::Peer,
-                format!("expected what to open, found a message {}", other.name()),
-            ),
-        ),
+    let opened = opened(&connection).map_err(|error| lost(&error))?;
+    let served = opened.and_then(|open| {
+        let asked = Asked::from_json(&open.options).map_err(|why| not_known(&why))?;
+        Ok((open, asked))
+    });
+    let outcome = match served {
+        Ok((open, asked)) => {
+            let disk = Disk {
+                path: PathBuf::from(OsString::from_vec(open.path)),
+                place: session.target_options(),
+            };
+            serve(
+                connection,
+                open.role,
+                disk,
+                &asked,
+                session.silent_context(),
+            )
+        }
+        Err(error) => refuse(connection, error),
     };
     // The other side was told, or is gone.
-    Ok(served.map_or_else(|error| session.failure(&error).exit(), |()| Exit::Done))
+    Ok(outcome.map_or_else(|error| session.failure(&error).exit(), |_| Exit::Done))
+}
+
+/// What the other side wants first; the outer error is that of the link.
+fn opened(connection: &Connection) -> transport::Result<Result<Open, Error>> {
+    Ok(match connection.receive()? {
+        Message::Open(open) => Ok(open),
+        other => {
+            let text = format!("expected what to open, found a message {}", other.name());
+            Err(Error::new(ErrorKind::Peer, text))
+        }
+    })
 }
 
 /// Standard input and output without the buffers of the library, which would hold back what is sent.
@@ -71,23 +105,32 @@ fn stdio() -> Result<Link, Failure> {
     Ok(Link::new(input, output, || {}, "the other side"))
 }
 
-fn refuse(connection: Connection, error: Error) -> Result<(), Error> {
+fn refuse<T>(connection: Connection, error: Error) -> Result<T, Error> {
     engine::refuse_peer(connection, &error);
     Err(error)
 }
 
-fn serve(connection: Connection, open: Open, session: &Session) -> Result<(), Error> {
-    let path = PathBuf::from(OsString::from_vec(open.path));
-    let asked = match Asked::from_json(&open.options) {
-        Ok(asked) => asked,
-        Err(why) => return refuse(connection, not_known(&why)),
-    };
-    let mut context = session.silent_context();
-    match open.role {
-        Role::Source => serve_source(connection, &path, &asked, &context),
+/// A disk that is served.
+#[derive(Debug)]
+struct Disk {
+    path: PathBuf,
+    /// Of a target.
+    place: TargetOptions,
+}
+
+/// Does this side's half of the run. Of a target there is a receipt.
+fn serve(
+    connection: Connection,
+    role: Role,
+    disk: Disk,
+    asked: &Asked,
+    mut context: Context,
+) -> Result<Option<Receipt>, Error> {
+    match role {
+        Role::Source => serve_source(connection, &disk.path, asked, &context).map(|()| None),
         Role::Target => {
             context = context.with_observer(PeerObserver::new(&connection));
-            serve_target(connection, &path, &asked, &context, session)
+            serve_target(connection, disk, asked, &context).map(Some)
         }
     }
 }
@@ -128,19 +171,18 @@ pub(crate) fn threads(asked: &Asked) -> usize {
 
 fn serve_target(
     connection: Connection,
-    path: &Path,
+    disk: Disk,
     asked: &Asked,
     context: &Context,
-    session: &Session,
-) -> Result<(), Error> {
-    let mut place = session.target_options();
+) -> Result<Receipt, Error> {
+    let Disk { path, mut place } = disk;
     if let Some(state) = &asked.state {
         match file_url::path_or_url(state.into()) {
             Ok(path) => place.state_dir = Some(path),
             Err(why) => return refuse(connection, not_known(why)),
         }
     }
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let path = std::path::absolute(&path).unwrap_or(path);
     let end = Instant::now() + HELD;
     let opened = loop {
         match Target::open(&path, &place) {
@@ -157,7 +199,7 @@ fn serve_target(
     };
     match opened {
         Ok(mut target) => {
-            engine::sync_from_peer(connection, &mut target, &asked.options(), context).map(drop)
+            engine::sync_from_peer(connection, &mut target, &asked.options(), context)
         }
         Err(error) => refuse(connection, error),
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::address::{Address, Location, Remote};
+use crate::address::{Address, Location, There};
 use crate::arguments::{Pace, Reach, SyncArguments};
 use crate::engine::transport::message::Role;
 use crate::engine::{
@@ -15,7 +15,7 @@ use crate::failure::Failure;
 use crate::file_url;
 use crate::output::Output;
 use crate::progress::Look;
-use crate::remote::{Asked, Patience, Shell, connect};
+use crate::remote::{Asked, Patience, Way};
 use crate::session::{Session, same_command};
 use crate::verbs::report::{Facts, duration, rate, short};
 use crate::verbs::serve;
@@ -115,12 +115,12 @@ pub(crate) fn bring_up_to_date(
             let (context, _display) = session.context(Look::Bar);
             engine::sync(disk, &mut place, &options, &context)
         }
-        Location::There(remote) => {
-            let shell = Shell::new(remote, reach)?;
+        Location::There(there) => {
+            let way = Way::new(there, reach)?;
             let asked = Asked::of_source(pace);
             let (context, _display) = session.context(Look::Bar);
-            with_patience(&shell, &context, |patience| {
-                let (_running, connection) = connect(&shell, Role::Source, &asked, session)?;
+            with_patience(&way, &context, |patience| {
+                let (_held, connection) = way.connect(Role::Source, &asked, session)?;
                 patience.connected();
                 let mut place = open_target(&mut options)?;
                 Ok(engine::sync_from_peer(
@@ -139,7 +139,7 @@ pub(crate) fn bring_up_to_date(
 /// Makes attempts until one comes to something else than a lost connection. A first one that finds no way to the other
 /// host is not repeated.
 fn with_patience<T>(
-    shell: &Shell<'_>,
+    way: &Way<'_>,
     context: &Context,
     mut attempt: impl FnMut(&mut Patience<'_>) -> Result<Result<T, engine::Error>, Failure>,
 ) -> Result<Result<T, engine::Error>, Failure> {
@@ -147,7 +147,7 @@ fn with_patience<T>(
     loop {
         let (why, outcome) = match attempt(&mut patience) {
             Ok(Err(error)) if error.is_lost_link() => {
-                let why = format!("the connection to {} was lost", shell.host());
+                let why = format!("the connection to {} was lost", way.host());
                 (why, Ok(Err(error)))
             }
             Err(failure) if failure.exit() == Exit::Peer && patience.has_lost() => {
@@ -164,19 +164,19 @@ fn with_patience<T>(
 /// Brings a target on another host to the content of a disk here.
 fn push(
     source: &Address,
-    target: &Remote,
+    target: &There,
     arguments: &SyncArguments,
     session: &Session,
 ) -> Result<Exit, Failure> {
     let disk = super::open(source.path(), arguments.pace.crash_consistent)?;
-    let shell = Shell::new(target, &arguments.reach)?;
+    let way = Way::new(target, &arguments.reach)?;
     let state = session.state_dir().map(file_url::text_of);
     let recorded = source.pushed_from(&host_name());
     let mut asked = Asked::of_target(arguments, recorded, state.clone());
     let (context, display) = session.context(Look::Bar);
-    let outcome = with_patience(&shell, &context, |patience| {
+    let outcome = with_patience(&way, &context, |patience| {
         asked.reconnecting = patience.has_lost();
-        let (_running, connection) = connect(&shell, Role::Target, &asked, session)?;
+        let (_held, connection) = way.connect(Role::Target, &asked, session)?;
         patience.connected();
         Ok(serve_disk(
             &disk,
@@ -186,7 +186,7 @@ fn push(
         ))
     });
     drop(display);
-    let command = |verb: &str| shell.command(verb, state.as_deref());
+    let command = |verb: &str| way.command(verb, state.as_deref());
     let receipt =
         outcome?.map_err(|error| explain_pushed(&error, &command, arguments.in_place, session))?;
     report("sync", &receipt, &command, session);
