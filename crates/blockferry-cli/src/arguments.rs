@@ -133,7 +133,7 @@ pub(crate) struct DemoArguments {
     reason = "each one is a flag of the command line contract"
 )]
 pub(crate) struct SyncArguments {
-    /// The disk to read: a file or block device at rest, here, as [USER@]HOST:PATH or as blockferry://HOST/NAME
+    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH, or an export of a server
     #[arg(value_parser = location())]
     pub(crate) source: Location,
     /// The disk to bring up to date: a file (created if absent) or block device, here or elsewhere as SOURCE can be

@@ -203,7 +203,7 @@ impl Server {
         };
         let peer_name = peer.name().unwrap_or_else(|| from.ip().to_string());
         let granted = match opened(&connection) {
-            Ok(open) => open.and_then(|open| self.grant(&config, &peer, &peer_name, open)),
+            Ok(open) => open.and_then(|open| self.grant(&config, &peer, &peer_name, &open)),
             Err(error) => return info!(%from, peer = peer_name, %error, "said nothing"),
         };
         drop(shaking);
@@ -261,7 +261,7 @@ impl Server {
         config: &Config,
         peer: &Peer,
         peer_name: &str,
-        open: Open,
+        open: &Open,
     ) -> Result<Granted, Error> {
         let refused = |text: String| Error::new(ErrorKind::Usage, text);
         let name = String::from_utf8_lossy(&open.path);
