@@ -1,8 +1,10 @@
-//! Syncs from the other side of a pair of sockets, beside the same between two local files, and what they cost on the
-//! wire.
+//! Syncs from the other side of a pair of sockets, beside the same between two local files, what they cost on the wire,
+//! and how well they fill one that is slow or long.
+
+use std::time::{Duration, Instant};
 
 use blockferry::{Mode, Strategy, SyncOptions, format_size};
-use blockferry_benches::{Place, REGION_BYTES};
+use blockferry_benches::{Place, REGION_BYTES, Wire};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 
 const BYTES: usize = 256 << 20;
@@ -83,5 +85,46 @@ fn bytes(_criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, bytes, syncs);
+/// Over a wire that is the limit: how much of its rate the bytes that crossed took up, and what latency costs.
+#[expect(clippy::print_stdout, reason = "a bench reports")]
+fn shaped(_criterion: &mut Criterion) {
+    let is_smoke = std::env::args().any(|word| word == "--test");
+    let (bytes, rate) = if is_smoke {
+        (16 << 20, 64e6)
+    } else {
+        (BYTES, 32e6)
+    };
+    for latency_ms in [0, 10, 50] {
+        let wire = Wire {
+            bytes_per_second: rate,
+            latency: Duration::from_millis(latency_ms),
+        };
+        for (name, stride, options) in [
+            ("full", 2, with(Mode::Full, Strategy::Shadow)),
+            ("delta, 1 page in 2", 2, with(Mode::Delta, Strategy::Redo)),
+            (
+                "delta, 1 page in 100",
+                100,
+                with(Mode::Delta, Strategy::Redo),
+            ),
+        ] {
+            let place = Place::new("wire-shaped", bytes, stride);
+            let begun = Instant::now();
+            let receipt = place.sync_over(wire.pair(), &options);
+            let elapsed = begun.elapsed().as_secs_f64();
+            let phase = |name: &str| receipt.phases.get(name).copied().unwrap_or_default();
+            let of_the_wire = receipt.sent_bytes as f64 / rate;
+            println!(
+                "wire: {name}, {} MB/s, {latency_ms} ms each way: {:.1} % of its rate while it scans and sends \
+                 ({:.2} s for {}), {elapsed:.2} s in all",
+                rate / 1e6,
+                100.0 * of_the_wire / phase("scanning"),
+                phase("scanning"),
+                format_size(receipt.sent_bytes),
+            );
+        }
+    }
+}
+
+criterion_group!(benches, bytes, shaped, syncs);
 criterion_main!(benches);

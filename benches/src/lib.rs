@@ -5,8 +5,10 @@
 //! real images is the script `benches/peers`.
 
 mod place;
+mod shaped;
 
 pub use place::Place;
+pub use shaped::Wire;
 
 /// One region at the default block size: what a worker holds at a time, larger than a processor's caches
 /// close by.

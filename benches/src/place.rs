@@ -112,7 +112,15 @@ impl Place {
     /// It failed.
     #[must_use]
     pub fn sync_over_sockets(&self, options: &SyncOptions) -> Receipt {
-        let (here, there) = Link::pair().expect("the system has sockets");
+        self.sync_over(Link::pair().expect("the system has sockets"), options)
+    }
+
+    /// The same over a link with these ends.
+    ///
+    /// # Panics
+    /// It failed.
+    #[must_use]
+    pub fn sync_over(&self, (here, there): (Link, Link), options: &SyncOptions) -> Receipt {
         let source = self.source();
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let serving = std::thread::spawn(move || {

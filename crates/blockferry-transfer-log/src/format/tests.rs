@@ -261,13 +261,49 @@ fn a_record_beyond_a_limit_is_refused_and_one_at_it_is_read() {
     let mut within = old(1);
     within.extents[0].extent = Extent::from_range(512..4096);
     assert!(!is_read(&within));
+    // What has no pages need not.
+    let mut zeros = plain(vec![(1, zero, OldContent::Zero)], StoredPages::Plain);
+    zeros.extents[0].extent = Extent::from_range(512..4096);
+    assert!(is_read(&zeros));
+}
+
+#[test]
+fn a_header_that_claims_an_impossible_length_is_none() {
+    let (whole, _) = record(4, 1).encode();
+    assert_eq!(RecordHeader::peek_length(&whole), Some(whole.len()));
+    for length in [0, 4096 - 8, 4096 + 8, 0xFFFF_F000u32, u32::MAX] {
+        let mut claims = whole.clone();
+        claims[12..16].copy_from_slice(&length.to_le_bytes());
+        assert_eq!(RecordHeader::peek_length(&claims), None, "{length}");
+    }
+}
+
+#[test]
+fn an_id_is_32_lower_case_digits_and_nothing_else() {
+    let id = SessionId::from_bytes([0xab; 16]);
+    let text = id.to_string();
+    assert_eq!(SessionId::from_hex(&text), Some(id));
+    let (short, long) = (&text[1..], format!("{text}a"));
+    let (signed, upper) = (format!("+{short}"), text.to_uppercase());
+    for wrong in ["", short, &long, &signed, &upper] {
+        assert_eq!(SessionId::from_hex(wrong), None, "{wrong}");
+    }
 }
 
 #[test]
 fn a_count_that_has_no_next_one_is_refused() {
     let (slot, decision, segment) = (slot(1, 1), decision(1, 1), segment(1, 1));
-    let count = u64::MAX;
+    for count in [1 << 63, u64::MAX] {
+        has_no_next(count, &slot, &decision, &segment);
+    }
+    let largest = Slot {
+        sequence: (1 << 63) - 1,
+        ..slot
+    };
+    assert_eq!(Slot::decode(&largest.encode()), Some(largest));
+}
 
+fn has_no_next(count: u64, slot: &Slot, decision: &Decision, segment: &SegmentHeader) {
     for slot in [
         Slot {
             sequence: count,
@@ -275,7 +311,7 @@ fn a_count_that_has_no_next_one_is_refused() {
         },
         Slot {
             epoch: count,
-            ..slot
+            ..slot.clone()
         },
     ] {
         assert_eq!(Slot::decode(&slot.encode()), None);
@@ -291,14 +327,14 @@ fn a_count_that_has_no_next_one_is_refused() {
         },
         Decision {
             ordinal: u32::MAX,
-            ..decision
+            ..decision.clone()
         },
     ] {
         assert_eq!(Decision::decode(&decision.encode()), None);
     }
     let segment = SegmentHeader {
         epoch: count,
-        ..segment
+        ..segment.clone()
     };
     assert!(SegmentHeader::decode(&segment.encode().0, "test").is_err());
 }

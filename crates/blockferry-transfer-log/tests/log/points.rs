@@ -261,6 +261,8 @@ fn a_session_tells_what_it_proves_and_when_its_group_is_full() {
         );
         session.stage(batch).unwrap();
         assert!(!session.group_is_full() && !session.group_is_empty());
+        let of = |page: u64| Extent::from_range(page * PAGE as u64..(page + 1) * PAGE as u64);
+        assert!(session.has_pre_image(of(0)) && !session.has_pre_image(of(1)));
         session.prove_by(Proof::Flush);
         setup.finish(&mut session, target.as_ref(), &new).unwrap();
 
@@ -272,8 +274,71 @@ fn a_session_tells_what_it_proves_and_when_its_group_is_full() {
 }
 
 #[test]
+fn a_group_is_full_when_it_has_its_size_and_zeros_are_counted_apart() {
+    let old = vec![0; 65 << 20];
+    let setup = Setup::file(Strategy::Shadow).without_undo();
+    let disk = setup.machine(Some(&[1; PAGE]));
+    let mut replica = setup.open(&disk).unwrap();
+    let mut session = replica.begin(&setup.plan(1, &old)).unwrap();
+    assert!(!session.keeps_old());
+    let stager = session.stager();
+    let bytes = vec![7; 1 << 20];
+    let digests: Vec<_> = bytes.chunks(8192).map(block_digest).collect();
+    for mib in 0..64u64 {
+        assert!(!session.group_is_full(), "{mib} MiB");
+        let mut batch = stager.blocks();
+        let extent = Extent::from_range(mib << 20..(mib + 1) << 20);
+        stager
+            .write_blocks(&mut batch, extent, &bytes, &digests, Old::None)
+            .unwrap();
+        session.stage(batch).unwrap();
+    }
+    assert!(session.group_is_full());
+    for start in [64 << 20, (64 << 20) + 8192] {
+        let mut batch = stager.blocks();
+        let extent = Extent::from_range(start..start + 8192);
+        stager
+            .write_zeros(&mut batch, extent, true, Old::None)
+            .unwrap();
+        session.stage(batch).unwrap();
+    }
+    let totals = session.totals();
+    assert_eq!(
+        (totals.staged_bytes, totals.zero_bytes),
+        (64 << 20, 2 * 8192)
+    );
+    assert_eq!(totals.restaged_bytes, 0);
+    session.close_group().unwrap();
+    assert!(session.group_is_empty());
+}
+
+#[test]
+fn what_one_run_stages_twice_was_not_durable_before() {
+    let (old, new) = (image(&[1, 2], 2 * PAGE), image(&[3, 4], 2 * PAGE));
+    let setup = Setup::file(Strategy::Redo);
+    let disk = setup.machine(Some(&old));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+    for _ in 0..2 {
+        for batch in setup
+            .batches(
+                &session,
+                target.as_ref(),
+                &old.iter().map(|b| b ^ 1).collect::<Vec<_>>(),
+            )
+            .unwrap()
+        {
+            session.stage(batch).unwrap();
+        }
+    }
+
+    assert_eq!(session.totals().restaged_bytes, 0);
+}
+
+#[test]
 fn what_is_staged_is_known_by_the_digest_of_each_unit() {
-    let old = image(&[1; 8], 8 * PAGE);
+    let old = image(&[1; 10], 10 * PAGE);
     let setup = Setup::file(Strategy::Shadow);
     let disk = setup.machine(Some(&old));
     let mut replica = setup.open(&disk).unwrap();
@@ -286,9 +351,9 @@ fn what_is_staged_is_known_by_the_digest_of_each_unit() {
     let block = |n: u64| Extent::from_range(n * 8192..(n + 1) * 8192);
     let digests: Vec<_> = bytes.chunks(8192).map(block_digest).collect();
     let mut batch = stager.blocks();
-    for (first, count) in [(0, 1), (1, 2)] {
+    // The block between them is not staged.
+    for (first, count, from) in [(0, 1, 0), (2, 2, 1)] {
         let extent = Extent::from_range(first * 8192..(first + count) * 8192);
-        let from = usize::try_from(first).unwrap();
         let (bytes, digests) = (&bytes[from * 8192..], &digests[from..]);
         let digests = &digests[..usize::try_from(count).unwrap()];
         stager
@@ -296,15 +361,21 @@ fn what_is_staged_is_known_by_the_digest_of_each_unit() {
             .unwrap();
     }
     stager
-        .write_zeros(&mut batch, block(3), true, Old::None)
+        .write_zeros(&mut batch, block(4), true, Old::None)
         .unwrap();
     session.stage(batch).unwrap();
     session.close_group().unwrap();
 
     let view = session.staged_view();
 
-    let found: Vec<_> = (0..4).map(|n| view.digest_of(block(n)).unwrap()).collect();
-    let expected = [Some(digests[0]), Some(digests[1]), Some(digests[2]), None];
+    let found: Vec<_> = (0..5).map(|n| view.digest_of(block(n)).unwrap()).collect();
+    let expected = [
+        Some(digests[0]),
+        None,
+        Some(digests[1]),
+        Some(digests[2]),
+        None,
+    ];
     assert_eq!(found, expected);
     let two = Extent::from_range(0..2 * 8192);
     assert_eq!(view.digest_of(two).unwrap(), None, "no unit");

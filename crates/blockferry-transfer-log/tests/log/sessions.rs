@@ -3,7 +3,9 @@
 use blockferry_core::{Extent, block_digest};
 use blockferry_device::Status;
 use blockferry_testkit::{Fault, FaultKind, OperationKind};
-use blockferry_transfer_log::{Old, Prepared, Recovered, Replica, Strategy, Undo, Unwritten};
+use blockferry_transfer_log::{
+    ErrorKind, Old, Prepared, Recovered, Replica, Strategy, Undo, Unwritten,
+};
 
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
 
@@ -75,8 +77,24 @@ fn every_strategy_reaches_the_new_point_and_rolls_back_bit_for_bit() {
 }
 
 #[test]
-fn what_lies_behind_the_image_on_a_larger_device_stays() {
-    let setup = Setup::device(Strategy::Redo);
+fn what_lies_behind_the_image_on_a_larger_device_stays_and_a_smaller_one_is_refused() {
+    for setup in [
+        Setup::device(Strategy::Redo),
+        Setup::device(Strategy::Direct).without_undo(),
+    ] {
+        stays_behind(&setup);
+        let new = image(&[1, 2, 3], 3 * PAGE);
+        let disk = setup.machine(Some(&new[PAGE..]));
+        let mut replica = setup.open(&disk).unwrap();
+
+        let refused = replica.begin(&setup.plan(1, &new)).unwrap_err();
+
+        assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
+        assert_eq!(setup.content(&disk).as_deref(), Some(&new[PAGE..]));
+    }
+}
+
+fn stays_behind(setup: &Setup) {
     let old = image(&[1, 2, 3, 4, 5, 6], 6 * PAGE);
     let new = image(&[1, 9, 0, 8], 4 * PAGE);
     let disk = setup.machine(Some(&old));
@@ -86,8 +104,10 @@ fn what_lies_behind_the_image_on_a_larger_device_stays() {
     let after = setup.content(&disk).unwrap();
     assert!(after[..new.len()] == new && after[new.len()..] == old[new.len()..]);
 
-    replica.rollback(&quiet).unwrap();
-    assert_eq!(setup.content(&disk), Some(old));
+    if !setup.is_without_undo() {
+        replica.rollback(&quiet).unwrap();
+        assert_eq!(setup.content(&disk), Some(old));
+    }
 }
 
 #[test]
@@ -450,7 +470,8 @@ fn what_later_records_left_of_a_working_file_is_proven_before_it_counts() {
             session.stage(batch).unwrap();
         };
         write(0, &written[..4 * PAGE]);
-        write(4 * PAGE, &written[4 * PAGE..]);
+        write(4 * PAGE, &written[4 * PAGE..6 * PAGE]);
+        write(6 * PAGE, &written[6 * PAGE..]);
         write(0, &new[..2 * PAGE]);
         write(6 * PAGE, &new[6 * PAGE..]);
         let prepared = session.prepare().unwrap();
@@ -458,6 +479,8 @@ fn what_later_records_left_of_a_working_file_is_proven_before_it_counts() {
 
         let applied = session.commit(root(&new), &quiet).unwrap();
 
+        // What was written once is in one record, what was written again in another.
+        assert_eq!(replica.stats().records(), 2, "{strategy}");
         assert_eq!(applied.proven_bytes, new.len() as u64, "{strategy}");
         assert_eq!(setup.content(&disk).as_ref(), Some(&new), "{strategy}");
     }
@@ -569,7 +592,7 @@ fn compaction_keeps_what_counts_and_drops_the_rest() {
     plan.log_limit_bytes = 600 * 1024;
     let mut session = replica.begin(&plan).unwrap();
 
-    let mut highest = 0;
+    let (mut highest, mut sequence) = (0, 0);
     let mut new = old.clone();
     for round in 0u8..60 {
         new = image(
@@ -579,6 +602,8 @@ fn compaction_keeps_what_counts_and_drops_the_rest() {
         setup
             .stage(&mut session, target.as_ref(), &new, 99, &mut |c| {
                 highest = highest.max(c.log_bytes);
+                assert!(c.sequence > sequence, "{} after {sequence}", c.sequence);
+                sequence = c.sequence;
             })
             .unwrap();
     }

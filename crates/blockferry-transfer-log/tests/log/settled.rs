@@ -4,8 +4,8 @@ use blockferry_core::checksum;
 use blockferry_device::Status;
 use blockferry_testkit::{Fault, FaultKind, OperationKind, Repeat, SimDisk, SimOptions};
 use blockferry_transfer_log::{
-    ErrorKind, GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Strategy,
-    Unwritten, Verdict,
+    ErrorKind, GroupDirectory, GroupId, GroupVerdicts, Place, Recovered, Replica, Session,
+    Strategy, Unwritten, Verdict,
 };
 
 use crate::harness::{PAGE, Setup, TARGET, id, image, quiet, root};
@@ -297,6 +297,27 @@ fn space_is_reserved_noted_and_given_back() {
     assert_eq!(setup.content(&disk), Some(old));
 }
 
+/// Space that a run reserved, or that is to be given back, is nobody's any more once somebody wrote there.
+#[test]
+fn what_somebody_wrote_is_never_given_back_as_space() {
+    let setup = Setup::file(Strategy::Redo);
+    let disk = prepared(&setup, |_session, _new| {});
+    write_as_somebody(&disk, &setup, 1);
+    let written = setup.content(&disk);
+    setup.open(&disk).unwrap().cancel().unwrap();
+    assert_eq!(setup.content(&disk), written, "cancel");
+
+    let disk = setup.machine(Some(&old()));
+    let mut replica = setup.open(&disk).unwrap();
+    let zeroed = image(&[1, 0, 3, 8], 4 * PAGE);
+    setup.sync(&mut replica, 1, &zeroed).unwrap();
+    drop(replica);
+    write_as_somebody(&disk, &setup, 1);
+    let written = setup.content(&disk);
+    setup.open(&disk).unwrap().accept().unwrap();
+    assert_eq!(setup.content(&disk), written, "accept");
+}
+
 struct Always(Verdict);
 
 impl GroupVerdicts for Always {
@@ -307,13 +328,20 @@ impl GroupVerdicts for Always {
 
 /// A member that is prepared, with space reserved in page 1 of its target.
 fn prepared_member(setup: &Setup) -> SimDisk {
+    prepared(setup, |session, new| {
+        session.prepare_for_group(root(new), GROUP).unwrap()
+    })
+}
+
+/// Everything is staged, with space reserved in page 1 of the target, and `then` done.
+fn prepared(setup: &Setup, then: impl FnOnce(&mut Session<'_>, &[u8])) -> SimDisk {
     let disk = setup.machine(Some(&image(&[1, 0, 0, 4], 4 * PAGE)));
     let new = image(&[1, 2, 0, 5], 4 * PAGE);
     let mut replica = setup.open(&disk).unwrap();
     let target = replica.target();
     let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
     setup.finish(&mut session, target.as_ref(), &new).unwrap();
-    session.prepare_for_group(root(&new), GROUP).unwrap();
+    then(&mut session, &new);
     drop(session);
     drop(replica);
     disk
@@ -459,6 +487,42 @@ fn the_page_where_a_file_is_cut_off_is_in_the_log_even_if_it_stays() {
             assert_eq!(setup.content(&disk).as_ref(), Some(&new), "{sizes:?}");
         }
     }
+}
+
+/// Names that no version writes are not taken for a log, nor for a file of ours.
+#[test]
+fn names_that_no_session_has_are_passed_over() {
+    let setup = Setup::file(Strategy::Shadow);
+    let disk = setup.machine(Some(&old()));
+    let log_of_none = format!("{}.log.{}", id(1), u32::MAX);
+    disk.install("state", &log_of_none, &[1; PAGE]);
+    let orphan = format!(".{TARGET}.{}.blockferry", id(9));
+    let others = [
+        format!(".{TARGET}.{}.blockferry", &id(9).to_string()[1..]),
+        format!(
+            ".{TARGET}.{}.blockferry",
+            id(9).to_string().replace('0', "A")
+        ),
+    ];
+    for name in others.iter().chain([&orphan]) {
+        disk.install("images", name, &old());
+    }
+
+    stage_some(&setup, &disk, 1, &new(), 1, false);
+    let mut replica = setup.open(&disk).unwrap();
+
+    assert_eq!(*replica.recovered(), Recovered::Staging);
+    let mut session = replica.resume(u64::MAX).unwrap();
+    setup.finish(&mut session, None, &new()).unwrap();
+    session.commit(root(&new()), &quiet).unwrap();
+    assert_eq!(setup.content(&disk), Some(new()));
+    let names = disk.dir("images").names().unwrap();
+    assert!(
+        !names.contains(&orphan),
+        "a session that is gone left it: {names:?}"
+    );
+    assert!(others.iter().all(|name| names.contains(name)), "{names:?}");
+    assert!(disk.dir("state").names().unwrap().contains(&log_of_none));
 }
 
 #[test]
