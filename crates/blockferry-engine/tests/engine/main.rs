@@ -17,3 +17,4 @@ mod proof;
 mod reading;
 mod real;
 mod remote;
+mod remote_crashes;

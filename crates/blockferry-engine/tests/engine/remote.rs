@@ -8,8 +8,8 @@ use std::thread;
 use blockferry_core::{ChangeMap, Content, Extent, Geometry, Provenance, Root, Trust};
 use blockferry_device::{BlockSource, Clock, Evidence, Identity};
 use blockferry_engine::{
-    ChangesSince, Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Undo,
-    serve_source, sync_from_peer,
+    ChangesSince, Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Target,
+    Undo, serve_source, sync_from_peer,
 };
 use blockferry_testkit::{Random, VirtualClock, images};
 use blockferry_transport::{Connection, Deadlines, Link, Message, ShortDigests, Width, message};
@@ -21,7 +21,7 @@ use crate::harness::{
 
 const BYTES: u64 = 6 << 20;
 
-fn delta(strategy: Option<Strategy>) -> SyncOptions {
+pub(crate) fn delta(strategy: Option<Strategy>) -> SyncOptions {
     options(|o| {
         o.block_size = block_size(16 * 1024);
         o.mode = Mode::Delta;
@@ -30,17 +30,23 @@ fn delta(strategy: Option<Strategy>) -> SyncOptions {
 }
 
 /// What both sides came to, and what travelled: bytes to the source's side, and from there.
-struct Ran {
-    target: Result<Receipt>,
+pub(crate) struct Ran {
+    pub(crate) target: Result<Receipt>,
     source: Result<Vec<u8>>,
 }
 
 /// A sync over this pair of links.
-fn run(
+fn run(machine: &Machine, source: &Arc<Source>, options: &SyncOptions, link: (Link, Link)) -> Ran {
+    run_in(machine, source, options, link, &Context::default())
+}
+
+/// The same, of which the target's side is watched.
+pub(crate) fn run_in(
     machine: &Machine,
     source: &Arc<Source>,
     options: &SyncOptions,
     (here, there): (Link, Link),
+    context: &Context,
 ) -> Ran {
     let served: Arc<dyn BlockSource> = Arc::<Source>::clone(source);
     let serving = thread::spawn(move || {
@@ -50,12 +56,8 @@ fn run(
     let target = Connection::open(here, Deadlines::default())
         .map_err(unopened)
         .and_then(|connection| {
-            sync_from_peer(
-                connection,
-                &mut machine.open(),
-                options,
-                &Context::default(),
-            )
+            let mut target = Target::from_parts(machine.place(), machine.state())?;
+            sync_from_peer(connection, &mut target, options, context)
         });
     Ran {
         target,
@@ -123,7 +125,7 @@ impl<S: Read> Read for Cut<S> {
 }
 
 /// A pair of links of which the target's side hears no more than `bytes` bytes.
-fn cut_after(bytes: usize) -> (Link, Link) {
+pub(crate) fn cut_after(bytes: usize) -> (Link, Link) {
     let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
     let (reader, closer) = (one.try_clone().unwrap(), one.try_clone().unwrap());
     let cut = Cut {
@@ -136,6 +138,39 @@ fn cut_after(bytes: usize) -> (Link, Link) {
     let here = Link::new(cut, one, close, "the source's side");
     let there = Link::over_socket(other, "the target's side").unwrap();
     (here, there)
+}
+
+/// A pair of links of which the target's side hears what was sent for so many bytes, and then something else.
+pub(crate) fn garbled_after(bytes: usize) -> (Link, Link) {
+    let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (reader, closer) = (one.try_clone().unwrap(), one.try_clone().unwrap());
+    let garbling = Garbling {
+        stream: reader,
+        left: bytes,
+    };
+    let close = move || {
+        closer.shutdown(std::net::Shutdown::Both).ok();
+    };
+    let here = Link::new(garbling, one, close, "the source's side");
+    (here, Link::over_socket(other, "the target's side").unwrap())
+}
+
+/// Passes so many bytes, then changes each.
+struct Garbling<S> {
+    stream: S,
+    left: usize,
+}
+
+impl<S: Read> Read for Garbling<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.stream.read(buffer)?;
+        let good = self.left.min(count);
+        self.left -= good;
+        buffer[good..count]
+            .iter_mut()
+            .for_each(|byte| *byte ^= 0x55);
+        Ok(count)
+    }
 }
 
 #[test]
@@ -286,7 +321,7 @@ fn a_source_that_fails_is_told_of_on_the_other_side() {
     );
 }
 
-fn full(strategy: Option<Strategy>) -> SyncOptions {
+pub(crate) fn full(strategy: Option<Strategy>) -> SyncOptions {
     let mut full = delta(strategy);
     full.mode = Mode::Full;
     full

@@ -19,7 +19,7 @@ use std::collections::HashSet;
 use std::fmt::Debug;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use report::{Report, StepCounts, Violation};
@@ -88,11 +88,12 @@ pub trait Scenario {
     }
 }
 
-/// The promises made so far, each with the number of operations done by then.
-#[derive(Debug)]
+/// The promises made so far, each with the number of operations done by then. A clone adds to the same ones, as an
+/// observer does that has to own what it notes them in.
+#[derive(Clone, Debug)]
 pub struct Events<E> {
     disk: SimDisk,
-    list: Mutex<Vec<(u64, E)>>,
+    list: Arc<Mutex<Vec<(u64, E)>>>,
 }
 
 impl<E: Clone> Events<E> {
@@ -101,7 +102,7 @@ impl<E: Clone> Events<E> {
     pub fn new(disk: &SimDisk) -> Self {
         Self {
             disk: disk.clone(),
-            list: Mutex::default(),
+            list: Arc::default(),
         }
     }
 
