@@ -99,7 +99,7 @@ impl Identity {
         })
     }
 
-    /// From the three files in `dir` that [`file`] names.
+    /// From the three files in `dir` that [`mod@file`] names.
     ///
     /// # Errors
     /// One of them cannot be read, others than its owner may read the key, and as [`Self::new`].
