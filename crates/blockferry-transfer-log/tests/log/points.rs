@@ -10,7 +10,8 @@ use blockferry_transfer_log::{
     ErrorKind, Old, Proof, Replica, SourceStamp, Stager, Strategy, Unwritten,
 };
 
-use crate::harness::{PAGE, Setup, id, image, root};
+use crate::harness::{PAGE, Setup, id, image, quiet, root};
+use crate::sessions::stage_some;
 
 fn stamp(label: &str) -> SourceStamp {
     SourceStamp::new(label, Identity::unknown(), Evidence::unknown())
@@ -226,7 +227,7 @@ fn a_session_that_could_not_be_taken_up_keeps_others_out_until_the_next_open() {
     let (old, new) = (image(&[1, 2, 3], 3 * PAGE), image(&[4, 5, 6], 3 * PAGE));
     let setup = Setup::file(Strategy::Redo);
     let disk = setup.machine(Some(&old));
-    crate::sessions::stage_some(&setup, &disk, 1, &new, 1, false);
+    stage_some(&setup, &disk, 1, &new, 1, false);
     let mut replica = setup.open(&disk).unwrap();
     disk.inject(Fault::on(OperationKind::Create, "state/", 1, FaultKind::Io));
     replica.resume(u64::MAX).unwrap_err();
@@ -310,6 +311,124 @@ fn a_group_is_full_when_it_has_its_size_and_zeros_are_counted_apart() {
     assert_eq!(totals.restaged_bytes, 0);
     session.close_group().unwrap();
     assert!(session.group_is_empty());
+}
+
+/// A record may have 512 extents and 1024 digests: small batches are joined up to 256 and 768 of them.
+#[test]
+fn small_batches_are_joined_to_few_records_that_keep_their_limits() {
+    let block = 8192u64;
+    // Batches of a group, the blocks of each, how far apart these are, and the records that they make.
+    for (batches, blocks, apart, records) in [(6, 100, 2, 3), (6, 300, 1, 3), (4, 1, 2, 1)] {
+        let new = vec![7; usize::try_from(batches * blocks * apart * block).unwrap()];
+        let setup = Setup::file(Strategy::Shadow);
+        let disk = setup.machine(Some(&[1; PAGE]));
+        let mut replica = setup.open(&disk).unwrap();
+        let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+        let stager = session.stager();
+        // Neighbours are one extent.
+        let at_once = if apart == 1 { blocks } else { 1 };
+        let bytes = vec![7; usize::try_from(at_once * block).unwrap()];
+        let digests: Vec<_> = bytes.chunks(8192).map(block_digest).collect();
+        for first in (0..batches).map(|batch| batch * blocks) {
+            let mut batch = stager.blocks();
+            for number in (first..first + blocks).step_by(digests.len()) {
+                let start = number * apart * block;
+                let extent = Extent::from_range(start..start + at_once * block);
+                stager
+                    .write_blocks(&mut batch, extent, &bytes, &digests, Old::None)
+                    .unwrap();
+            }
+            session.stage(batch).unwrap();
+        }
+        session.close_group().unwrap();
+        let staged = session.totals().staged_bytes;
+        drop(session);
+
+        assert_eq!(replica.stats().records(), records, "{batches} of {blocks}");
+        drop(replica);
+        let mut replica = setup.open(&disk).unwrap();
+        let session = replica.resume(u64::MAX).unwrap();
+        assert_eq!(
+            session.totals().resumed_bytes,
+            staged,
+            "{batches} of {blocks}"
+        );
+    }
+}
+
+#[test]
+fn what_is_durable_is_read_back_on_the_side_once() {
+    let old = image(&[1; 16], 16 * PAGE);
+    let new = image(
+        &[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
+        16 * PAGE,
+    );
+    for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Shadow)] {
+        let disk = setup.machine(Some(&old));
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
+        assert!(
+            session.read_back_task().unwrap().is_none(),
+            "nothing is staged"
+        );
+        setup
+            .stage(&mut session, target.as_ref(), &new, 2, &mut |_| {})
+            .unwrap();
+        assert!(!session.is_read_back_under_way(), "nothing was handed out");
+
+        let first = session
+            .read_back_task()
+            .unwrap()
+            .expect("something is durable");
+        assert!(session.is_read_back_under_way());
+        assert!(
+            session.read_back_task().unwrap().is_none(),
+            "it is handed out once"
+        );
+        setup
+            .stage(&mut session, target.as_ref(), &new, 9, &mut |_| {})
+            .unwrap();
+        let second = session.read_back_task().unwrap().expect("more is durable");
+        let batch = setup
+            .batches(&session, target.as_ref(), &old)
+            .unwrap()
+            .swap_remove(0);
+        session.stage(batch).unwrap();
+        assert!(
+            session.read_back_task().unwrap().is_none(),
+            "what is not durable is not handed out"
+        );
+        session.take_read_back(first.run()).unwrap();
+        assert!(session.is_read_back_under_way(), "the second");
+        session.take_read_back(second.run()).unwrap();
+        assert!(!session.is_read_back_under_way());
+
+        setup
+            .stage(&mut session, target.as_ref(), &new, 9, &mut |_| {})
+            .unwrap();
+        setup.finish(&mut session, target.as_ref(), &new).unwrap();
+        session.commit(root(&new), &quiet).unwrap();
+        assert_eq!(setup.content(&disk).as_ref(), Some(&new));
+    }
+}
+
+#[test]
+fn what_a_session_and_an_old_point_hold_is_counted_with_the_file_beside_the_target() {
+    let (old, new) = (image(&[1; 9], 9 * PAGE), image(&[2; 9], 9 * PAGE));
+    let setup = Setup::file(Strategy::Shadow);
+    let disk = setup.machine(Some(&old));
+    stage_some(&setup, &disk, 1, &new, usize::MAX, false);
+    let mut replica = setup.open(&disk).unwrap();
+
+    let freed = replica.cancel().unwrap();
+
+    assert!(freed >= new.len() as u64, "{freed}");
+    setup.sync(&mut replica, 2, &new).unwrap();
+    assert!(replica.held_bytes().unwrap() >= old.len() as u64);
+    let freed = replica.accept().unwrap();
+    assert!(freed >= old.len() as u64, "{freed}");
+    assert!(replica.retained().is_none());
 }
 
 #[test]
