@@ -462,6 +462,22 @@ fn a_target_that_was_pushed_never_takes_a_disk_of_its_own_host_for_the_source() 
     );
 }
 
+#[test]
+fn a_pull_into_a_target_that_is_refused_says_that_and_nothing_else() {
+    let hosts = Hosts::new();
+    fs::write(hosts.far("disk"), content(MIB, 14)).expect("written");
+    fs::create_dir(hosts.lab.path("target")).expect("created");
+
+    let output = hosts.run("sync h:disk target");
+
+    let shown = text(&output.stderr);
+    assert_eq!(code(&output), 4, "{shown}");
+    assert!(
+        shown.starts_with("error: ") && !shown.contains("h: "),
+        "{shown}"
+    );
+}
+
 /// What a connection may cost, whoever is on its other side.
 const MOST_BYTES: u64 = 64 << 20;
 

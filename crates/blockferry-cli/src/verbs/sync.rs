@@ -122,10 +122,16 @@ pub(crate) fn bring_up_to_date(
             with_patience(&way, &context, |patience| {
                 let (_held, connection) = way.connect(Role::Source, &asked, session)?;
                 patience.connected();
-                let mut place = open_target(&mut options)?;
-                Ok(engine::sync_from_peer(
-                    connection, &mut place, &options, &context,
-                ))
+                match open_target(&mut options) {
+                    Ok(mut place) => Ok(engine::sync_from_peer(
+                        connection, &mut place, &options, &context,
+                    )),
+                    Err(failure) => {
+                        let why = engine::Error::new(ErrorKind::Target, failure.message());
+                        engine::refuse_peer(connection, &why);
+                        Err(failure)
+                    }
+                }
             })?
         }
     };

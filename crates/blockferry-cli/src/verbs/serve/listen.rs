@@ -62,7 +62,10 @@ pub(super) fn run(address: &str, file: &Path, session: &Session) -> Result<Exit,
         match arriving.recv_timeout(TICK) {
             Ok((socket, from)) => {
                 let server = Arc::clone(&server);
-                thread::spawn(move || server.attend(socket, &from));
+                let attending = move || server.attend(socket, &from);
+                if let Err(error) = thread::Builder::new().spawn(attending) {
+                    warn!(%from, %error, "sent away: no thread for it");
+                }
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
