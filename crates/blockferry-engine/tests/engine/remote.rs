@@ -1,8 +1,8 @@
 //! The source on the other side of a connection: what holds of a local run holds of it, and little travels.
 
 use std::io::{self, Read};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use blockferry_core::{ChangeMap, Content, Extent, Geometry, Provenance, Root, Trust};
@@ -12,7 +12,10 @@ use blockferry_engine::{
     Undo, serve_source, sync_from_peer,
 };
 use blockferry_testkit::{Random, VirtualClock, images};
-use blockferry_transport::{Connection, Deadlines, Link, Message, ShortDigests, Width, message};
+use blockferry_transport::frame::FrameDecoder;
+use blockferry_transport::{
+    Connection, Deadlines, Link, Message, PREAMBLE_BYTES, ShortDigests, Width, message,
+};
 
 use crate::harness::{
     Machine, On, Source, assert_rolls_back_to, assert_synced, block_size, edited, image, listening,
@@ -211,6 +214,62 @@ fn a_link_cut_anywhere_is_resumed_without_sending_anything_durable_again() {
         assert!(receipt.resumed_bytes > 0);
         assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
     }
+}
+
+/// Notes what it passes.
+struct Noting<S> {
+    stream: S,
+    heard: Arc<Mutex<Vec<u8>>>,
+}
+
+impl<S: Read> Read for Noting<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.stream.read(buffer)?;
+        self.heard.lock().unwrap().extend(&buffer[..count]);
+        Ok(count)
+    }
+}
+
+/// So a link that is cut within a message is one that was cut before it, whichever byte of it was the last.
+#[test]
+fn a_message_counts_with_its_last_byte_and_not_before() {
+    let old = image(49, 512 * 1024);
+    let source = Source::new(edited(49, &old, 512 * 1024, 600));
+    let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let closer = one.try_clone().unwrap();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let noting = Noting {
+        stream: one.try_clone().unwrap(),
+        heard: Arc::clone(&heard),
+    };
+    let close = move || drop(closer.shutdown(std::net::Shutdown::Both));
+    let here = Link::new(noting, one, close, "the source's side");
+    let there = Link::over_socket(other, "the target's side").unwrap();
+    let whole = delta(Some(Strategy::Redo));
+    run(&Machine::file(&old), &source, &whole, (here, there))
+        .target
+        .unwrap();
+    let heard = heard.lock().unwrap().split_off(PREAMBLE_BYTES);
+    assert!(heard.len() > 64 * 1024, "{}", heard.len());
+
+    let (mut decoder, mut end, mut messages) = (FrameDecoder::new(), 0, 0);
+    decoder.trust();
+    for (at, byte) in heard.iter().enumerate() {
+        if at == end {
+            assert!(!decoder.is_within_frame());
+            let length = heard[at..at + 4].try_into().unwrap();
+            end = at + 5 + usize::try_from(u32::from_le_bytes(length)).unwrap();
+        }
+        decoder.push(&[*byte]);
+        let frame = decoder.next_frame().unwrap();
+        assert_eq!(frame.is_some(), at + 1 == end, "byte {at}");
+        assert_eq!(decoder.is_within_frame(), at + 1 < end, "byte {at}");
+        if let Some(frame) = frame {
+            Message::decode(&frame).unwrap();
+            messages += 1;
+        }
+    }
+    assert!(messages > 5 && end == heard.len(), "{messages}");
 }
 
 /// Of what the target's side hears, any byte of the first 64 KiB may be the last one: each of the greeting and of the
