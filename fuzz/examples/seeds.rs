@@ -61,6 +61,8 @@ fn main() -> std::io::Result<()> {
         ("exact", 0b1_0011),
         ("whole", 0x80 | 0b1010),
         ("alike", 0b1010),
+        // Pages come twice.
+        ("twice", 0x40 | 0b1000),
     ] {
         let draws = (0u8..=255)
             .cycle()

@@ -34,6 +34,8 @@ pub(super) struct Pair {
     draw: Box<dyn FnMut(usize) -> usize>,
     /// One in so many messages has a byte changed on its way; none if 0.
     pub(super) changed_in: usize,
+    /// Pages come twice, which must end the run.
+    pub(super) repeats: bool,
 }
 
 /// What travelled.
@@ -76,6 +78,7 @@ impl Pair {
             sent: Sent::default(),
             draw: Box::new(draw),
             changed_in: 0,
+            repeats: false,
         }
     }
 
@@ -127,8 +130,15 @@ impl Pair {
             1 => {
                 if let Some(message) = self.to_target.pop_front() {
                     let message = self.on_its_way(message)?;
+                    let again =
+                        matches!(&message, Message::Data { blocks, .. } if !blocks.is_empty())
+                            .then(|| message.clone());
                     let mut out = Vec::new();
                     self.target.message(message, &mut out)?;
+                    if let Some(again) = again.filter(|_| self.repeats) {
+                        self.target.message(again, &mut out)?;
+                        panic!("the same pages came twice, and nobody minded");
+                    }
                     self.send_to_source(out);
                 }
             }

@@ -118,6 +118,23 @@ fn whatever_is_changed_on_its_way_never_makes_another_image() {
 }
 
 #[test]
+fn pages_that_come_twice_end_the_run() {
+    let size = 4 << 20;
+    let (old, new) = (image(&[1], size), image(&[2], size));
+    for seed in 0..20 {
+        let mut pair = pair(&old, &new, begin(false), seed);
+        pair.repeats = true;
+
+        let refused = pair.run().unwrap_err();
+
+        let ProtocolError::Violation(what) = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(what.contains("nobody asked for"), "{what}");
+    }
+}
+
+#[test]
 fn a_message_that_its_side_did_not_wait_for_ends_the_run() {
     let size = 4 << 20;
     let (old, new) = (image(&[1], size), image(&[2], size));
