@@ -321,6 +321,44 @@ fn a_dropped_session_resumes_without_staging_a_durable_byte_again() {
 }
 
 #[test]
+fn what_several_runs_staged_is_there_for_the_next() {
+    let old = image(&[1; 12], 12 * PAGE);
+    let new = image(&[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], 12 * PAGE);
+    for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Shadow)] {
+        let disk = setup.machine(Some(&old));
+        let mut staged = stage_some(&setup, &disk, 1, &new, 1, false);
+        for _ in 0..2 {
+            let mut replica = setup.open(&disk).unwrap();
+            let target = replica.target();
+            let mut session = replica.resume(u64::MAX).unwrap();
+            assert_eq!(session.totals().resumed_bytes, staged, "{setup:?}");
+            setup
+                .stage(&mut session, target.as_ref(), &new, 1, &mut |_| {})
+                .unwrap();
+            staged += session.totals().staged_bytes;
+        }
+
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let mut session = replica.resume(u64::MAX).unwrap();
+        assert_eq!(session.totals().resumed_bytes, staged, "{setup:?}");
+        assert_eq!(session.strategy().to_string(), setup.strategy.to_string());
+        setup.finish(&mut session, target.as_ref(), &new).unwrap();
+        assert_eq!(session.totals().restaged_bytes, 0);
+        session.commit(root(&new), &quiet).unwrap();
+        assert_eq!(setup.content(&disk).as_ref(), Some(&new));
+    }
+    let names = [
+        Strategy::Clone,
+        Strategy::Shadow,
+        Strategy::Redo,
+        Strategy::Direct,
+    ];
+    let names = names.map(|strategy| strategy.to_string());
+    assert_eq!(names, ["clone", "shadow", "redo", "direct"]);
+}
+
+#[test]
 fn what_a_working_file_lost_in_a_flush_that_lied_is_found_and_staged_again() {
     for strategy in [Strategy::Clone, Strategy::Shadow, Strategy::Direct] {
         let setup = Setup::file(strategy);
@@ -556,7 +594,8 @@ fn the_manifest_of_the_new_point_is_durable_with_it() {
     let mut session = replica.begin(&setup.plan(1, &new)).unwrap();
     setup.finish(&mut session, target.as_ref(), &new).unwrap();
     let mut manifest = session.create_manifest().unwrap();
-    std::io::Write::write_all(&mut manifest, b"what the manifest says").unwrap();
+    std::io::Write::write_all(&mut manifest, b"what the ").unwrap();
+    std::io::Write::write_all(&mut manifest, b"manifest says").unwrap();
     manifest.finish().unwrap();
     session.commit(root(&new), &quiet).unwrap();
     let point = replica.point().unwrap().clone();

@@ -304,8 +304,23 @@ fn what_somebody_wrote_is_never_given_back_as_space() {
     let disk = prepared(&setup, |_session, _new| {});
     write_as_somebody(&disk, &setup, 1);
     let written = setup.content(&disk);
-    setup.open(&disk).unwrap().cancel().unwrap();
+    let mut replica = setup.open(&disk).unwrap();
+    assert!(!replica.is_unwritten_since_session().unwrap());
+    replica.cancel().unwrap();
+    drop(replica);
     assert_eq!(setup.content(&disk), written, "cancel");
+
+    // What is kept for a way back may be let go of although its log is gone.
+    let disk = synced(&setup);
+    disk.dir("state")
+        .remove(&format!("{}.log.0000", id(1)))
+        .unwrap();
+    let mut replica = setup.open(&disk).unwrap();
+    assert!(replica.retained().is_some());
+    replica.accept().unwrap();
+    assert!(replica.retained().is_none(), "and is not offered again");
+    drop(replica);
+    assert!(setup.open(&disk).unwrap().retained().is_none());
 
     let disk = setup.machine(Some(&old()));
     let mut replica = setup.open(&disk).unwrap();
@@ -329,7 +344,10 @@ impl GroupVerdicts for Always {
 /// A member that is prepared, with space reserved in page 1 of its target.
 fn prepared_member(setup: &Setup) -> SimDisk {
     prepared(setup, |session, new| {
-        session.prepare_for_group(root(new), GROUP).unwrap()
+        session.prepare_for_group(root(new), GROUP).unwrap();
+        let batch = setup.batches(session, None, &old()).unwrap().swap_remove(0);
+        let refused = session.stage(batch).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
     })
 }
 
