@@ -55,20 +55,23 @@ fn main() -> std::io::Result<()> {
     for (name, bytes) in conversations() {
         seeds.write("wire", name, &bytes)?;
     }
-    // Images that differ, shortened digests or whole ones, all of it or what differs; nothing changed on its way.
-    for (name, shape) in [
-        ("delta", 0b1000),
-        ("exact", 0b1_0011),
-        ("whole", 0x80 | 0b1010),
-        ("alike", 0b1010),
-        // Pages come twice.
-        ("twice", 0x40 | 0b1000),
+    // Images that differ, shortened digests or whole ones, all of it or what differs; pages that come twice; one message
+    // in so many changed on its way.
+    for (name, shape, changed) in [
+        ("delta", 0b1000, 0),
+        ("exact", 0b1_0011, 0),
+        ("whole", 0x80 | 0b1010, 0),
+        ("alike", 0b1010, 0),
+        ("twice", 0x40 | 0b1000, 0),
+        ("changed", 0b1000, 5),
+        ("changed-exact", 0b1_0011, 9),
+        ("changed-whole", 0x80 | 0b1010, 17),
     ] {
         let draws = (0u8..=255)
             .cycle()
             .take(600)
             .map(|n| n.wrapping_mul(97) >> 2);
-        let bytes: Vec<u8> = [shape, 0, 8].into_iter().chain(draws).collect();
+        let bytes: Vec<u8> = [shape, changed, 8].into_iter().chain(draws).collect();
         seeds.write("roles", name, &bytes)?;
     }
     // These read an arbitrary structure out of their bytes: any bytes will do.
