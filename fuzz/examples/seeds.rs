@@ -140,7 +140,7 @@ fn manifests(golden: &Path, seeds: &Seeds) -> std::io::Result<()> {
     Ok(())
 }
 
-const COMMAND_LINES: [(&str, &str); 11] = [
+const COMMAND_LINES: [(&str, &str); 12] = [
     (
         "sync",
         "sync a.raw /dev/disk/by-id/b:c --mode delta --block-size 64KiB --undo none --threads 4 --bwlimit 1.5M/s --dry-run",
@@ -537,6 +537,7 @@ const OPERATIONS: u32 = 6;
 const CUTS: u32 = 4;
 const SYNC: u32 = 0;
 const STAGE: u32 = 1;
+const CANCEL: u32 = 4;
 const ROLLBACK: u32 = 2;
 const ACCEPT: u32 = 3;
 const REOPEN: u32 = 5;
@@ -569,6 +570,22 @@ fn lives() -> Vec<(String, Vec<u8>)> {
                 format!("life-{kind}-{options}"),
                 [head, steps.concat()].concat(),
             ));
+        }
+    }
+    // Power is lost soon after a session begins, at another moment each time.
+    for kind in 0..4u8 {
+        for first in 0..4u8 {
+            let losses = (0..5u8).map(|n| Some((6 + first + 4 * n, POWER_LOSS, n % 2)));
+            let steps = losses.flat_map(|cut| {
+                [
+                    step(STAGE, &[1 + first % 2, 3], cut, None),
+                    step(CANCEL, &[], None, None),
+                ]
+            });
+            let images = [[1, 2, 3, 0], [1, 4, 0, 5], [6, 2, 3, 7]].concat();
+            let head = [&[kind, 0][..], &images, &[0; 6][..]].concat();
+            let steps: Vec<u8> = steps.flatten().collect();
+            lives.push((format!("early-{kind}-{first}"), [head, steps].concat()));
         }
     }
     lives
