@@ -109,6 +109,16 @@ impl Hosts {
         tool(&["ip", "-n", &self.near, "link", "set", "cable", state]).expect("the cable is there");
     }
 
+    /// Pulls it and puts it back, at random.
+    fn pull_cable(&self, random: &mut Random) {
+        for _ in 0..if thorough() { 20 } else { 3 } {
+            self.cable("down");
+            pause(random, 400);
+            self.cable("up");
+            pause(random, 200);
+        }
+    }
+
     /// Kills the far end's blockferry, or all that sshd started.
     fn kill(&self, what: &str) {
         let processes = tool(&["ip", "netns", "pids", &self.far]).expect("the namespace is there");
@@ -258,7 +268,6 @@ fn a_cable_that_is_pulled_a_far_end_that_is_killed_and_a_connection_that_is_rese
         return skipped(name, "root, namespaces and sshd");
     };
     let mut random = seeded("a_cable_that_is_pulled");
-    let pulls = if thorough() { 20 } else { 3 };
     for push in [true, false] {
         let (from, to) = if push {
             ("near", "far")
@@ -273,12 +282,7 @@ fn a_cable_that_is_pulled_a_far_end_that_is_killed_and_a_connection_that_is_rese
         };
 
         let answer = disturbed(&hosts, &line, || {
-            for _ in 0..pulls {
-                hosts.cable("down");
-                pause(&mut random, 400);
-                hosts.cable("up");
-                pause(&mut random, 200);
-            }
+            hosts.pull_cable(&mut random);
             hosts.kill("serve\0--stdio");
         });
 
@@ -301,7 +305,6 @@ fn two_hosts_push_and_pull_over_tls_whatever_becomes_of_cable_and_server() {
         return skipped(name, "root, namespaces and sshd");
     };
     let mut random = seeded(name);
-    let pulls = if thorough() { 20 } else { 3 };
     let mut server = hosts.serve();
     let mut old = hosts.lab.disk("far", 89, 64 * MIB);
     for push in [true, false] {
@@ -314,12 +317,7 @@ fn two_hosts_push_and_pull_over_tls_whatever_becomes_of_cable_and_server() {
         };
 
         let answer = disturbed(&hosts, &line, || {
-            for _ in 0..pulls {
-                hosts.cable("down");
-                pause(&mut random, 400);
-                hosts.cable("up");
-                pause(&mut random, 200);
-            }
+            hosts.pull_cable(&mut random);
             server = hosts.serve();
         });
 

@@ -150,6 +150,22 @@ impl Site {
     fn disk(&self, name: &str, bytes: usize, seed: u64) -> PathBuf {
         self.lab.disk(name, bytes, seed)
     }
+
+    /// A delta of `near` between two disks of noise, slowed down so much that it lasts, once something is durable; and
+    /// what it still says.
+    fn begun(&self, line: &str) -> (Child, impl Iterator<Item = Value> + use<>) {
+        let line = format!("{line} --mode delta --strategy redo --bwlimit 4M --json");
+        let mut command = self.lab.command(line.split_whitespace());
+        command.env("BLOCKFERRY_CERTS", self.lab.path("pki/near"));
+        let mut running = command.stdout(Stdio::piped()).spawn().expect("runs");
+        let mut lines = BufReader::new(running.stdout.take().expect("piped"))
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
+        lines
+            .find(|line| line["event"] == "checkpoint")
+            .expect("something is durable before the end");
+        (running, lines)
+    }
 }
 
 impl Server {
@@ -402,19 +418,7 @@ fn a_wire_that_is_cut_and_a_server_that_is_killed_cost_nothing_durable() {
     let mut server = site.serve();
     site.disk("source", 24 * MIB, 7);
     site.disk("far-target", 24 * MIB, 8);
-    let line = format!(
-        "sync source {} --mode delta --strategy redo --bwlimit 8M --json",
-        server.url("target")
-    );
-    let mut command = site.lab.command(line.split_whitespace());
-    command.env("BLOCKFERRY_CERTS", site.lab.path("pki/near"));
-    let mut running = command.stdout(Stdio::piped()).spawn().expect("runs");
-    let mut lines = BufReader::new(running.stdout.take().expect("piped"))
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
-    lines
-        .find(|line| line["event"] == "checkpoint")
-        .expect("something is durable");
+    let (mut running, mut lines) = site.begun(&format!("sync source {}", server.url("target")));
     let port = server.port;
     server.child.kill().expect("killed");
     server.child.wait().expect("ends");
@@ -436,18 +440,7 @@ fn a_pull_that_was_stopped_is_resumed_from_the_server() {
     let server = site.serve();
     let source = site.disk("far-source", 24 * MIB, 7);
     let target = site.disk("target", 24 * MIB, 8);
-    let line = format!(
-        "sync {} target --mode delta --strategy redo --bwlimit 4M --json",
-        server.url("source")
-    );
-    let mut command = site.lab.command(line.split_whitespace());
-    command.env("BLOCKFERRY_CERTS", site.lab.path("pki/near"));
-    let mut running = command.stdout(Stdio::piped()).spawn().expect("runs");
-    let mut lines = BufReader::new(running.stdout.take().expect("piped")).lines();
-    lines
-        .find(|line| line.as_ref().expect("readable").contains("\"checkpoint\""))
-        .expect("something is durable")
-        .expect("readable");
+    let (mut running, _lines) = site.begun(&format!("sync {} target", server.url("source")));
     signal(&running, "-INT");
     assert_eq!(running.wait().expect("ends").code(), Some(130));
     server.until("failed");
@@ -482,19 +475,7 @@ fn a_server_reads_its_configuration_again_and_ends_in_order() {
     // In the middle of a run: it ends resumable, and the server with 0.
     site.disk("source", 24 * MIB, 7);
     site.disk("far-target", 24 * MIB, 8);
-    let line = format!(
-        "sync source {} --mode delta --strategy redo --bwlimit 4M --json",
-        server.url("target")
-    );
-    let mut command = site.lab.command(line.split_whitespace());
-    command.env("BLOCKFERRY_CERTS", site.lab.path("pki/near"));
-    let mut running = command.stdout(Stdio::piped()).spawn().expect("runs");
-    let mut lines = BufReader::new(running.stdout.take().expect("piped"))
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
-    lines
-        .find(|line| line["event"] == "checkpoint")
-        .expect("something is durable");
+    let (mut running, lines) = site.begun(&format!("sync source {}", server.url("target")));
     signal(&server.child, "-TERM");
     assert_eq!(
         server.child.wait().expect("ends").code(),
@@ -525,14 +506,7 @@ fn no_more_runs_than_configured_are_served_at_once() {
     site.disk("far-target", 24 * MIB, 8);
     site.disk("far-source", MIB, 1);
     let server = site.serve();
-    let line = format!(
-        "sync source {} --mode delta --strategy redo --bwlimit 1M",
-        server.url("target")
-    );
-    let mut command = site.lab.command(line.split_whitespace());
-    command.env("BLOCKFERRY_CERTS", site.lab.path("pki/near"));
-    let mut running = command.stderr(Stdio::null()).spawn().expect("runs");
-    server.until("begins");
+    let (mut running, _lines) = site.begun(&format!("sync source {}", server.url("target")));
 
     let message = site.fails("near", &format!("sync {} here", server.url("source")), 8);
 

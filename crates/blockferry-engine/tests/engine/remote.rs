@@ -1,6 +1,7 @@
 //! The source on the other side of a connection: what holds of a local run holds of it, and little travels.
 
 use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -127,35 +128,25 @@ impl<S: Read> Read for Cut<S> {
     }
 }
 
-/// A pair of links of which the target's side hears no more than `bytes` bytes.
-pub(crate) fn cut_after(bytes: usize) -> (Link, Link) {
-    let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+/// A pair of links of which the target's side hears through what `ear` makes of its socket.
+fn heard_through<R: Read + Send + 'static>(ear: impl FnOnce(UnixStream) -> R) -> (Link, Link) {
+    let (one, other) = UnixStream::pair().unwrap();
     let (reader, closer) = (one.try_clone().unwrap(), one.try_clone().unwrap());
-    let cut = Cut {
-        stream: reader,
-        left: bytes,
-    };
     let close = move || {
         closer.shutdown(std::net::Shutdown::Both).ok();
     };
-    let here = Link::new(cut, one, close, "the source's side");
-    let there = Link::over_socket(other, "the target's side").unwrap();
-    (here, there)
+    let here = Link::new(ear(reader), one, close, "the source's side");
+    (here, Link::over_socket(other, "the target's side").unwrap())
 }
 
-/// A pair of links of which the target's side hears what was sent for so many bytes, and then something else.
-pub(crate) fn garbled_after(bytes: usize) -> (Link, Link) {
-    let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
-    let (reader, closer) = (one.try_clone().unwrap(), one.try_clone().unwrap());
-    let garbling = Garbling {
-        stream: reader,
-        left: bytes,
-    };
-    let close = move || {
-        closer.shutdown(std::net::Shutdown::Both).ok();
-    };
-    let here = Link::new(garbling, one, close, "the source's side");
-    (here, Link::over_socket(other, "the target's side").unwrap())
+/// A pair of links of which the target's side hears no more than `left` bytes.
+pub(crate) fn cut_after(left: usize) -> (Link, Link) {
+    heard_through(|stream| Cut { stream, left })
+}
+
+/// A pair of links of which the target's side hears what was sent for `left` bytes, and then something else.
+pub(crate) fn garbled_after(left: usize) -> (Link, Link) {
+    heard_through(|stream| Garbling { stream, left })
 }
 
 /// Passes so many bytes, then changes each.
@@ -235,18 +226,13 @@ impl<S: Read> Read for Noting<S> {
 fn a_message_counts_with_its_last_byte_and_not_before() {
     let old = image(49, 512 * 1024);
     let source = Source::new(edited(49, &old, 512 * 1024, 600));
-    let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
-    let closer = one.try_clone().unwrap();
     let heard = Arc::new(Mutex::new(Vec::new()));
-    let noting = Noting {
-        stream: one.try_clone().unwrap(),
+    let link = heard_through(|stream| Noting {
+        stream,
         heard: Arc::clone(&heard),
-    };
-    let close = move || drop(closer.shutdown(std::net::Shutdown::Both));
-    let here = Link::new(noting, one, close, "the source's side");
-    let there = Link::over_socket(other, "the target's side").unwrap();
+    });
     let whole = delta(Some(Strategy::Redo));
-    run(&Machine::file(&old), &source, &whole, (here, there))
+    run(&Machine::file(&old), &source, &whole, link)
         .target
         .unwrap();
     let heard = heard.lock().unwrap().split_off(PREAMBLE_BYTES);
