@@ -19,7 +19,7 @@ use blockferry::transfer_log::{
 };
 use blockferry::transport::{Message, Preamble, ShortDigests, Width, message};
 use blockferry_fuzz::machine::{TARGET, device, image};
-use blockferry_fuzz::pages::{FILES, Files, PAGE, SLOT_PAGES, STATE, pack};
+use blockferry_fuzz::pages::{FILES, Files, PAGE, STATE, pack};
 use blockferry_testkit::{OperationKind, SimDisk, SimOptions};
 
 use harness::{Setup, quiet, root};
@@ -432,30 +432,9 @@ fn stories(seeds: &Seeds) -> std::io::Result<()> {
             let next = u8::try_from(seen.len() % usize::from(NEXT)).expect("it is small");
             let choice = choice(!story.setup.device, number % 3 == 2, next);
             seeds.write_files(&format!("{}-{number}", story.name), choice, &files)?;
-            if files[STATE].is_some() && story.name == "accepted" {
-                for (count, at) in COUNTS_OF_SLOT {
-                    let seed = [&[choice], &pack(&without_next(&files, at))[..]].concat();
-                    seeds.write("state", &format!("endless-{count}-{number}"), &seed)?;
-                }
-            }
         }
     }
     Ok(())
-}
-
-/// Counts of a slot, and where they are in its page.
-const COUNTS_OF_SLOT: [(&str, usize); 2] = [("sequence", 12), ("epoch", 20)];
-
-/// A state whose slots have a count that has no next one.
-fn without_next(files: &Files, at: usize) -> Files {
-    let mut state = Files::default();
-    state[STATE].clone_from(&files[STATE]);
-    if let Some(state) = &mut state[STATE] {
-        for page in SLOT_PAGES {
-            state[page * PAGE + at..][..8].fill(0xFF);
-        }
-    }
-    state
 }
 
 fn new() -> Vec<u8> {
