@@ -1,5 +1,5 @@
-//! Where a disk is: a local path, also as a `file://` URL, a path on another host, or an export of a server. Forms that later versions
-//! understand are refused by name, so that none is mistaken for a file that does not exist.
+//! Where a disk is: a local path, also as a `file://` URL, a path on another host, or an export of a server. Forms that
+//! later versions understand are refused by name, so that none is mistaken for a file that does not exist.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -59,18 +59,16 @@ impl Location {
             let here = path.map(|path| Self::Here(Address(path)));
             return here.map_err(|what| AddressError::Url { what });
         }
-        if let Some(url) = text.to_str().and_then(|text| text.strip_prefix("ssh://")) {
+        let behind = |scheme| text.to_str().and_then(|text| text.strip_prefix(scheme));
+        if let Some(url) = behind("ssh://") {
             let there = Remote::from_url(url).map(|remote| Self::There(There::Shell(remote)));
             return there.map_err(|what| AddressError::Url { what });
         }
-        if let Some(url) = text
-            .to_str()
-            .and_then(|text| text.strip_prefix("blockferry://"))
-        {
+        if let Some(url) = behind("blockferry://") {
             let there = Export::from_url(url).map(|export| Self::There(There::Server(export)));
             return there.map_err(|what| AddressError::Url { what });
         }
-        if let Some(from) = text.to_str().and_then(|text| text.strip_prefix(PUSHED)) {
+        if let Some(from) = behind(PUSHED) {
             let from = from.to_owned();
             return Err(AddressError::Pushed { from });
         }

@@ -2,7 +2,6 @@
 //! and a process of their own; what it carries can be cut.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -16,7 +15,7 @@ use serde_json::Value;
 
 mod lab;
 
-use lab::{Lab, MIB, code, content, patch, same, signal, text};
+use lab::{Lab, MIB, assert_went_on, begun, code, content, patch, same, signal, text};
 
 /// Takes `[-p PORT] HOST COMMAND…`, as ssh does, and notes what it was called with. `cuts` holds a number for each
 /// connection that is to be cut: after so many bytes from the other host.
@@ -128,19 +127,8 @@ impl Hosts {
 
     /// A delta that is slowed down so much that it lasts, once something is durable; and what it still says.
     fn begun(&self, line: &str) -> (Child, impl Iterator<Item = Value> + use<>) {
-        let mut child = self
-            .command(&format!("{line} --mode delta --strategy redo --json"))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("runs");
-        let mut lines = BufReader::new(child.stdout.take().expect("piped"))
-            .lines()
-            .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
-        lines
-            .find(|line| line["event"] == "checkpoint")
-            .expect("something is durable before the end");
-        (child, lines)
+        let mut command = self.command(&format!("{line} --mode delta --strategy redo --json"));
+        begun(command.stderr(Stdio::null()))
     }
 
     /// A run slowed down so much that it lasts, stopped by this signal once something is durable.
@@ -311,17 +299,9 @@ fn a_connection_that_is_cut_is_made_again_by_itself() {
         };
         fs::write(hosts.far("cuts"), cuts).expect("written");
 
-        let (code, lines) = hosts.json(&format!("{line} --mode delta --strategy redo"));
+        let ran = hosts.json(&format!("{line} --mode delta --strategy redo"));
 
-        assert_eq!(code, 0, "{lines:?}");
-        let again = |line: &&Value| line["code"] == "reconnecting";
-        assert_eq!(lines.iter().filter(again).count(), 2, "{lines:?}");
-        let receipt = lines.last().expect("a line");
-        assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
-        assert!(
-            push || receipt["resumed_bytes"].as_u64() > Some(0),
-            "{receipt}"
-        );
+        assert_went_on(&ran, push);
         assert!(same(&source, &target));
         assert_eq!(hosts.calls().lines().count(), 3);
     }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 mod lab;
 
-use lab::{Lab, MIB, code, content, patch, same, signal, text};
+use lab::{Lab, MIB, assert_went_on, begun, code, content, patch, same, signal, text};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -156,15 +156,7 @@ impl Site {
     fn begun(&self, line: &str) -> (Child, impl Iterator<Item = Value> + use<>) {
         let line = format!("{line} --mode delta --strategy redo --bwlimit 4M --json");
         let mut command = self.lab.command(line.split_whitespace());
-        command.env("BLOCKFERRY_CERTS", self.lab.path("pki/near"));
-        let mut running = command.stdout(Stdio::piped()).spawn().expect("runs");
-        let mut lines = BufReader::new(running.stdout.take().expect("piped"))
-            .lines()
-            .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
-        lines
-            .find(|line| line["event"] == "checkpoint")
-            .expect("something is durable before the end");
-        (running, lines)
+        begun(command.env("BLOCKFERRY_CERTS", self.lab.path("pki/near")))
     }
 }
 
@@ -400,17 +392,9 @@ fn a_wire_that_is_cut_and_a_server_that_is_killed_cost_nothing_durable() {
             )
         };
 
-        let (code, lines) = site.json("near", &format!("{line} --mode delta --strategy redo"));
+        let ran = site.json("near", &format!("{line} --mode delta --strategy redo"));
 
-        assert_eq!(code, 0, "{lines:?}");
-        let again = |line: &&Value| line["code"] == "reconnecting";
-        assert_eq!(lines.iter().filter(again).count(), 2, "{lines:?}");
-        let receipt = lines.last().expect("a line");
-        assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
-        assert!(
-            push || receipt["resumed_bytes"].as_u64() > Some(0),
-            "{receipt}"
-        );
+        assert_went_on(&ran, push);
         assert!(same(&source, &target));
     }
 

@@ -33,9 +33,8 @@ fn image(fill: u8) -> Vec<u8> {
     for (number, block) in image.chunks_mut(4096).enumerate() {
         let (number, fill) = (number as u64, u64::from(fill));
         if number % 7 == 1 || number % (11 + fill) == 2 {
-            let word = (number << 8 | fill % 3).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut word = (number << 8 | fill % 3).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
             // Noise: its bytes travel as they are, so that one that is changed unpacks as another.
-            let mut word = word;
             for bytes in block.chunks_mut(8) {
                 word ^= word << 13;
                 word ^= word >> 7;

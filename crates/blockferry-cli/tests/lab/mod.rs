@@ -7,6 +7,7 @@
 )]
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -133,6 +134,32 @@ pub fn code(output: &Output) -> i32 {
 
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+/// A run in JSON that lasts, once something of it is durable; and what it still says.
+pub fn begun(command: &mut Command) -> (Child, impl Iterator<Item = Value> + use<>) {
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("runs");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped"))
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(&line.expect("readable")).expect("JSON"));
+    lines
+        .find(|line| line["event"] == "checkpoint")
+        .expect("something is durable before the end");
+    (child, lines)
+}
+
+/// The lines of a run whose connection was cut twice: it went on by itself and sent nothing durable again; a pull had
+/// something to resume.
+pub fn assert_went_on((code, lines): &(i32, Vec<Value>), push: bool) {
+    assert_eq!(*code, 0, "{lines:?}");
+    let again = |line: &&Value| line["code"] == "reconnecting";
+    assert_eq!(lines.iter().filter(again).count(), 2, "{lines:?}");
+    let receipt = lines.last().expect("a line");
+    assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
+    assert!(
+        push || receipt["resumed_bytes"].as_u64() > Some(0),
+        "{receipt}"
+    );
 }
 
 pub fn signal(child: &Child, name: &str) {

@@ -56,62 +56,62 @@ impl Authority {
     /// # Errors
     /// Its files cannot be read or made, or others than their owner may read its key.
     pub fn open(dir: &Path) -> Result<Self> {
-        let (certificate_file, key_file) = (dir.join(super::file::AUTHORITY), dir.join(KEY));
-        match (certificate_file.exists(), key_file.exists()) {
-            (true, true) => {
-                let certificate = text(private::read(&certificate_file)?, &certificate_file)?;
-                let key = text(private::read_secret(&key_file)?, &key_file)?;
-                // The cause could tell something about the key.
-                let key = KeyPair::from_pem(&key).map_err(|_secret| {
-                    let found = format!(
-                        "{}: expected a private key in PEM, found something else",
-                        key_file.display()
-                    );
-                    Error::new(ErrorKind::Credentials, found)
-                })?;
-                if !is_of(&certificate, &key) {
-                    let found = format!(
-                        "{} and {}: expected a certificate and its key, found two that do not belong together",
-                        certificate_file.display(),
-                        key_file.display()
-                    );
-                    return Err(Error::new(ErrorKind::Credentials, found));
-                }
-                Ok(Self {
-                    issuer: Issuer::new(params()?, key),
-                    certificate,
-                })
-            }
-            (false, false) => {
-                let key = KeyPair::generate().map_err(failed("make a key"))?;
-                let params = params()?;
-                let certificate = params
-                    .self_signed(&key)
-                    .map_err(failed("sign a certificate"))?
-                    .pem();
-                private::create(&key_file, &key.serialize_pem(), true)?;
-                private::create(&certificate_file, &certificate, false)?;
-                Ok(Self {
-                    issuer: Issuer::new(params, key),
-                    certificate,
-                })
-            }
-            (has_certificate, _) => {
-                let (there, missing) = match has_certificate {
-                    true => (&certificate_file, &key_file),
-                    false => (&key_file, &certificate_file),
-                };
-                Err(Error::new(
-                    ErrorKind::Credentials,
-                    format!(
-                        "expected an authority in {}, found {} without {}",
-                        dir.display(),
-                        there.display(),
-                        missing.display()
-                    ),
-                ))
-            }
+        let (certificate, key) = (dir.join(super::file::AUTHORITY), dir.join(KEY));
+        let (there, missing) = match (certificate.exists(), key.exists()) {
+            (true, true) => return Self::read(&certificate, &key),
+            (false, false) => return Self::make(&certificate, &key),
+            (true, false) => (certificate, key),
+            (false, true) => (key, certificate),
+        };
+        Err(Error::new(
+            ErrorKind::Credentials,
+            format!(
+                "expected an authority in {}, found {} without {}",
+                dir.display(),
+                there.display(),
+                missing.display()
+            ),
+        ))
+    }
+
+    fn read(certificate_file: &Path, key_file: &Path) -> Result<Self> {
+        let certificate = text(private::read(certificate_file)?, certificate_file)?;
+        let key = text(private::read_secret(key_file)?, key_file)?;
+        // The cause could tell something about the key.
+        let key = KeyPair::from_pem(&key).map_err(|_secret| {
+            let found = format!(
+                "{}: expected a private key in PEM, found something else",
+                key_file.display()
+            );
+            Error::new(ErrorKind::Credentials, found)
+        })?;
+        if !is_of(&certificate, &key) {
+            let found = format!(
+                "{} and {}: expected a certificate and its key, found two that do not belong together",
+                certificate_file.display(),
+                key_file.display()
+            );
+            return Err(Error::new(ErrorKind::Credentials, found));
         }
+        Ok(Self {
+            issuer: Issuer::new(params()?, key),
+            certificate,
+        })
+    }
+
+    fn make(certificate_file: &Path, key_file: &Path) -> Result<Self> {
+        let key = KeyPair::generate().map_err(failed("make a key"))?;
+        let params = params()?;
+        let certificate = params
+            .self_signed(&key)
+            .map_err(failed("sign a certificate"))?
+            .pem();
+        private::create(key_file, &key.serialize_pem(), true)?;
+        private::create(certificate_file, &certificate, false)?;
+        Ok(Self {
+            issuer: Issuer::new(params, key),
+            certificate,
+        })
     }
 
     /// A certificate, valid for `days`, of a host that has all these names: host names and IP addresses. It serves and

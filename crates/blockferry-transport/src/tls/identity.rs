@@ -158,6 +158,10 @@ fn unusable(message: &str) -> Error {
     Error::new(ErrorKind::Credentials, message)
 }
 
+fn not_ours(error: rustls::Error) -> Error {
+    private::refused("use the certificate of this host".to_owned(), error)
+}
+
 fn certificates(pem: &[u8], whose: &str) -> Result<Vec<CertificateDer<'static>>> {
     let found = CertificateDer::pem_slice_iter(pem).collect::<std::result::Result<Vec<_>, _>>();
     match found {
@@ -178,13 +182,12 @@ fn client(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 ) -> Result<ClientConfig> {
-    let unusable = |error| private::refused("use the certificate of this host".to_owned(), error);
     let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&[&TLS13])
-        .map_err(unusable)?
+        .map_err(not_ours)?
         .with_root_certificates(trusted)
         .with_client_auth_cert(chain, key)
-        .map_err(unusable)?;
+        .map_err(not_ours)?;
     config.alpn_protocols = vec![PROTOCOL.to_vec()];
     // Each connection proves who it is.
     config.resumption = Resumption::disabled();
@@ -197,7 +200,6 @@ fn server(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 ) -> Result<ServerConfig> {
-    let unusable = |error| private::refused("use the certificate of this host".to_owned(), error);
     let verifier = WebPkiClientVerifier::builder_with_provider(trusted, Arc::clone(provider))
         .build()
         .map_err(|error| {
@@ -205,10 +207,10 @@ fn server(
         })?;
     let mut config = ServerConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&[&TLS13])
-        .map_err(unusable)?
+        .map_err(not_ours)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
-        .map_err(unusable)?;
+        .map_err(not_ours)?;
     config.alpn_protocols = vec![PROTOCOL.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

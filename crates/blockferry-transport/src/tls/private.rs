@@ -19,16 +19,13 @@ pub(super) fn refused(
 
 /// The text of a certificate.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
-    let attempt = || format!("read {}", path.display());
-    let file = File::open(path).map_err(|error| refused(attempt(), error))?;
-    read_all(&file, path)
+    read_all(&File::open(path).map_err(unread(path))?, path)
 }
 
 /// The text of a key; refused if others than its owner may read it.
 pub(super) fn read_secret(path: &Path) -> Result<Vec<u8>> {
-    let attempt = || format!("read {}", path.display());
-    let file = File::open(path).map_err(|error| refused(attempt(), error))?;
-    let metadata = file.metadata().map_err(|error| refused(attempt(), error))?;
+    let file = File::open(path).map_err(unread(path))?;
+    let metadata = file.metadata().map_err(unread(path))?;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(Error::new(
@@ -45,16 +42,17 @@ pub(super) fn read_secret(path: &Path) -> Result<Vec<u8>> {
 
 fn read_all(file: &File, path: &Path) -> Result<Vec<u8>> {
     let mut text = Vec::new();
-    let read = file.take(MAX_PEM_BYTES + 1).read_to_end(&mut text);
-    let attempt = || format!("read {}", path.display());
-    read.map_err(|error| refused(attempt(), error))?;
+    let mut bounded = file.take(MAX_PEM_BYTES + 1);
+    bounded.read_to_end(&mut text).map_err(unread(path))?;
     if text.len() as u64 > MAX_PEM_BYTES {
-        return Err(refused(
-            attempt(),
-            "expected a certificate or a key, found more than 1 MiB",
-        ));
+        let found = "expected a certificate or a key, found more than 1 MiB";
+        return Err(unread(path)(found));
     }
     Ok(text)
+}
+
+fn unread<E: Into<Box<dyn std::error::Error + Send + Sync>>>(path: &Path) -> impl Fn(E) -> Error {
+    move |error| refused(format!("read {}", path.display()), error)
 }
 
 /// Writes a file that was not there before, for its owner alone where it is secret.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::Disk;
 use crate::engine::transport::message::Role;
 use crate::engine::transport::tls::{Identity, Peer};
 use crate::engine::{TargetOptions, parse_size};
@@ -41,10 +42,10 @@ struct Written {
 }
 
 /// One disk, who may use it and how.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Export {
-    pub(super) path: PathBuf,
+    path: PathBuf,
     /// Names of certificates whose hosts may sync from it.
     #[serde(default)]
     read: Vec<String>,
@@ -159,20 +160,26 @@ impl Export {
         {
             return Err(format!("this export does not permit {danger}"));
         }
-        let least = |ours: Option<u64>, theirs: Option<u64>| ours.into_iter().chain(theirs).min();
-        let threads = self.threads.into_iter().chain(asked.pace.threads).min();
-        asked.pace.threads = threads;
+        asked.pace.threads = least(self.threads, asked.pace.threads);
         asked.pace.log_limit = least(self.log_limit()?, asked.pace.log_limit);
         Ok(())
     }
 
-    /// Where the state of the target is.
-    pub(super) fn place(&self, mut usual: TargetOptions) -> TargetOptions {
+    /// What is served; the state of a target is in the usual place unless it says otherwise.
+    pub(super) fn disk(&self, usual: &TargetOptions) -> Disk {
+        let mut place = usual.clone();
         if let Some(state) = &self.state {
-            usual.state_dir = Some(state.clone());
+            place.state_dir = Some(state.clone());
         }
-        usual
+        Disk {
+            path: self.path.clone(),
+            place,
+        }
     }
+}
+
+fn least<T: Ord>(ours: Option<T>, theirs: Option<T>) -> Option<T> {
+    ours.into_iter().chain(theirs).min()
 }
 
 fn read(file: &Path) -> Result<String, String> {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::SIGHUP;
 use tracing::{debug, error, info, warn};
 
-use super::config::{Config, Export};
+use super::config::Config;
 use super::{Disk, log, not_known, opened, serve};
 use crate::engine::transport::message::{Open, Role};
 use crate::engine::transport::tls::Peer;
@@ -140,7 +140,7 @@ impl Drop for Slot {
 
 /// What a peer that is known may do.
 struct Granted {
-    export: Export,
+    disk: Disk,
     role: Role,
     asked: Asked,
     _slot: Slot,
@@ -221,17 +221,13 @@ impl Server {
             Role::Source => "reads",
             Role::Target => "writes",
         };
-        let path = granted.export.path.display().to_string();
+        let path = granted.disk.path.display().to_string();
         info!(%from, peer = peer_name, does, path, "begins");
         let begun = Instant::now();
-        let disk = Disk {
-            path: granted.export.path.clone(),
-            place: granted.export.place(self.place.clone()),
-        };
         let outcome = serve(
             connection,
             granted.role,
-            disk,
+            granted.disk,
             &granted.asked,
             self.context.clone(),
         );
@@ -289,7 +285,7 @@ impl Server {
             Error::new(ErrorKind::Peer, text)
         })?;
         Ok(Granted {
-            export: export.clone(),
+            disk: export.disk(&self.place),
             role: open.role,
             asked,
             _slot: slot,
