@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use serde::{Deserialize, Serialize};
 
@@ -246,9 +246,10 @@ impl Reach {
 }
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("way").required(true).args(["stdio", "listen"]))]
 pub(crate) struct ServeArguments {
     /// Talk over standard input and output, as ssh carries them
-    #[arg(long, required_unless_present = "listen", conflicts_with = "listen")]
+    #[arg(long)]
     pub(crate) stdio: bool,
     /// Listen at ADDRESS, a name or number with or without a port, and serve over TLS what the configuration names
     #[arg(long, value_name = "ADDRESS", requires = "config", value_parser = listening)]
