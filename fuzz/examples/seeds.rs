@@ -56,7 +56,7 @@ fn main() -> std::io::Result<()> {
         seeds.write("wire", name, &bytes)?;
     }
     // Images that differ, shortened digests or whole ones, all of it or what differs; pages that come twice; one message
-    // in so many changed on its way.
+    // in so many changed on its way, of all or of those with pages.
     for (name, shape, changed) in [
         ("delta", 0b1000, 0),
         ("exact", 0b1_0011, 0),
@@ -66,6 +66,7 @@ fn main() -> std::io::Result<()> {
         ("changed", 0b1000, 5),
         ("changed-exact", 0b1_0011, 9),
         ("changed-whole", 0x80 | 0b1010, 17),
+        ("changed-pages", 0x20 | 0b1000, 2),
     ] {
         let draws = (0u8..=255)
             .cycle()
@@ -266,6 +267,12 @@ fn golden_replicas(scenes: &Path, seeds: &Seeds) -> std::io::Result<()> {
             let choice = choice(false, name == "applied", next);
             seeds.write_files(&format!("golden-{name}-{next}"), choice, &files)?;
         }
+        let seed = match &name[..] {
+            "applied" => ("endless", without_next(choice(false, true, 1), &files)),
+            "staged" => ("cut", durable_and_cut(choice(false, false, 0), &files)),
+            _ => continue,
+        };
+        seeds.write("replay", seed.0, &seed.1)?;
     }
     for (scene, cases) in DAMAGED {
         let files = files_in(&scenes.join(scene));
@@ -280,6 +287,42 @@ fn golden_replicas(scenes: &Path, seeds: &Seeds) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Slots with the highest sequence but one.
+fn without_next(choice: u8, files: &Files) -> Vec<u8> {
+    const SEQUENCE: usize = 12;
+    with_pieces(choice, files, |piece| {
+        if piece.starts_with(b"BFRYSLT\0") {
+            piece[SEQUENCE..][..8].copy_from_slice(&(u64::MAX - 1).to_le_bytes());
+        }
+    })
+}
+
+/// Records that each say that they were durable, but the last one's pages are gone.
+fn durable_and_cut(choice: u8, files: &Files) -> Vec<u8> {
+    const SEQUENCE: usize = 32;
+    const DURABLE: usize = 72;
+    let mut last = 0;
+    let seed = with_pieces(choice, files, |piece| {
+        last = piece.len();
+        if piece.starts_with(b"BFRYREC\0") {
+            piece.copy_within(SEQUENCE..SEQUENCE + 8, DURABLE);
+        }
+    });
+    seed[..seed.len() - last - 4].to_vec()
+}
+
+/// A seed whose pieces are changed; checksums and chain values follow.
+fn with_pieces(choice: u8, files: &Files, mut change: impl FnMut(&mut [u8])) -> Vec<u8> {
+    let mut seed = [&[choice], &pack(files)[..]].concat();
+    let mut at = 1;
+    while let Some(&[_, _, low, high]) = seed.get(at..at + 4).and_then(<[u8]>::first_chunk) {
+        let length = usize::from(u16::from_le_bytes([low, high]));
+        change(&mut seed[at + 4..at + 4 + length]);
+        at += 4 + length;
+    }
+    seed
 }
 
 /// Damage, by the scene that it befell.

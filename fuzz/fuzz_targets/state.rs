@@ -32,13 +32,13 @@ fuzz_target!(|input: &[u8]| {
         _ => Ok(()),
     };
     drop(text::of_result(&moved_on));
-    if moved_on.is_ok() && Choice(*first).next(4) == 3 {
+    if moved_on.is_ok() {
         drop(replica);
-        let again = machine.open().expect("it was recovered");
-        assert_eq!(
-            (again.point(), again.retained()),
-            (point.as_ref(), retained.as_ref())
-        );
+        let again = machine.open().expect("what was recovered, or succeeded, can be opened");
+        if Choice(*first).next(4) == 3 {
+            let settled = (point.as_ref(), retained.as_ref());
+            assert_eq!((again.point(), again.retained()), settled);
+        }
     }
     assert!(machine.content() == before, "there are no pre-images");
 });

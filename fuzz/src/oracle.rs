@@ -22,6 +22,8 @@ enum Sealed {
         sequence: u64,
         previous: Digest,
         seal: Digest,
+        /// Its pages are in the file, and its extents inside of the larger size that the file's first page tells.
+        stands: bool,
     },
     Decision {
         session: SessionId,
@@ -45,6 +47,7 @@ impl Oracle {
         let mut has_slot = false;
         for (number, file) in files.iter().enumerate() {
             let Some(file) = file else { continue };
+            let image_bytes = image_bytes_of(file).ok().flatten().unwrap_or(0);
             for start in (0..file.len()).step_by(PAGE) {
                 let page = start / PAGE;
                 let Some((body, seal)) = sealed_at(&file[start..]) else {
@@ -52,7 +55,8 @@ impl Oracle {
                 };
                 has_slot |=
                     number == STATE && SLOT_PAGES.contains(&page) && body.starts_with(b"BFRYSLT\0");
-                all.extend(read(body, seal).ok().flatten());
+                let room = file.len() - start - body.len() - CHECKSUM_BYTES;
+                all.extend(read(body, seal, image_bytes, room as u64).ok().flatten());
             }
         }
         Self { all, has_slot }
@@ -67,7 +71,7 @@ impl Oracle {
         }
     }
 
-    /// Whether the last record that counts is one of this session that follows something of this session.
+    /// Whether the last record that counts is one of this session that follows something of this session, and stands.
     fn ends_at_a_right_record(&self, unfinished: &UnfinishedSession) -> bool {
         let mine = unfinished.header.session;
         self.all.iter().any(|sealed| match sealed {
@@ -80,9 +84,11 @@ impl Oracle {
                 session,
                 sequence,
                 previous,
+                stands,
                 ..
             } => {
-                *session == mine
+                *stands
+                    && *session == mine
                     && *sequence == unfinished.records
                     && self.seals_of(mine).any(|seal| seal == *previous)
             }
@@ -163,7 +169,18 @@ fn sealed_at(bytes: &[u8]) -> Option<(&[u8], Digest)> {
     (seal.as_bytes() == sum).then_some((body, seal))
 }
 
-fn read(body: &[u8], seal: Digest) -> Result<Option<Sealed>> {
+/// What a segment says of the larger of its two images.
+fn image_bytes_of(segment: &[u8]) -> Result<Option<u64>> {
+    let mut d = Decoder::new(segment);
+    if d.array()? != *b"BFRYLOG\0" {
+        return Ok(None);
+    }
+    d.bytes(4 + 16 + 8 + 3)?;
+    Ok(Some(d.u64()?.max(d.u64()?)))
+}
+
+/// Reads what lies in a file with `room` bytes behind it, and is about images of up to `image_bytes`.
+fn read(body: &[u8], seal: Digest, image_bytes: u64, room: u64) -> Result<Option<Sealed>> {
     let mut d = Decoder::new(body);
     let magic: [u8; 8] = d.array()?;
     d.u32()?;
@@ -188,11 +205,15 @@ fn read(body: &[u8], seal: Digest) -> Result<Option<Sealed>> {
         }
         b"BFRYREC\0" => {
             d.u32()?;
+            let session = SessionId::from_bytes(d.array()?);
+            let (sequence, previous) = (d.u64()?, d.digest()?);
+            let stands = stands(&mut d, image_bytes, room)?;
             Some(Sealed::Record {
-                session: SessionId::from_bytes(d.array()?),
-                sequence: d.u64()?,
-                previous: d.digest()?,
+                session,
+                sequence,
+                previous,
                 seal,
+                stands,
             })
         }
         b"BFRYDEC\0" => {
@@ -207,6 +228,26 @@ fn read(body: &[u8], seal: Digest) -> Result<Option<Sealed>> {
         }
         _ => None,
     })
+}
+
+/// Reads on from the end of `previous`.
+fn stands(d: &mut Decoder<'_>, image_bytes: u64, room: u64) -> Result<bool> {
+    let pages_of = |bytes: u64| bytes.div_ceil(PAGE as u64).saturating_mul(PAGE as u64);
+    d.bytes(8 + 1 + 1)?;
+    let (kind, frame_bytes) = (d.u8()?, u64::from(d.u32()?));
+    d.digest()?;
+    d.bytes_u16(PAGE)?;
+    let (mut is_inside, mut new, mut old) = (true, 0_u64, 0_u64);
+    for _ in 0..d.u32()? {
+        let (start, length) = (d.u64()?, d.u64()?);
+        is_inside &= start.checked_add(length).is_some_and(|end| end <= image_bytes);
+        for bytes in [&mut new, &mut old] {
+            let stored = if d.u8()? == 1 { pages_of(length) } else { 0 };
+            *bytes = bytes.saturating_add(stored);
+        }
+    }
+    let new = [0, new, pages_of(frame_bytes)].get(usize::from(kind)).copied();
+    Ok(is_inside && new.is_some_and(|new| new.saturating_add(old) <= room))
 }
 
 fn skip_option(d: &mut Decoder<'_>, bytes: usize) -> Result<()> {

@@ -212,9 +212,11 @@ fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
 
 /// A run that is disturbed while it is under way, and comes to its end all the same.
 fn disturbed(hosts: &Hosts, line: &str, mut disturb: impl FnMut()) -> Answer {
-    let mut run = Child::start(
-        &mut hosts.command(&format!("{line} --bwlimit 6M --mode delta --strategy redo")),
-    );
+    // Longer than all that disturbs it.
+    let rate = if thorough() { "1M" } else { "6M" };
+    let mut run = Child::start(&mut hosts.command(&format!(
+        "{line} --bwlimit {rate} --mode delta --strategy redo"
+    )));
     let checkpoint = |line: &Value| line["event"] == "checkpoint";
     assert!(run.wait_for(checkpoint), "{:#?}", run.finish());
     disturb();

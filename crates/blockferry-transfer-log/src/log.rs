@@ -19,6 +19,7 @@ use crate::format::{
     Decision, MAX_DIGESTS, MAX_EXTENTS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, NewContent,
     OldContent, PAGE, RecordHeader, SegmentHeader, SegmentKind, SessionId, StoredPages, usize_of,
 };
+use crate::plan::Strategy;
 use crate::spare::{Spare, SpareSlice};
 use crate::stats::Stats;
 
@@ -90,6 +91,7 @@ impl Deref for Pages {
 pub(crate) struct LogFiles {
     session: SessionId,
     geometry: Geometry,
+    strategy: Strategy,
     /// Nothing a record names may lie beyond: the larger of the old and the new size.
     limit_bytes: u64,
     files: Vec<Arc<dyn StorageFile>>,
@@ -101,6 +103,7 @@ impl LogFiles {
         Self {
             session: header.session,
             geometry: header.geometry,
+            strategy: header.strategy,
             limit_bytes: header.old_bytes.max(header.geometry.image_bytes()),
             files: Vec::new(),
             spare: Spare::default(),
@@ -119,8 +122,7 @@ impl LogFiles {
     }
 
     fn decode(&self, place: &RecordPlace, bytes: &[u8]) -> Result<RecordHeader> {
-        let (header, _) = RecordHeader::decode(bytes, &self.geometry, self.limit_bytes)
-            .map_err(|e| self.at(place, &e))?;
+        let (header, _) = self.decode_any(bytes).map_err(|e| self.at(place, &e))?;
         if header.session != self.session || header.sequence != place.sequence {
             return Err(Error::corrupt(format!(
                 "{}: it is another record",
@@ -128,6 +130,19 @@ impl LogFiles {
             )));
         }
         Ok(header)
+    }
+
+    /// A header of any record that this log can have, and its chain value.
+    fn decode_any(&self, bytes: &[u8]) -> Result<(RecordHeader, Digest)> {
+        let (header, chain) = RecordHeader::decode(bytes, &self.geometry, self.limit_bytes)?;
+        let is_logged = self.strategy == Strategy::Redo;
+        if header.new_bytes() > 0 && is_logged == (header.pages == StoredPages::Elsewhere) {
+            let strategy = self.strategy;
+            return Err(Error::corrupt(format!(
+                "record header: its new pages are not where {strategy} keeps them"
+            )));
+        }
+        Ok((header, chain))
     }
 
     /// Reads, unpacks and checks a record without its old pages.
@@ -649,9 +664,10 @@ fn join(before: Option<Scan>, mut segment: SegmentScan, number: u32) -> Option<S
     let mut scan = match before {
         Some(mut scan) if !starts_over => {
             let keep = segment.header.first_sequence;
-            let reached = keep <= scan.next_sequence
+            let goes_on = segment.header.is_about_the_same(&scan.header)
+                && keep <= scan.next_sequence
                 && chain_before(&scan, keep) == Some(segment.header.previous_chain);
-            if !reached {
+            if !goes_on {
                 return Some(scan);
             }
             scan.records.retain(|(p, _)| p.sequence < keep);
@@ -788,7 +804,7 @@ fn read_record(
         whole = read(length)?;
         &whole
     };
-    let (header, chain) = RecordHeader::decode(bytes, &files.geometry, files.limit_bytes).ok()?;
+    let (header, chain) = files.decode_any(bytes).ok()?;
     let follows = header.session == files.session
         && header.sequence == sequence
         && header.previous == previous;

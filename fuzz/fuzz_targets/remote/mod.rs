@@ -79,6 +79,7 @@ pub(super) fn run(bytes: &[u8]) {
     };
     let mut pair = Pair::new(old, new, begin, shape & 0x80 != 0, draw);
     pair.changed_in = usize::from(*changed);
+    pair.changes_pages_only = shape & 0x20 != 0;
     pair.repeats = shape & 0x40 != 0;
     let mut forged = forged.into_iter();
     for step in 0..length + 4000 {

@@ -180,6 +180,18 @@ impl SegmentHeader {
         Ok((Self::decode_fields(&mut d).map_err(bad)?, chain))
     }
 
+    /// Whether both are about one session at one target: every run of it writes the same here.
+    pub(crate) fn is_about_the_same(&self, other: &Self) -> bool {
+        let told = |header: &Self| {
+            (
+                (header.session, header.epoch, header.strategy, header.undo),
+                (header.old_bytes, header.geometry),
+                (header.old_file_id, header.working_file_id),
+            )
+        };
+        told(self) == told(other)
+    }
+
     fn decode_fields(d: &mut Decoder<'_>) -> blockferry_core::Result<Self> {
         let invalid =
             |what: &str| blockferry_core::Error::new(blockferry_core::ErrorKind::Invalid, what);

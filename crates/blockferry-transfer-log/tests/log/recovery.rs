@@ -19,6 +19,84 @@ fn log_of(session: u8) -> String {
     format!("state/{}.log.0000", id(session))
 }
 
+/// Changes a structure of one page at `at`, and its checksum with it, which is returned.
+fn change(bytes: &mut [u8], at: usize, change: impl Fn(&mut [u8])) -> Vec<u8> {
+    let (body, sum) = bytes[at..at + PAGE].split_at_mut(PAGE - 32);
+    change(body);
+    sum.copy_from_slice(checksum(body).as_bytes());
+    sum.to_vec()
+}
+
+#[test]
+fn a_record_whose_pages_are_said_to_be_elsewhere_does_not_count_where_the_log_keeps_them() {
+    const PAGES: usize = 82;
+    // Old pages would be looked for where the new ones are.
+    let setup = Setup::device(Strategy::Redo).without_undo();
+    let disk = setup.machine(Some(&old()));
+    stage_some(&setup, &disk, 1, &new(), 9, false);
+    let mut log = disk.content(&log_of(1)).unwrap();
+    let last = (0..log.len())
+        .step_by(PAGE)
+        .rfind(|at| log[*at..].starts_with(b"BFRYREC\0"))
+        .unwrap();
+    assert_eq!(log[last + PAGES], 1, "plain");
+    change(&mut log, last, |record| record[PAGES] = 0);
+    disk.install("state", &log_of(1)["state/".len()..], &log);
+
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.resume(u64::MAX).unwrap();
+    let left = setup.batches(&session, target.as_ref(), &new()).unwrap();
+    assert!(left.iter().any(|batch| !batch.is_empty()), "it counts");
+    setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+    session.commit(root(&new()), &quiet).unwrap();
+
+    assert_eq!(setup.content(&disk), Some(new()));
+}
+
+#[test]
+fn a_segment_about_another_image_does_not_go_on_with_the_one_before() {
+    const CHANGES: [(&str, usize, u8); 5] = [
+        ("epoch", 28, 1),
+        ("strategy", 36, 1),
+        ("undo", 37, 3),
+        ("old size", 40, 1),
+        ("new size", 48, 1),
+    ];
+    const PREVIOUS: usize = 40;
+    let setup = Setup::device(Strategy::Redo);
+    let machine = setup.machine(Some(&old()));
+    stage_some(&setup, &machine, 1, &new(), 1, false);
+    let mut replica = setup.open(&machine).unwrap();
+    let target = replica.target();
+    let mut session = replica.resume(u64::MAX).unwrap();
+    setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+    drop(session);
+    drop(replica);
+    let name = format!("{}.log.0001", id(1));
+    let segment = machine.content(&format!("state/{name}")).unwrap();
+    let snapshot = machine.snapshot();
+    let reopened = |segment: &[u8]| {
+        let disk = snapshot.after_kill();
+        disk.install("state", &name, segment);
+        let mut replica = setup.open(&disk).unwrap();
+        let target = replica.target();
+        let session = replica.resume(u64::MAX).unwrap();
+        let left = setup.batches(&session, target.as_ref(), &new()).unwrap();
+        left.iter().any(|batch| !batch.is_empty())
+    };
+    assert!(!reopened(&segment), "all of it is there");
+    for (field, at, bits) in CHANGES {
+        let mut segment = segment.clone();
+        let chain = change(&mut segment, 0, |header| header[at] ^= bits);
+        change(&mut segment, PAGE, |record| {
+            record[PREVIOUS..][..32].copy_from_slice(&chain);
+        });
+
+        assert!(reopened(&segment), "{field}");
+    }
+}
+
 #[test]
 fn a_record_that_rots_is_staged_again_and_the_way_back_stays_whole() {
     for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
