@@ -109,7 +109,7 @@ impl Hosts {
         tool(&["ip", "-n", &self.near, "link", "set", "cable", state]).expect("the cable is there");
     }
 
-    /// Pulls it and puts it back, at random.
+    /// Pulls it and puts it back, at random; 20 times in the long mode.
     fn pull_cable(&self, random: &mut Random) {
         for _ in 0..if thorough() { 20 } else { 3 } {
             self.cable("down");
@@ -358,6 +358,77 @@ fn a_cable_that_stays_away_is_given_up_and_found_again() {
 
     assert!(reconnected(&answer) >= 1, "{answer:#?}");
     hosts.lab.assert_holds("far", &new);
+}
+
+/// The workloads of the benches, both ways, over ssh and TLS: the cable is pulled at random and the target's side killed.
+#[test]
+fn disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host() {
+    let name = "disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host";
+    let Some(hosts) = Hosts::new("large").filter(|_| thorough()) else {
+        return skipped(name, "root, namespaces, sshd and BLOCKFERRY_TEST_LONG");
+    };
+    let mut random = seeded(name);
+    let images = hosts.lab.path("images").display().to_string();
+    let builder = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/images");
+    tool(&[builder, &images, "--size", "4G"]).expect("images can be built");
+    // Rates at which a run lasts longer than what disturbs it.
+    for (workload, rate) in [("new_a.img", "6M"), ("new_b.img", "40M")] {
+        for (over_tls, push) in [(false, true), (false, false), (true, true), (true, false)] {
+            let (from, to) = if push {
+                ("near", "far")
+            } else {
+                ("far", "near")
+            };
+            for (image, disk) in [(workload, from), ("old.img", to)] {
+                let image = format!("{images}/{image}");
+                let disk = hosts.lab.path(disk).display().to_string();
+                tool(&["cp", "--sparse=always", &image, &disk]).expect("there is room");
+            }
+            let mut server = over_tls.then(|| hosts.serve());
+            let there = match over_tls {
+                true => format!("blockferry://{FAR}/disk"),
+                false => hosts.there("far"),
+            };
+            let line = match push {
+                true => format!("sync near {there}"),
+                false => format!("sync {there} near"),
+            };
+            let certs = if over_tls { " --certs pki/near" } else { "" };
+            let line = format!("{line}{certs} --mode delta --strategy redo --bwlimit {rate}");
+
+            let mut run = Child::start(&mut hosts.command(&line));
+            let checkpoint = |line: &Value| line["event"] == "checkpoint";
+            assert!(run.wait_for(checkpoint), "{:#?}", run.finish());
+            hosts.pull_cable(&mut random);
+            let answer = if !push {
+                let killed = run.kill();
+                assert_eq!(killed.code, None, "it was over already: {killed:#?}");
+                hosts.must(&line)
+            } else {
+                match &mut server {
+                    Some(server) => *server = hosts.serve(),
+                    None => hosts.kill("serve\0--stdio"),
+                }
+                let answer = run.finish();
+                assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
+                assert!(reconnected(&answer) >= 1, "{answer:#?}");
+                answer
+            };
+
+            println!(
+                "{workload}, {}, {}: {} resumed, {} durable bytes staged again, {} connections lost",
+                if over_tls { "TLS" } else { "ssh" },
+                if push { "push" } else { "pull" },
+                answer.count("resumed_bytes"),
+                answer.count("restaged_bytes"),
+                reconnected(&answer)
+            );
+            assert!(answer.count("resumed_bytes") > 0, "{answer:#?}");
+            assert_eq!(answer.count("restaged_bytes"), 0, "{answer:#?}");
+            let disks = [from, to].map(|disk| hosts.lab.path(disk).display().to_string());
+            assert!(tool(&["cmp", &disks[0], &disks[1]]).is_some(), "{line}");
+        }
+    }
 }
 
 /// A key that is not known there, or a host that is not there, is an answer and not a puzzle.
