@@ -19,7 +19,7 @@ use blockferry::transfer_log::{
 };
 use blockferry::transport::{Message, Preamble, ShortDigests, Width, message};
 use blockferry_fuzz::machine::{TARGET, device, image};
-use blockferry_fuzz::pages::{FILES, Files, PAGE, STATE, pack};
+use blockferry_fuzz::pages::{CHAINED, FILES, Files, PAGE, STATE, pack};
 use blockferry_testkit::{OperationKind, SimDisk, SimOptions};
 
 use harness::{Setup, quiet, root};
@@ -270,6 +270,7 @@ fn golden_replicas(scenes: &Path, seeds: &Seeds) -> std::io::Result<()> {
         let seed = match &name[..] {
             "applied" => ("endless", without_next(choice(false, true, 1), &files)),
             "staged" => ("cut", durable_and_cut(choice(false, false, 0), &files)),
+            "compressed" => ("unchained", unchained(choice(false, false, 0), &files)),
             _ => continue,
         };
         seeds.write("replay", seed.0, &seed.1)?;
@@ -292,7 +293,7 @@ fn golden_replicas(scenes: &Path, seeds: &Seeds) -> std::io::Result<()> {
 /// Slots with the highest sequence but one.
 fn without_next(choice: u8, files: &Files) -> Vec<u8> {
     const SEQUENCE: usize = 12;
-    with_pieces(choice, files, |piece| {
+    with_pieces(choice, files, |_, piece| {
         if piece.starts_with(b"BFRYSLT\0") {
             piece[SEQUENCE..][..8].copy_from_slice(&(u64::MAX - 1).to_le_bytes());
         }
@@ -304,7 +305,7 @@ fn durable_and_cut(choice: u8, files: &Files) -> Vec<u8> {
     const SEQUENCE: usize = 32;
     const DURABLE: usize = 72;
     let mut last = 0;
-    let seed = with_pieces(choice, files, |piece| {
+    let seed = with_pieces(choice, files, |_, piece| {
         last = piece.len();
         if piece.starts_with(b"BFRYREC\0") {
             piece.copy_within(SEQUENCE..SEQUENCE + 8, DURABLE);
@@ -313,13 +314,25 @@ fn durable_and_cut(choice: u8, files: &Files) -> Vec<u8> {
     seed[..seed.len() - last - 4].to_vec()
 }
 
-/// A seed whose pieces are changed; checksums and chain values follow.
-fn with_pieces(choice: u8, files: &Files, mut change: impl FnMut(&mut [u8])) -> Vec<u8> {
+/// Records that follow nothing.
+fn unchained(choice: u8, files: &Files) -> Vec<u8> {
+    const PREVIOUS: usize = 40;
+    with_pieces(choice, files, |kind, piece| {
+        if piece.starts_with(b"BFRYREC\0") {
+            *kind &= !CHAINED;
+            piece[PREVIOUS] ^= 1;
+        }
+    })
+}
+
+/// A seed whose pieces are changed, each with its kind; checksums and chain values follow.
+fn with_pieces(choice: u8, files: &Files, mut change: impl FnMut(&mut u8, &mut [u8])) -> Vec<u8> {
     let mut seed = [&[choice], &pack(files)[..]].concat();
     let mut at = 1;
     while let Some(&[_, _, low, high]) = seed.get(at..at + 4).and_then(<[u8]>::first_chunk) {
         let length = usize::from(u16::from_le_bytes([low, high]));
-        change(&mut seed[at + 4..at + 4 + length]);
+        let (head, bytes) = seed[at..at + 4 + length].split_at_mut(4);
+        change(&mut head[0], bytes);
         at += 4 + length;
     }
     seed

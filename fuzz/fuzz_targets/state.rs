@@ -34,7 +34,9 @@ fuzz_target!(|input: &[u8]| {
     drop(text::of_result(&moved_on));
     if moved_on.is_ok() {
         drop(replica);
-        let again = machine.open().expect("what was recovered, or succeeded, can be opened");
+        let again = machine
+            .open()
+            .expect("what was recovered, or succeeded, can be opened");
         if Choice(*first).next(4) == 3 {
             let settled = (point.as_ref(), retained.as_ref());
             assert_eq!((again.point(), again.retained()), settled);

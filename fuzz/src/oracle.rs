@@ -240,13 +240,17 @@ fn stands(d: &mut Decoder<'_>, image_bytes: u64, room: u64) -> Result<bool> {
     let (mut is_inside, mut new, mut old) = (true, 0_u64, 0_u64);
     for _ in 0..d.u32()? {
         let (start, length) = (d.u64()?, d.u64()?);
-        is_inside &= start.checked_add(length).is_some_and(|end| end <= image_bytes);
+        is_inside &= start
+            .checked_add(length)
+            .is_some_and(|end| end <= image_bytes);
         for bytes in [&mut new, &mut old] {
             let stored = if d.u8()? == 1 { pages_of(length) } else { 0 };
             *bytes = bytes.saturating_add(stored);
         }
     }
-    let new = [0, new, pages_of(frame_bytes)].get(usize::from(kind)).copied();
+    let new = [0, new, pages_of(frame_bytes)]
+        .get(usize::from(kind))
+        .copied();
     Ok(is_inside && new.is_some_and(|new| new.saturating_add(old) <= room))
 }
 

@@ -18,7 +18,8 @@ const STATE_PAGES: usize = 35;
 const MAX_PAGES: usize = 64;
 const CHECKSUM_BYTES: usize = 32;
 const SEALED: u8 = 4;
-const CHAINED: u8 = 8;
+/// Of a piece's kind: it gets the chain value it must name.
+pub const CHAINED: u8 = 8;
 const DAMAGED: u8 = 16;
 const REPEATED: u8 = 32;
 /// Pages that repeat more bytes than these are stored as they are.
