@@ -367,6 +367,7 @@ fn a_cable_that_stays_away_is_given_up_and_found_again() {
 
 /// The workloads of the benches, both ways, over ssh and TLS: the cable is pulled at random and the target's side killed.
 #[test]
+#[expect(clippy::print_stdout, reason = "a count to read")]
 fn disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host() {
     let name = "disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host";
     let Some(hosts) = Hosts::new("large").filter(|_| thorough()) else {
