@@ -31,9 +31,12 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(again.point(), point.as_ref());
 
     let went_on = go_on(&mut again, choice);
+    let settled = (again.point().cloned(), again.retained().cloned());
     drop((text::of_result(&went_on), again));
     if went_on.is_ok() {
-        drop(machine.open().expect("what succeeded can be opened"));
+        let last = machine.open().expect("what succeeded can be opened");
+        let found = (last.point().cloned(), last.retained().cloned());
+        assert_eq!(found, settled, "what succeeded stays");
     }
 });
 

@@ -45,6 +45,11 @@ impl Hosts {
         })
     }
 
+    /// For a test of the long mode: `None` outside of it as well.
+    fn thorough(name: &str) -> Option<Self> {
+        thorough().then(|| Self::new(name)).flatten()
+    }
+
     /// The command on the near host, in JSON.
     fn command(&self, line: &str) -> Command {
         let near = self.lab.command(line);
@@ -215,15 +220,29 @@ fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
     Some((daemon, shell))
 }
 
+/// From where to where, and the line that does it; `there` is the disk `far`.
+fn between(push: bool, there: &str) -> (&'static str, &'static str, String) {
+    if push {
+        ("near", "far", format!("sync near {there}"))
+    } else {
+        ("far", "near", format!("sync {there} near"))
+    }
+}
+
+/// A run that something of is durable, and that is not over soon.
+fn under_way(hosts: &Hosts, line: &str, rate: &str) -> Child {
+    let line = format!("{line} --bwlimit {rate} --mode delta --strategy redo");
+    let mut run = Child::start(&mut hosts.command(&line));
+    let checkpoint = |line: &Value| line["event"] == "checkpoint";
+    assert!(run.wait_for(checkpoint), "{:#?}", run.finish());
+    run
+}
+
 /// A run that is disturbed while it is under way, and comes to its end all the same.
 fn disturbed(hosts: &Hosts, line: &str, mut disturb: impl FnMut()) -> Answer {
     // Longer than all that disturbs it.
     let rate = if thorough() { "1M" } else { "6M" };
-    let mut run = Child::start(&mut hosts.command(&format!(
-        "{line} --bwlimit {rate} --mode delta --strategy redo"
-    )));
-    let checkpoint = |line: &Value| line["event"] == "checkpoint";
-    assert!(run.wait_for(checkpoint), "{:#?}", run.finish());
+    let run = under_way(hosts, line, rate);
     disturb();
     let answer = run.finish();
     assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
@@ -276,17 +295,9 @@ fn a_cable_that_is_pulled_a_far_end_that_is_killed_and_a_connection_that_is_rese
     };
     let mut random = seeded("a_cable_that_is_pulled");
     for push in [true, false] {
-        let (from, to) = if push {
-            ("near", "far")
-        } else {
-            ("far", "near")
-        };
+        let (from, to, line) = between(push, &hosts.there("far"));
         let old = hosts.lab.disk(to, 83, 64 * MIB);
         let new = hosts.lab.edited(from, 84, &old, 0.4);
-        let line = match push {
-            true => format!("sync near {}", hosts.there("far")),
-            false => format!("sync {} near", hosts.there("far")),
-        };
 
         let answer = disturbed(&hosts, &line, || {
             hosts.pull_cable(&mut random);
@@ -315,13 +326,9 @@ fn two_hosts_push_and_pull_over_tls_whatever_becomes_of_cable_and_server() {
     let mut server = hosts.serve();
     let mut old = hosts.lab.disk("far", 89, 64 * MIB);
     for push in [true, false] {
-        let from = if push { "near" } else { "far" };
-        let to = if push { "far" } else { "near" };
+        let (from, to, line) = between(push, &format!("blockferry://{FAR}/disk"));
+        let line = format!("{line} --certs pki/near");
         let new = hosts.lab.edited(from, 90 + u64::from(push), &old, 0.4);
-        let line = match push {
-            true => format!("sync near blockferry://{FAR}/disk --certs pki/near"),
-            false => format!("sync blockferry://{FAR}/disk near --certs pki/near"),
-        };
 
         let answer = disturbed(&hosts, &line, || {
             hosts.pull_cable(&mut random);
@@ -339,18 +346,12 @@ fn two_hosts_push_and_pull_over_tls_whatever_becomes_of_cable_and_server() {
 /// Longer than either side waits for a sign of life.
 #[test]
 fn a_cable_that_stays_away_is_given_up_and_found_again() {
-    let Some(hosts) = Hosts::new("away") else {
+    let Some(hosts) = Hosts::thorough("away") else {
         return skipped(
             "a_cable_that_stays_away_is_given_up_and_found_again",
-            "root, namespaces and sshd",
+            "root, namespaces, sshd and BLOCKFERRY_TEST_LONG",
         );
     };
-    if !thorough() {
-        return skipped(
-            "a_cable_that_stays_away_is_given_up_and_found_again",
-            "BLOCKFERRY_TEST_LONG",
-        );
-    }
     let old = hosts.lab.disk("far", 86, 64 * MIB);
     let new = hosts.lab.edited("near", 87, &old, 0.4);
     let line = format!("sync near {}", hosts.there("far"));
@@ -370,7 +371,7 @@ fn a_cable_that_stays_away_is_given_up_and_found_again() {
 #[expect(clippy::print_stdout, reason = "a count to read")]
 fn disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host() {
     let name = "disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host";
-    let Some(hosts) = Hosts::new("large").filter(|_| thorough()) else {
+    let Some(hosts) = Hosts::thorough("large") else {
         return skipped(name, "root, namespaces, sshd and BLOCKFERRY_TEST_LONG");
     };
     let mut random = seeded(name);
@@ -380,37 +381,22 @@ fn disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host() {
     // Rates at which a run lasts longer than what disturbs it.
     for (workload, rate) in [("new_a.img", "6M"), ("new_b.img", "40M")] {
         for (over_tls, push) in [(false, true), (false, false), (true, true), (true, false)] {
-            let (from, to) = if push {
-                ("near", "far")
-            } else {
-                ("far", "near")
+            let there = match over_tls {
+                true => format!("blockferry://{FAR}/disk"),
+                false => hosts.there("far"),
             };
+            let (from, to, line) = between(push, &there);
+            let line = format!("{line}{}", if over_tls { " --certs pki/near" } else { "" });
             for (image, disk) in [(workload, from), ("old.img", to)] {
                 let image = format!("{images}/{image}");
                 let disk = hosts.lab.path(disk).display().to_string();
                 tool(&["cp", "--sparse=always", &image, &disk]).expect("there is room");
             }
             let mut server = over_tls.then(|| hosts.serve());
-            let there = match over_tls {
-                true => format!("blockferry://{FAR}/disk"),
-                false => hosts.there("far"),
-            };
-            let line = match push {
-                true => format!("sync near {there}"),
-                false => format!("sync {there} near"),
-            };
-            let certs = if over_tls { " --certs pki/near" } else { "" };
-            let line = format!("{line}{certs} --mode delta --strategy redo --bwlimit {rate}");
 
-            let mut run = Child::start(&mut hosts.command(&line));
-            let checkpoint = |line: &Value| line["event"] == "checkpoint";
-            assert!(run.wait_for(checkpoint), "{:#?}", run.finish());
+            let run = under_way(&hosts, &line, rate);
             hosts.pull_cable(&mut random);
-            let answer = if !push {
-                let killed = run.kill();
-                assert_eq!(killed.code, None, "it was over already: {killed:#?}");
-                hosts.must(&line)
-            } else {
+            let answer = if push {
                 match &mut server {
                     Some(server) => *server = hosts.serve(),
                     None => hosts.kill("serve\0--stdio"),
@@ -419,6 +405,10 @@ fn disks_of_4_gib_arrive_whatever_becomes_of_cable_and_target_host() {
                 assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
                 assert!(reconnected(&answer) >= 1, "{answer:#?}");
                 answer
+            } else {
+                let killed = run.kill();
+                assert_eq!(killed.code, None, "it was over already: {killed:#?}");
+                hosts.must(&format!("{line} --mode delta --strategy redo"))
             };
 
             println!(

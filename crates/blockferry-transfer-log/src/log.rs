@@ -135,14 +135,13 @@ impl LogFiles {
     /// A header of any record that this log can have, and its chain value.
     fn decode_any(&self, bytes: &[u8]) -> Result<(RecordHeader, Digest)> {
         let (header, chain) = RecordHeader::decode(bytes, &self.geometry, self.limit_bytes)?;
-        let is_logged = self.strategy == Strategy::Redo;
-        if header.new_bytes() > 0 && is_logged == (header.pages == StoredPages::Elsewhere) {
-            let strategy = self.strategy;
-            return Err(Error::corrupt(format!(
-                "record header: its new pages are not where {strategy} keeps them"
-            )));
+        if header.is_kept_as(self.strategy) {
+            return Ok((header, chain));
         }
-        Ok((header, chain))
+        Err(Error::corrupt(format!(
+            "record header: its new pages are not where {} keeps them",
+            self.strategy
+        )))
     }
 
     /// Reads, unpacks and checks a record without its old pages.
@@ -340,6 +339,7 @@ pub(crate) struct Appender {
     file: Arc<dyn StorageFile>,
     stats: Arc<Stats>,
     segment: usize,
+    strategy: Strategy,
     position: u64,
     /// Position at the last flush.
     flushed: u64,
@@ -369,6 +369,7 @@ impl Appender {
             file,
             stats: Arc::clone(stats),
             segment: files.files.len() - 1,
+            strategy: header.strategy,
             position: PAGE as u64,
             flushed: 0,
             next_sequence: header.first_sequence,
@@ -400,6 +401,12 @@ impl Appender {
             old_digests: batch.old_digests.clone(),
         };
         check_limits(&header)?;
+        if !header.is_kept_as(self.strategy) {
+            return Err(Error::refused(format!(
+                "the batch was made for another session: {} does not keep new pages that way",
+                self.strategy
+            )));
+        }
         let (head, chain) = header.encode();
         let mut head_buffer = AlignedBuffer::zeroed(head.len());
         head_buffer.copy_from_slice(&head);

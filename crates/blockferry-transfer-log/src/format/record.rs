@@ -14,6 +14,7 @@ use blockferry_device::Evidence;
 use super::header::decode_evidence;
 use super::{CHECKSUM_BYTES, FORMAT_VERSION, PAGE, SessionId, seal, unseal};
 use crate::error::{Error, Result};
+use crate::plan::Strategy;
 
 const MAGIC: &[u8; 8] = b"BFRYREC\0";
 /// Longest header in bytes; a longer one is refused before it is read.
@@ -171,6 +172,12 @@ impl RecordHeader {
     /// Bytes of the old pages, padded.
     pub(crate) fn old_bytes(&self) -> u64 {
         padded(self.extents.iter().filter(|e| e.old == OldContent::Data))
+    }
+
+    /// Whether the new pages, if there are any, are where this strategy keeps them.
+    pub(crate) fn is_kept_as(&self, strategy: Strategy) -> bool {
+        let is_logged = self.pages != StoredPages::Elsewhere;
+        self.new_bytes() == 0 || is_logged == (strategy == Strategy::Redo)
     }
 
     /// Bytes of the new pages as stored, padded.

@@ -1,6 +1,6 @@
 //! What is refused, and that refusing changes nothing.
 
-use blockferry_core::Extent;
+use blockferry_core::{Extent, block_digest};
 use blockferry_testkit::{SimDisk, SimOptions};
 use blockferry_transfer_log::{ErrorKind, Old, Strategy, Unwritten};
 
@@ -46,6 +46,34 @@ fn a_target_that_was_written_since_is_not_rolled_back() {
         assert_eq!(refused.kind(), ErrorKind::Refused);
         assert_eq!(setup.content(&disk), Some(written));
     }
+}
+
+/// Its pages are in another file, where no reader of this log would look for them.
+#[test]
+fn a_batch_that_was_made_for_another_strategy_is_refused() {
+    let clone = Setup::file(Strategy::Clone);
+    let elsewhere = clone.machine(Some(&old()));
+    let mut theirs = clone.open(&elsewhere).unwrap();
+    let session = theirs.begin(&clone.plan(1, &new())).unwrap();
+    let stager = session.stager();
+    let mut batch = stager.blocks();
+    let block = Extent::from_range(0..2 * PAGE as u64);
+    let bytes = &new()[..2 * PAGE];
+    stager
+        .write_blocks(&mut batch, block, bytes, &[block_digest(bytes)], Old::None)
+        .unwrap();
+    let setup = Setup::device(Strategy::Redo).without_undo();
+    let disk = setup.machine(Some(&old()));
+    let mut replica = setup.open(&disk).unwrap();
+    let target = replica.target();
+    let mut session = replica.begin(&setup.plan(2, &new())).unwrap();
+
+    let refused = session.stage(batch).unwrap_err();
+
+    assert_eq!(refused.kind(), ErrorKind::Refused, "{refused}");
+    setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+    session.commit(root(&new()), &quiet).unwrap();
+    assert_eq!(setup.content(&disk), Some(new()));
 }
 
 #[test]
