@@ -205,6 +205,12 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
             digests: short(Width::Sixteen, 2),
             below: 9,
         },
+        Message::Sampled(message::Sampled {
+            data_blocks: 1 << 14,
+            blocks: 2,
+            reading_ns: 5,
+            digesting_ns: 7,
+        }),
         Message::Blocks {
             region: 5,
             differing: vec![(0, None), (255, Some(digest))],
@@ -228,6 +234,12 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
     let target = [
         open,
         Message::Examine,
+        Message::Sample(message::Sample {
+            block_size: BlockSize::DEFAULT,
+            level: 1,
+            most: 2,
+            seed: 5,
+        }),
         begin,
         Message::OpenRegion {
             region: 5,

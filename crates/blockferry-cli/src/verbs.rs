@@ -4,6 +4,7 @@ pub(crate) mod certs;
 pub(crate) mod decide;
 pub(crate) mod diff;
 pub(crate) mod digest;
+pub(crate) mod dry_run;
 pub(crate) mod generate;
 pub(crate) mod report;
 pub(crate) mod resume;

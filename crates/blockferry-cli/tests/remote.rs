@@ -131,6 +131,48 @@ impl Hosts {
         begun(command.stderr(Stdio::null()))
     }
 
+    /// Kills the blockferry that is started there, as the system may.
+    fn kill_far_end(&self) {
+        // Its working directory tells it from every other.
+        let far = fs::canonicalize(self.far(".")).expect("there");
+        let serving = fs::read_dir("/proc")
+            .expect("mounted")
+            .flatten()
+            .filter(|process| {
+                let place = fs::read_link(process.path().join("cwd"));
+                let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+                place.is_ok_and(|place| place == far)
+                    && words.ends_with(b"serve\0--stdio\0")
+                    && !words.starts_with(b"sh\0")
+            });
+        for process in serving {
+            let id = process.file_name();
+            let id = id.to_str().expect("a number");
+            Command::new("kill")
+                .args(["-9", id])
+                .status()
+                .expect("runs");
+        }
+    }
+
+    /// No way leads to the other host, or there is one again.
+    fn set_way(&self, open: bool) {
+        let (there, away) = (self.far("bin/blockferry"), self.far("bin/away"));
+        let (from, to) = if open { (away, there) } else { (there, away) };
+        fs::rename(from, to).expect("moved");
+    }
+
+    /// Runs a line on the host that has the target.
+    fn beside_target(&self, push: bool, line: &str) -> Output {
+        let mut command = self.lab.command(line.split_whitespace());
+        if push {
+            command
+                .current_dir(self.far("."))
+                .env("BLOCKFERRY_STATE_ROOT", self.far("state-root"));
+        }
+        command.output().expect("runs")
+    }
+
     /// A run slowed down so much that it lasts, stopped by this signal once something is durable.
     fn stopped(&self, line: &str, name: &str) -> (Option<i32>, Vec<Value>) {
         let (mut child, lines) = self.begun(&format!("{line} --bwlimit 4M"));
@@ -313,26 +355,7 @@ fn a_far_end_that_is_killed_is_started_again() {
     let source = hosts.lab.disk("source", 24 * MIB, 9);
     fs::write(hosts.far("target"), content(24 * MIB, 10)).expect("written");
     let (mut child, lines) = hosts.begun("sync source h:target --bwlimit 8M");
-    // Its working directory tells it from every other.
-    let far = fs::canonicalize(hosts.far(".")).expect("there");
-    let killed = fs::read_dir("/proc")
-        .expect("mounted")
-        .flatten()
-        .filter(|process| {
-            let place = fs::read_link(process.path().join("cwd"));
-            let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
-            place.is_ok_and(|place| place == far)
-                && words.ends_with(b"serve\0--stdio\0")
-                && !words.starts_with(b"sh\0")
-        });
-    for process in killed {
-        let id = process.file_name();
-        let id = id.to_str().expect("a number");
-        Command::new("kill")
-            .args(["-9", id])
-            .status()
-            .expect("runs");
-    }
+    hosts.kill_far_end();
 
     let rest: Vec<Value> = lines.collect();
 
@@ -345,6 +368,78 @@ fn a_far_end_that_is_killed_is_started_again() {
     assert_eq!(receipt["restaged_bytes"], 0, "{receipt}");
     assert!(receipt["resumed_bytes"].as_u64() > Some(0), "{receipt}");
     assert!(same(&source, &hosts.far("target")));
+}
+
+/// Runs `what` on the target's host while a run that has lost its connection finds no way back, and returns what that
+/// run comes to when it finds one.
+fn come_back(hosts: &Hosts, push: bool, line: &str, what: impl Fn() -> bool) -> (i32, Vec<Value>) {
+    let (mut child, lines) = hosts.begun(&format!("{line} --bwlimit 4M"));
+    hosts.set_way(false);
+    hosts.kill_far_end();
+    let end = Instant::now() + Duration::from_secs(60);
+    while !what() {
+        assert!(
+            Instant::now() < end,
+            "push {push}: the target is not let go"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    hosts.set_way(true);
+    let rest = lines.collect();
+    (child.wait().expect("ends").code().expect("by itself"), rest)
+}
+
+#[test]
+fn a_run_that_comes_back_late_is_refused_by_a_target_that_somebody_took() {
+    for push in [true, false] {
+        for taken_by in ["sync other disk", "cancel disk"] {
+            let hosts = Hosts::new();
+            let (line, _, target) = hosts.two_disks(push, 24 * MIB);
+            fs::write(target.with_file_name("other"), content(24 * MIB, 20)).expect("written");
+            let take = || code(&hosts.beside_target(push, taken_by)) == 0;
+
+            let (exit, lines) = come_back(&hosts, push, line, take);
+
+            assert_eq!(exit, 4, "{lines:?}");
+            let said = lines.last().expect("a line");
+            let message = said["message"].as_str().expect("said");
+            assert!(message.contains("taken by another command"), "{said}");
+            assert_eq!(said["resumable"], false, "{said}");
+            let left = if taken_by == "cancel disk" { 6 } else { 20 };
+            assert!(
+                fs::read(&target).expect("readable") == content(24 * MIB, left),
+                "{taken_by}"
+            );
+            // Who means it starts again.
+            hosts.must(line);
+        }
+    }
+}
+
+#[test]
+fn a_target_that_comes_back_without_its_state_gets_a_new_session_that_is_said() {
+    for push in [true, false] {
+        let hosts = Hosts::new();
+        let (line, source, target) = hosts.two_disks(push, 24 * MIB);
+        let state = target.with_file_name(".disk.blockferry");
+        let lose = || {
+            // Works once the target is let go.
+            let free = code(&hosts.beside_target(push, "cancel disk")) == 0;
+            if free {
+                fs::remove_dir_all(&state).expect("removed");
+            }
+            free
+        };
+
+        let (exit, lines) = come_back(&hosts, push, line, lose);
+
+        assert_eq!(exit, 0, "{lines:?}");
+        assert!(
+            lines.iter().any(|line| line["code"] == "state_lost"),
+            "{lines:?}"
+        );
+        assert!(same(&source, &target));
+    }
 }
 
 #[test]
@@ -405,7 +500,8 @@ fn what_keeps_two_hosts_apart_is_said_with_what_to_do() {
         ("sync h:absent target", 3, "h: open of absent"),
         ("sync source h:no/such/place", 4, "h: "),
         ("sync h:a g:b", 2, "one side must be here"),
-        ("sync source h:target --dry-run", 2, "--dry-run"),
+        ("sync h:absent target --dry-run", 3, "h: open of absent"),
+        ("sync source h:no/such/place --dry-run", 4, "h: "),
         ("sync source h:target -e 'ssh", 2, "quotes"),
         ("digest h:a", 2, "only sync reaches disks of other hosts"),
         ("serve", 2, "--stdio"),
@@ -426,12 +522,7 @@ fn a_target_that_was_pushed_never_takes_a_disk_of_its_own_host_for_the_source() 
     fs::write(hosts.far("target"), content(24 * MIB, 13)).expect("written");
     hosts.stopped("sync disk h:target", "-TERM");
 
-    let there = Command::new(hosts.lab.path("far/bin/blockferry"))
-        .args(["resume", "target"])
-        .current_dir(hosts.far("."))
-        .env("BLOCKFERRY_STATE_ROOT", hosts.far("state-root"))
-        .output()
-        .expect("runs");
+    let there = hosts.beside_target(true, "resume target");
 
     assert_eq!(code(&there), 2);
     let shown = text(&there.stderr);
@@ -456,6 +547,63 @@ fn a_pull_into_a_target_that_is_refused_says_that_and_nothing_else() {
         shown.starts_with("error: ") && !shown.contains("h: "),
         "{shown}"
     );
+}
+
+#[test]
+fn a_dry_run_between_hosts_writes_nothing_and_says_what_the_sync_then_does() {
+    for push in [true, false] {
+        let hosts = Hosts::new();
+        let (line, source, target) = hosts.two_disks(push, 24 * MIB);
+        let mut old = content(24 * MIB, 5);
+        // A tenth of it, all over it.
+        for block in old.chunks_mut(640 * 1024) {
+            let changed = block.len().min(64 * 1024);
+            block[..changed].fill(7);
+        }
+        fs::write(&target, &old).expect("written");
+        let names = || {
+            let mut found = Vec::new();
+            for place in ["", "far", "far/state-root", "state-root"] {
+                for entry in fs::read_dir(hosts.lab.path(place)).into_iter().flatten() {
+                    found.push(entry.expect("an entry").path());
+                }
+            }
+            found.retain(|path| !path.ends_with("calls"));
+            found.sort();
+            found
+        };
+        let before = names();
+
+        let foretold = hosts.must(&format!("{line} --dry-run"));
+
+        assert_eq!(names(), before, "{line}");
+        assert!(fs::read(&target).expect("readable") == old, "{line}");
+        let changed = foretold["predicted_changed_bytes"].as_u64().expect("said");
+        let wire = foretold["predicted_wire_bytes"].as_u64().expect("said");
+        assert!(foretold["predicted_seconds"].as_f64().expect("said") > 0.0);
+        let shown = hosts.run(&format!("{line} --dry-run"));
+        let shown = text(&shown.stderr);
+        assert!(
+            shown.contains("on the wire") && shown.contains("nothing was written"),
+            "{shown}"
+        );
+        let done = hosts.must(line);
+        assert_eq!(
+            (&foretold["mode"], &foretold["strategy"]),
+            (&done["mode"], &done["strategy"])
+        );
+        let really = done["changed_bytes"].as_u64().expect("said");
+        assert!(
+            changed.abs_diff(really) < really / 3,
+            "{line}: {changed} foretold, {really}"
+        );
+        let crossed = done["sent_bytes"].as_u64().expect("said");
+        assert!(
+            wire.abs_diff(crossed) < crossed / 2,
+            "{line}: {wire} foretold, {crossed}"
+        );
+        assert!(same(&source, &target));
+    }
 }
 
 /// What a connection may cost, whoever is on its other side.

@@ -4,6 +4,8 @@
 use blockferry_core::{BlockIndex, Extent, ExtentSet, Geometry};
 use blockferry_device::{BlockSource, Status};
 
+use crate::sample::scramble;
+
 /// Runs of data that are told apart on one device. What lies behind counts as data: asking costs a system call or
 /// two for each, and a list of them memory.
 const MOST_RUNS: usize = 65_536;
@@ -47,6 +49,15 @@ impl DataBlocks {
         let (first, run) = self.runs.get(behind.checked_sub(1)?)?;
         let block = run.start() / self.block_bytes + (number - first);
         (number < self.count).then(|| BlockIndex::new(block))
+    }
+
+    /// At most so many of them, spread evenly: one of each of equal shares, at a place that the seed decides.
+    pub(crate) fn spread(&self, most: u64, seed: u64) -> impl Iterator<Item = BlockIndex> {
+        let (count, parts) = (self.count, self.count.min(most));
+        (0..parts).filter_map(move |n| {
+            let (from, to) = (n * count / parts, (n + 1) * count / parts);
+            self.nth(from + scramble(seed ^ n) % (to - from).max(1))
+        })
     }
 }
 

@@ -11,6 +11,7 @@ use blockferry_transfer_log::{Proof, Strategy, Undo};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
+use crate::fence::Attempt;
 
 /// How the target is brought up to date.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -107,6 +108,8 @@ pub struct SyncOptions {
     pub source_address: String,
     /// What is said to have changed in the source since the target's point.
     pub changes: Option<ChangesSince>,
+    /// Which run this is an attempt of, where one may need several because its connection does not hold.
+    pub attempt: Option<Attempt>,
 }
 
 /// A change map of the source, and the sync point it is relative to. What a map below
@@ -149,6 +152,7 @@ impl Default for SyncOptions {
             strategy: None,
             source_address: String::new(),
             changes: None,
+            attempt: None,
         }
     }
 }

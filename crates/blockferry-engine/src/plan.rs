@@ -88,9 +88,14 @@ pub(crate) fn choose_unread(
     Some(choice).filter(Choice::fits)
 }
 
-/// The choice where the source is on another machine and no sample of it is taken. A comparison is worth it on nearly
-/// every link; the space that is needed shows when it is needed.
-pub(crate) fn choose_unsampled(options: &SyncOptions, found: Situation) -> Choice {
+/// The choice where the source is on another machine. A comparison is worth it on nearly every link, and a new file would
+/// take whole blocks across it; so a sample, which costs bytes, is taken only to predict. Without one, the space that is
+/// needed shows when it is needed.
+pub(crate) fn choose_remote(
+    options: &SyncOptions,
+    found: Situation,
+    sample: Option<&Sample>,
+) -> Choice {
     let delta = SyncOptions {
         mode: match options.mode {
             Mode::Auto => Mode::Delta,
@@ -99,16 +104,12 @@ pub(crate) fn choose_unsampled(options: &SyncOptions, found: Situation) -> Choic
         ..options.clone()
     };
     let (mode, strategy, reason) = decided(&delta, found).unwrap_or_else(|| {
-        let why = "redo: how much differs shows only when it is compared";
+        let why = "redo: what is new goes to the log, the old file stays until it is decided";
         (delta.mode, Strategy::Redo, why.to_owned())
     });
-    Choice {
-        mode,
-        strategy,
-        reason,
-        required_bytes: 0,
-        available_bytes: found.state_free_bytes,
-    }
+    let nothing = Sample::default();
+    let sample = sample.unwrap_or(&nothing);
+    with_space(mode, strategy, reason, options, found, sample)
 }
 
 /// What the caller and the target leave to choose nothing of.
@@ -285,6 +286,7 @@ mod tests {
             digest_seconds: 0.01,
             weight: 256.0,
             block_bytes: 65536.0,
+            ..Sample::default()
         }
     }
 

@@ -115,13 +115,13 @@ pub struct Outcome {
 }
 
 /// What a sync would do.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Prediction {
     /// The mode that would run.
     pub mode: Mode,
     /// The strategy that would be used; nothing if both sides look identical.
-    #[serde(serialize_with = "strategy_name")]
+    #[serde(serialize_with = "strategy_name", deserialize_with = "named_strategy")]
     pub strategy: Option<Strategy>,
     /// Why.
     pub reason: String,
@@ -131,6 +131,8 @@ pub struct Prediction {
     pub data_bytes: u64,
     /// Bytes of pages that differ, estimated from the sample.
     pub predicted_changed_bytes: u64,
+    /// Bytes that cross the wire to the target's host, estimated; nothing where both disks are on one.
+    pub predicted_wire_bytes: Option<u64>,
     /// Seconds of a delta sync, estimated.
     pub delta_seconds: f64,
     /// Seconds of a full download, estimated.
@@ -145,6 +147,13 @@ pub struct Prediction {
     pub fits: bool,
     /// Blocks that were sampled.
     pub sampled_blocks: u64,
+}
+
+impl Prediction {
+    /// As it travels.
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
 }
 
 pub(crate) fn strategy_name<S: Serializer>(

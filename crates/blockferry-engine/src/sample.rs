@@ -2,18 +2,19 @@
 
 use std::time::Duration;
 
-use blockferry_core::{BlockIndex, Geometry, PAGE_BYTES, block_digest, is_zero};
+use blockferry_core::{Extent, Geometry, PAGE_BYTES, block_digest, is_zero};
 use blockferry_delta_sync::differing_runs;
 use blockferry_device::{AlignedBuffer, BlockSource, Clock};
 use blockferry_pipeline::read_padded;
 use blockferry_transfer_log::Strategy;
+use blockferry_transport::message::Sampled;
 
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
 use crate::options::Context;
 
 /// Blocks that are sampled: the share that changed is then known to within a few percent.
-const SAMPLES: u64 = 256;
+pub(crate) const SAMPLES: u64 = 256;
 /// Bytes per second a disk is assumed to write durably; measuring it would write.
 const ASSUMED_WRITE_RATE: f64 = 1.2e9;
 
@@ -31,6 +32,10 @@ pub(crate) struct Sample {
     /// Blocks of the image for each sampled one.
     pub(crate) weight: f64,
     pub(crate) block_bytes: f64,
+    /// What each byte of data becomes on the wire, packed; 0 where there is none to cross.
+    pub(crate) wire_bytes_per_byte: f64,
+    /// How long that takes.
+    pub(crate) wire_seconds_per_byte: f64,
 }
 
 impl Sample {
@@ -43,34 +48,40 @@ impl Sample {
         seed: u64,
         context: &Context,
     ) -> Result<Self> {
-        let count = data.count();
-        let blocks = count.min(SAMPLES);
         let mut sample = Self {
-            blocks,
-            weight: count as f64 / blocks.max(1) as f64,
             block_bytes: geometry.block_size().bytes() as f64,
             ..Self::default()
         };
         let length = usize::try_from(geometry.block_size().bytes()).unwrap_or(usize::MAX);
         let mut buffers = (AlignedBuffer::zeroed(length), AlignedBuffer::zeroed(length));
-        for n in 0..blocks {
+        for block in data.spread(SAMPLES, seed) {
             context.check_cancelled()?;
-            // One block of each of equal shares, at a place the seed decides.
-            let (from, to) = (n * count / blocks, (n + 1) * count / blocks);
-            let number = from + scramble(seed ^ n) % (to - from).max(1);
-            let Some(block) = data.nth(number) else {
-                continue;
-            };
-            sample.look(
-                source,
-                target,
-                geometry,
-                block,
-                &mut buffers,
-                &*context.clock,
-            )?;
+            let extent = geometry.block_extent(block);
+            sample.look(source, target, extent, &mut buffers, &*context.clock)?;
         }
+        sample.weight = weight(data.count(), sample.blocks);
         Ok(sample)
+    }
+
+    /// What the other side found out of its source; what it sent of it is to be compared.
+    pub(crate) fn of_peer(geometry: &Geometry, found: &Sampled) -> Self {
+        let seconds = |nanoseconds| Duration::from_nanos(nanoseconds).as_secs_f64();
+        Self {
+            weight: weight(found.data_blocks, u64::from(found.blocks)),
+            block_bytes: geometry.block_size().bytes() as f64,
+            source_seconds: seconds(found.reading_ns),
+            digest_seconds: seconds(found.digesting_ns),
+            ..Self::default()
+        }
+    }
+
+    /// The data of a sample crossed the wire as so many bytes, in this time.
+    pub(crate) fn crossed(&mut self, wire_bytes: u64, took: Duration) {
+        let data_bytes = self.data_blocks as f64 * self.block_bytes;
+        if data_bytes > 0.0 {
+            self.wire_bytes_per_byte = wire_bytes as f64 / data_bytes;
+            self.wire_seconds_per_byte = took.as_secs_f64() / data_bytes;
+        }
     }
 
     /// The most there can be, without reading anything: all of it is data, and all of that differs.
@@ -91,22 +102,35 @@ impl Sample {
         &mut self,
         source: &dyn BlockSource,
         target: Option<&dyn BlockSource>,
-        geometry: &Geometry,
-        block: BlockIndex,
+        extent: Extent,
         (new, old): &mut (AlignedBuffer, AlignedBuffer),
         clock: &dyn Clock,
     ) -> Result<()> {
-        let extent = geometry.block_extent(block);
         let length = usize::try_from(extent.length()).unwrap_or(usize::MAX);
-        let (new, old) = (&mut new[..length], &mut old[..length]);
+        let new = &mut new[..length];
         let start = clock.now();
         source
             .read_at(extent.start(), new)
             .map_err(|e| Error::source(format!("sample {}", source.label()), e))?;
         let read = clock.now();
-        let zero = is_zero(new);
         std::hint::black_box(block_digest(new));
         let digested = clock.now();
+        self.source_seconds += seconds(read.saturating_sub(start));
+        self.digest_seconds += seconds(digested.saturating_sub(read));
+        self.compare(extent, new, target, old, clock)
+    }
+
+    /// Counts a block of the source, and what differs of it from the target.
+    pub(crate) fn compare(
+        &mut self,
+        extent: Extent,
+        new: &[u8],
+        target: Option<&dyn BlockSource>,
+        old: &mut AlignedBuffer,
+        clock: &dyn Clock,
+    ) -> Result<()> {
+        let old = &mut old[..new.len()];
+        let start = clock.now();
         if let Some(target) = target {
             read_padded(target, extent, old)
                 .map_err(|e| Error::target(format!("sample {}", target.label()), e))?;
@@ -114,14 +138,14 @@ impl Sample {
             differing_runs(extent, new, old, |run| {
                 self.changed_pages += pages(run.extent.length());
             });
-            self.target_seconds += seconds(clock.now().saturating_sub(digested));
+            self.target_seconds += seconds(clock.now().saturating_sub(start));
         }
+        let zero = is_zero(new);
         let was_zero = target.is_none() || is_zero(old);
         if !(zero && was_zero) {
             self.data_pages += extent.length().div_ceil(PAGE_BYTES);
         }
-        self.source_seconds += seconds(read.saturating_sub(start));
-        self.digest_seconds += seconds(digested.saturating_sub(read));
+        self.blocks += 1;
         if !zero {
             self.data_blocks += 1;
         }
@@ -143,6 +167,11 @@ impl Sample {
         self.changed_pages as f64 / self.data_pages.max(1) as f64
     }
 
+    /// Bytes that so much data becomes on the wire, if there is one.
+    pub(crate) fn wire_bytes(&self, data_bytes: f64) -> Option<f64> {
+        (self.wire_bytes_per_byte > 0.0).then(|| self.wire_bytes_per_byte * data_bytes)
+    }
+
     fn scale(&self, seconds: f64, threads: usize) -> f64 {
         seconds * self.weight / threads as f64
     }
@@ -160,15 +189,23 @@ impl Sample {
             self.target_seconds
         };
         let scan = self.scale(self.source_seconds + self.digest_seconds + target, threads);
+        let wire = self.wire_seconds_per_byte * self.changed_bytes();
         let copies = if strategy == Strategy::Redo { 5.0 } else { 2.0 };
-        scan + copies * self.changed_bytes() / ASSUMED_WRITE_RATE
+        scan.max(wire) + copies * self.changed_bytes() / ASSUMED_WRITE_RATE
     }
 
     /// Seconds of a full download.
     pub(crate) fn full_seconds(&self, threads: usize) -> f64 {
         let scan = self.scale(self.source_seconds + self.digest_seconds, threads);
+        let wire = self.wire_seconds_per_byte * self.data_bytes();
         scan.max(2.0 * self.data_bytes() / ASSUMED_WRITE_RATE)
+            .max(wire)
     }
+}
+
+/// Blocks of the image for each sampled one.
+fn weight(all: u64, sampled: u64) -> f64 {
+    all as f64 / sampled.max(1) as f64
 }
 
 #[expect(

@@ -26,6 +26,7 @@ use blockferry_transfer_log::{
     Applied, Plan, Retained, Session, SessionId, SourceStamp, Strategy, Undo,
 };
 use blockferry_transport::Connection;
+use blockferry_transport::message::MAX_JSON_BYTES;
 
 use self::origin::Origin;
 use crate::error::{Error, ErrorKind, Result};
@@ -66,7 +67,7 @@ pub fn sync_from_peer(
     let run = Run::new(origin, target, options, context);
     let outcome = run.and_then(|run| run.sync(target));
     if let Some(peer) = Rc::into_inner(peer) {
-        peer.finish(outcome.as_ref());
+        peer.finish(outcome.as_ref().map(|r| r.to_json(MAX_JSON_BYTES)));
     }
     outcome
 }
@@ -131,6 +132,7 @@ impl<'a> Run<'a> {
 
     /// From settling what is unfinished to the receipt.
     fn sync(mut self, target: &mut Target) -> Result<Receipt> {
+        self.take(target)?;
         self.check_sizes(target)?;
         let resumed = self.settle_unfinished(target)?;
         if resumed.is_none() && self.is_proven_identical(target)? {

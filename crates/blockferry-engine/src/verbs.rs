@@ -1,26 +1,21 @@
-//! What else is done with a target: cancel, roll back, accept, recover, predict, verify.
+//! What else is done with a target: cancel, roll back, accept, recover, verify.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockferry_core::Geometry;
-use blockferry_device::{BlockSource, FromMedium, OsDirectory, StorageDir, StorageFile};
+use blockferry_device::{BlockSource, FromMedium};
 use blockferry_pipeline::Phase;
-use blockferry_transfer_log::{Place, Recovered, Unwritten, inspect};
+use blockferry_transfer_log::{Recovered, Unwritten};
 
-use crate::clone_probe::shares_blocks;
 use crate::compare::scan_leaves;
-use crate::data_blocks::DataBlocks;
 use crate::error::{Error, ErrorKind, Result};
-use crate::options::{Context, Mode, SyncOptions};
-use crate::plan::{Situation, choose};
-use crate::receipt::{Outcome, Prediction, Receipt};
+use crate::fence;
+use crate::options::Context;
+use crate::receipt::{Outcome, Receipt};
 use crate::recorder::Cursor;
-use crate::sample::{Sample, round};
 use crate::status::VerifyReport;
 use crate::sync::random_id;
-use crate::target::{Target, TargetOptions, open_place, place_of};
+use crate::target::Target;
 
 /// Drops what is staged; the target was never touched, so it stays at its old point.
 ///
@@ -28,6 +23,7 @@ use crate::target::{Target, TargetOptions, open_place, place_of};
 /// The state could not be changed; opening the target again finishes.
 pub fn cancel(target: &mut Target, context: &Context) -> Result<Outcome> {
     let start = context.clock.now();
+    take(target)?;
     let unfinished = target.replica.unfinished().map(|h| h.session);
     let freed = target
         .replica
@@ -49,6 +45,7 @@ pub fn cancel(target: &mut Target, context: &Context) -> Result<Outcome> {
 /// There is no old point, or the target was written since.
 pub fn rollback(target: &mut Target, context: &Context) -> Result<Outcome> {
     let start = context.clock.now();
+    take(target)?;
     context.progress(Phase::RollingBack, 0, 1, 0);
     target
         .replica
@@ -71,6 +68,7 @@ pub fn rollback(target: &mut Target, context: &Context) -> Result<Outcome> {
 /// The state could not be changed; opening the target again finishes.
 pub fn accept(target: &mut Target, context: &Context) -> Result<Outcome> {
     let start = context.clock.now();
+    take(target)?;
     context.progress(Phase::Accepting, 0, 1, 0);
     let held = target.replica.retained().is_some();
     let freed = target
@@ -108,6 +106,11 @@ pub fn recover(target: &mut Target, context: &Context) -> Result<Outcome> {
     Ok(outcome_of(target, context, start, outcome, 0, message))
 }
 
+/// A run that lost its connection does not go on over what is decided here.
+fn take(target: &Target) -> Result<()> {
+    fence::take(&**target.replica.state_dir(), None, &target.label()).map(|_found| ())
+}
+
 fn outcome_of(
     target: &Target,
     context: &Context,
@@ -124,99 +127,6 @@ fn outcome_of(
         elapsed_seconds: context.clock.now().saturating_sub(start).as_secs_f64(),
         message,
     }
-}
-
-/// What a sync would do, from a sample; writes nothing at all.
-///
-/// # Errors
-/// Either side is refused or cannot be read.
-pub fn predict(
-    source: &Arc<dyn BlockSource>,
-    path: &Path,
-    target_options: &TargetOptions,
-    options: &SyncOptions,
-    context: &Context,
-) -> Result<Prediction> {
-    let opened = open_place(path)?;
-    let place = place_of(&opened)?;
-    let geometry = Geometry::new(source.size_bytes(), options.block_size);
-    let state_path = target_options.state_path(path);
-    let state_dir = existing_parent(&state_path)?;
-    let inspection = match OsDirectory::open(&state_path) {
-        Ok(dir) => inspect(&place, &dir).map_err(|e| Error::log("look at the state", e))?,
-        Err(_absent) => None,
-    };
-    let file = file_of(&place)?;
-    let device: Option<Arc<dyn BlockSource>> = match &place {
-        Place::Device(device) => Some(Arc::clone(device) as _),
-        _ => file.clone().map(|f| f.into_target() as _),
-    };
-    let sides: Vec<&dyn BlockSource> = device.as_deref().into_iter().chain([&**source]).collect();
-    let data = DataBlocks::of(&sides, &geometry);
-    let sample = Sample::take(&**source, device.as_deref(), &geometry, &data, 0, context)?;
-    let free = |dir: &dyn StorageDir| {
-        dir.available_bytes()
-            .map_err(|e| Error::target("ask for free space", e))
-    };
-    let target_dir = match &place {
-        Place::File { dir, .. } => Some(dir),
-        _ => None,
-    };
-    let found = Situation {
-        target_present: device.is_some(),
-        // Trying it would write: a file system that exchanges no names is found by the run itself.
-        can_replace: target_dir.is_some(),
-        can_clone: options.strategy.is_none()
-            && !options.in_place
-            && target_dir.is_some_and(|d| d.may_clone())
-            && file.as_ref().is_some_and(|f| shares_blocks(&**f)),
-        target_known: inspection.is_some_and(|i| i.evidence.proves_same(&i.recorded_evidence)),
-        state_free_bytes: free(&state_dir)?,
-        target_free_bytes: match target_dir {
-            Some(dir) => free(&**dir)?,
-            None => 0,
-        },
-    };
-    let choice = choose(options, found, &sample);
-    let delta_seconds =
-        sample.delta_seconds(options.threads(), choice.strategy, found.target_known);
-    let full_seconds = sample.full_seconds(options.threads());
-    Ok(Prediction {
-        mode: choice.mode,
-        strategy: Some(choice.strategy),
-        reason: choice.reason.clone(),
-        source_bytes: geometry.image_bytes(),
-        data_bytes: round(sample.data_bytes()),
-        predicted_changed_bytes: round(sample.changed_bytes()),
-        delta_seconds,
-        full_seconds,
-        predicted_seconds: if choice.mode == Mode::Full {
-            full_seconds
-        } else {
-            delta_seconds
-        },
-        required_bytes: choice.required_bytes,
-        available_bytes: choice.available_bytes,
-        fits: choice.fits(),
-        sampled_blocks: sample.blocks,
-    })
-}
-
-fn existing_parent(path: &Path) -> Result<OsDirectory> {
-    let existing = path
-        .ancestors()
-        .find(|p| p.is_dir())
-        .unwrap_or(Path::new("."));
-    OsDirectory::open(existing)
-        .map_err(|e| Error::target(format!("open {}", existing.display()), e))
-}
-
-fn file_of(place: &Place) -> Result<Option<Arc<dyn StorageFile>>> {
-    let Place::File { dir, name } = place else {
-        return Ok(None);
-    };
-    dir.open(name)
-        .map_err(|e| Error::target("open the target", e))
 }
 
 /// Checks a target against its recorded point: every block is read from the medium and compared with the manifest.

@@ -273,6 +273,12 @@ impl Outbox {
         self.data.send(message).map_err(|_closed| gone())
     }
 
+    /// Whether as much data waits as may: the link is slower than who feeds it.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        self.data.is_full()
+    }
+
     /// Queues a message behind the data that waits, where there is room; else it overtakes.
     ///
     /// # Errors

@@ -105,6 +105,39 @@ pub enum Message {
     Open(Open),
     /// What happened on the target's side, for the one who watches on the other: JSON.
     Event(Vec<u8>),
+    /// Some blocks from all over the source are wanted, to look at: answered by [`Message::Data`] of all their pages,
+    /// and by [`Message::Sampled`].
+    Sample(Sample),
+    /// What there is to a sample.
+    Sampled(Sampled),
+}
+
+/// Which blocks make a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a plain value")]
+pub struct Sample {
+    /// How large they are.
+    pub block_size: BlockSize,
+    /// Level of zstd.
+    pub level: i8,
+    /// How many at most.
+    pub most: u16,
+    /// Which ones.
+    pub seed: u64,
+}
+
+/// What there is to a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a plain value")]
+pub struct Sampled {
+    /// Blocks of the source that may hold data.
+    pub data_blocks: u64,
+    /// How many of them are sent.
+    pub blocks: u16,
+    /// Nanoseconds that reading them took.
+    pub reading_ns: u64,
+    /// Nanoseconds that their digests took.
+    pub digesting_ns: u64,
 }
 
 /// Why a run is over.
@@ -203,6 +236,8 @@ mod kind {
     pub(super) const FAILED: u8 = 16;
     pub(super) const OPEN: u8 = 17;
     pub(super) const EVENT: u8 = 18;
+    pub(super) const SAMPLE: u8 = 19;
+    pub(super) const SAMPLED: u8 = 20;
 }
 
 impl Message {
@@ -226,6 +261,8 @@ impl Message {
             Self::Stopped => (kind::STOPPED, "stopped"),
             Self::Open(_) => (kind::OPEN, "open"),
             Self::Event(_) => (kind::EVENT, "event"),
+            Self::Sample(_) => (kind::SAMPLE, "sample"),
+            Self::Sampled(_) => (kind::SAMPLED, "sampled"),
         }
     }
 
@@ -296,6 +333,8 @@ impl Message {
                 e.bytes_u16(json);
             }
             Self::Open(open) => open.encode(e),
+            Self::Sample(sample) => sample.encode(e),
+            Self::Sampled(sampled) => sampled.encode(e),
             Self::Failed(failed) => {
                 e.u8(failed.kind)
                     .u8(u8::from(failed.resumable))
@@ -359,6 +398,8 @@ impl Message {
             }),
             kind::OPEN => Self::Open(Open::decode(d)?),
             kind::EVENT => Self::Event(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
+            kind::SAMPLE => Self::Sample(Sample::decode(d)?),
+            kind::SAMPLED => Self::Sampled(Sampled::decode(d)?),
             _ => return Err(invalid("no message has this kind".to_owned())),
         })
     }
@@ -382,6 +423,42 @@ impl Open {
             },
             path: d.bytes_u16(MAX_TEXT_BYTES)?.to_vec(),
             options: d.bytes_u16(MAX_JSON_BYTES)?.to_vec(),
+        })
+    }
+}
+
+impl Sample {
+    fn encode(&self, e: &mut Encoder<'_>) {
+        e.u64(self.block_size.bytes())
+            .bytes(&self.level.to_le_bytes())
+            .u16(self.most)
+            .u64(self.seed);
+    }
+
+    fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
+        Ok(Self {
+            block_size: BlockSize::new(d.u64()?)?,
+            level: i8::from_le_bytes(d.array()?),
+            most: d.u16()?,
+            seed: d.u64()?,
+        })
+    }
+}
+
+impl Sampled {
+    fn encode(&self, e: &mut Encoder<'_>) {
+        e.u64(self.data_blocks)
+            .u16(self.blocks)
+            .u64(self.reading_ns)
+            .u64(self.digesting_ns);
+    }
+
+    fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
+        Ok(Self {
+            data_blocks: d.u64()?,
+            blocks: d.u16()?,
+            reading_ns: d.u64()?,
+            digesting_ns: d.u64()?,
         })
     }
 }
@@ -597,6 +674,18 @@ mod tests {
                 options: b"{}".to_vec(),
             }),
             Message::Event(b"{\"decision\":\"delta\"}".to_vec()),
+            Message::Sample(Sample {
+                block_size: BlockSize::DEFAULT,
+                level: 1,
+                most: 256,
+                seed: 77,
+            }),
+            Message::Sampled(Sampled {
+                data_blocks: 1 << 40,
+                blocks: 255,
+                reading_ns: 1,
+                digesting_ns: u64::MAX,
+            }),
         ]
     }
 
@@ -629,8 +718,12 @@ mod tests {
             longer.body.push(0);
             assert!(Message::decode(&longer).is_err(), "{}", message.name());
         }
-        assert_eq!(kinds, (kind::BEGIN..=kind::EVENT).collect(), "one of each");
-        for kind in [0, kind::EVENT + 1, 255] {
+        assert_eq!(
+            kinds,
+            (kind::BEGIN..=kind::SAMPLED).collect(),
+            "one of each"
+        );
+        for kind in [0, kind::SAMPLED + 1, 255] {
             let body = Vec::new();
             assert!(Message::decode(&Frame { kind, body }).is_err());
         }
@@ -704,7 +797,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn what_is_accepted_is_written_again_byte_for_byte(
-            kind in 0u8..20, body in proptest::collection::vec(0u8..4, 0..80),
+            kind in 0u8..22, body in proptest::collection::vec(0u8..4, 0..80),
         ) {
             let frame = Frame { kind, body };
             if let Ok(message) = Message::decode(&frame) {

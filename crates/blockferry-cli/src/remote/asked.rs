@@ -4,7 +4,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::arguments::{ModeArgument, Pace, StrategyArgument, SyncArguments, UndoArgument};
-use crate::engine::{BlockSize, SyncOptions};
+use crate::engine::{Attempt, BlockSize, SyncOptions};
 use crate::verbs::sync::paced;
 
 /// As it travels: what is not said is as usual, and what a far end does not know it refuses, for it would not be done.
@@ -17,6 +17,8 @@ use crate::verbs::sync::paced;
 pub(crate) struct Asked {
     /// A connection for the same was lost: the far end of that one may still be there for a moment.
     pub(crate) reconnecting: bool,
+    #[serde(with = "attempt")]
+    pub(crate) attempt: Option<Attempt>,
     pub(crate) pace: Pace,
     /// Where a target's host finds its source again, for people.
     source_address: String,
@@ -31,12 +33,15 @@ pub(crate) struct Asked {
     in_place: bool,
     strict: bool,
     rescan: bool,
+    /// Nothing is written: what would be done is told instead.
+    pub(crate) dry_run: bool,
 }
 
 impl Default for Asked {
     fn default() -> Self {
         Self {
             reconnecting: false,
+            attempt: None,
             pace: Pace::default(),
             source_address: String::new(),
             state: None,
@@ -48,6 +53,7 @@ impl Default for Asked {
             in_place: false,
             strict: false,
             rescan: false,
+            dry_run: false,
         }
     }
 }
@@ -58,6 +64,33 @@ fn bytes_of<S: Serializer>(size: &BlockSize, serializer: S) -> Result<S::Ok, S::
 
 fn block_size_of<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BlockSize, D::Error> {
     BlockSize::new(u64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+/// The run in hexadecimal digits, and whether this is not its first attempt.
+mod attempt {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::engine::{Attempt, SessionId};
+
+    pub(super) fn serialize<S: Serializer>(
+        attempt: &Option<Attempt>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let told = attempt.map(|attempt| (attempt.run.to_string(), attempt.is_another));
+        told.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Attempt>, D::Error> {
+        let told: Option<(String, bool)> = Deserialize::deserialize(deserializer)?;
+        let attempt = |(run, is_another): (String, bool)| {
+            let run = SessionId::from_hex(&run)
+                .ok_or_else(|| serde::de::Error::custom(format!("no id of a run: {run}")))?;
+            Ok(Attempt::new(run, is_another))
+        };
+        told.map(attempt).transpose()
+    }
 }
 
 /// A far end that is older need not know an option that nobody asked for.
@@ -90,6 +123,7 @@ impl Asked {
     ) -> Self {
         Self {
             reconnecting: false,
+            attempt: None,
             pace: arguments.pace.clone(),
             source_address,
             state,
@@ -101,6 +135,7 @@ impl Asked {
             in_place: arguments.in_place,
             strict: arguments.strict,
             rescan: arguments.rescan,
+            dry_run: arguments.dry_run,
         }
     }
 
@@ -149,6 +184,7 @@ impl Asked {
         options.strict = self.strict;
         options.rescan = self.rescan;
         options.strategy = self.strategy.map(Into::into);
+        options.attempt = self.attempt;
         options
     }
 }
@@ -159,6 +195,7 @@ mod tests {
 
     use super::*;
     use crate::arguments::{Cli, Verb};
+    use crate::engine::SessionId;
 
     fn asked(line: &str) -> Asked {
         let words = ["blockferry"].into_iter().chain(line.split(' '));
@@ -173,8 +210,9 @@ mod tests {
     #[test]
     fn every_option_arrives() {
         let line = "sync a h:b --mode full --strategy shadow --undo none --block-size 16KiB --bwlimit 1M --threads 3 \
-                    --log-limit 1G --no-read-back --allow-shrink --strict --rescan --in-place";
-        let asked = asked(line);
+                    --log-limit 1G --no-read-back --allow-shrink --strict --rescan --in-place --dry-run";
+        let mut asked = asked(line);
+        asked.attempt = Some(Attempt::new(SessionId::from_bytes([7; 16]), true));
 
         let arrived = Asked::from_json(&asked.to_json()).expect("what was sent");
 
@@ -214,6 +252,7 @@ mod tests {
             b"{\"pace\":{\"threads\":-1}}",
             b"{\"pace\":{\"sparse_levels\":1}}",
             b"{\"block_size\":5}",
+            b"{\"attempt\":[\"12\",true]}",
         ] {
             Asked::from_json(json).expect_err("unknown");
         }

@@ -1,8 +1,10 @@
-//! How long a lost connection is sought again.
+//! How long a lost connection is sought again, and what an attempt knows of the ones before.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::engine::{Context, Event};
+use crate::engine::{self, Attempt, Context, Event, SessionId, Target};
 
 /// Given up when no connection held for so long.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -14,8 +16,12 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Waits longer each time, unless a connection held in between.
 #[derive(Debug)]
-pub(crate) struct Patience<'c> {
-    context: &'c Context,
+pub(crate) struct Patience {
+    /// Of every attempt.
+    context: Context,
+    run: SessionId,
+    /// An attempt took the target, as far as was heard.
+    took: Arc<AtomicBool>,
     /// When the first attempt began, or the last connection that held was lost.
     since: Duration,
     /// When the connection of this attempt was made.
@@ -23,15 +29,36 @@ pub(crate) struct Patience<'c> {
     wait: Duration,
 }
 
-impl<'c> Patience<'c> {
+impl Patience {
     /// Beginning with the first attempt, of a run in this context.
-    pub(crate) fn new(context: &'c Context) -> Self {
-        Self {
-            context,
-            since: context.clock.now(),
+    pub(crate) fn new(context: &Context) -> Result<Self, engine::Error> {
+        let (took, since) = (Arc::<AtomicBool>::default(), context.clock.now());
+        let (heard, observer) = (Arc::clone(&took), Arc::clone(&context.observer));
+        let listening = move |event: &Event| {
+            // Decided is what to do with a target that was taken.
+            if let Event::Decision(_) | Event::Checkpoint { .. } = event {
+                heard.store(true, Ordering::Relaxed);
+            }
+            observer.event(event);
+        };
+        Ok(Self {
+            context: context.clone().with_observer(listening),
+            run: Target::random_id()?,
+            took,
+            since,
             connected: None,
             wait: FIRST_WAIT,
-        }
+        })
+    }
+
+    /// What the run of an attempt reports to.
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// What this attempt is to the target.
+    pub(crate) fn attempt(&self) -> Attempt {
+        Attempt::new(self.run, self.took.load(Ordering::Relaxed))
     }
 
     /// Whether this attempt is not the first.
@@ -87,7 +114,7 @@ mod tests {
     /// The waits of attempts that take so long, each with or without a connection, until it is given up.
     fn waits(takes: Duration, connects: bool, most: usize) -> Vec<u64> {
         let (context, clock) = context();
-        let mut patience = Patience::new(&context);
+        let mut patience = Patience::new(&context).expect("random");
         let mut waits = Vec::new();
         while waits.len() < most {
             if connects {
@@ -124,9 +151,24 @@ mod tests {
     }
 
     #[test]
+    fn an_attempt_goes_on_once_it_was_heard_that_the_target_was_taken() {
+        let (context, _clock) = context();
+        let patience = Patience::new(&context).expect("random");
+        let first = patience.attempt();
+        assert!(!first.is_another);
+
+        patience
+            .context()
+            .observer
+            .event(&Event::Decision("delta".to_owned()));
+
+        assert_eq!(patience.attempt(), Attempt::new(first.run, true));
+    }
+
+    #[test]
     fn a_wait_ends_when_the_run_is_cancelled() {
         let (context, _clock) = context();
-        let mut patience = Patience::new(&context);
+        let mut patience = Patience::new(&context).expect("random");
         assert!(!patience.has_lost());
         assert!(patience.try_again("lost"));
         assert!(patience.has_lost());

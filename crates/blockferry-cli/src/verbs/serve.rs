@@ -13,7 +13,7 @@ use crate::arguments::ServeArguments;
 use crate::engine::transport::message::{Open, Role};
 use crate::engine::transport::{self, Message};
 use crate::engine::{
-    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, Receipt, Target,
+    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, Target,
     TargetOptions,
 };
 use crate::exit::Exit;
@@ -118,21 +118,32 @@ struct Disk {
     place: TargetOptions,
 }
 
-/// Does this side's half of the run. Of a target there is a receipt.
+/// What this side knows of a run that is over.
+#[derive(Debug)]
+struct Served {
+    outcome: String,
+    /// To a target that is here.
+    sent_bytes: Option<u64>,
+}
+
+/// Does this side's half of the run.
 fn serve(
     connection: Connection,
     role: Role,
     disk: Disk,
     asked: &Asked,
     mut context: Context,
-) -> Result<Option<Receipt>, Error> {
-    match role {
-        Role::Source => serve_source(connection, &disk.path, asked, &context).map(|()| None),
-        Role::Target => {
-            context = context.with_observer(PeerObserver::new(&connection));
-            serve_target(connection, disk, asked, &context).map(Some)
-        }
+) -> Result<Served, Error> {
+    if role == Role::Source {
+        serve_source(connection, &disk.path, asked, &context)?;
+        let outcome = "read".to_owned();
+        return Ok(Served {
+            outcome,
+            sent_bytes: None,
+        });
     }
+    context = context.with_observer(PeerObserver::new(&connection));
+    serve_target(connection, disk, asked, &context)
 }
 
 fn not_known(why: &str) -> Error {
@@ -174,7 +185,7 @@ fn serve_target(
     disk: Disk,
     asked: &Asked,
     context: &Context,
-) -> Result<Receipt, Error> {
+) -> Result<Served, Error> {
     let Disk { path, mut place } = disk;
     if let Some(state) = &asked.state {
         match file_url::path_or_url(state.into()) {
@@ -183,6 +194,14 @@ fn serve_target(
         }
     }
     let path = std::path::absolute(&path).unwrap_or(path);
+    if asked.dry_run {
+        engine::predict_from_peer(connection, &path, &place, &asked.options(), context)?;
+        let outcome = "predicted".to_owned();
+        return Ok(Served {
+            outcome,
+            sent_bytes: None,
+        });
+    }
     let end = Instant::now() + HELD;
     let opened = loop {
         match Target::open(&path, &place) {
@@ -199,7 +218,12 @@ fn serve_target(
     };
     match opened {
         Ok(mut target) => {
-            engine::sync_from_peer(connection, &mut target, &asked.options(), context)
+            let options = asked.options();
+            let receipt = engine::sync_from_peer(connection, &mut target, &options, context)?;
+            Ok(Served {
+                outcome: receipt.outcome.to_string(),
+                sent_bytes: Some(receipt.sent_bytes),
+            })
         }
         Err(error) => refuse(connection, error),
     }

@@ -1,14 +1,14 @@
 //! `sync SOURCE TARGET`: brings the target up to date, continuing where an interrupted run stopped.
 
 use std::path::Path;
-use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
 
 use crate::address::{Address, Location, There};
 use crate::arguments::{Pace, Reach, SyncArguments};
 use crate::engine::transport::message::Role;
 use crate::engine::{
-    self, BlockSource, Context, ErrorKind, Prediction, Proof, Receipt, Strategy, SyncOptions,
-    Target, format_size,
+    self, Context, ErrorKind, Proof, Receipt, Strategy, SyncOptions, Target, format_size,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -18,17 +18,12 @@ use crate::progress::Look;
 use crate::remote::{Asked, Patience, Way};
 use crate::session::{Session, same_command};
 use crate::verbs::report::{Facts, duration, rate, short};
-use crate::verbs::serve;
+use crate::verbs::{dry_run, serve};
 
 pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, Failure> {
     match (&arguments.source, &arguments.target) {
-        (Location::Here(source), Location::Here(target)) if arguments.dry_run => {
-            dry_run(source, target, arguments, session)
-        }
-        _ if arguments.dry_run => {
-            let message =
-                "--dry-run reads both disks, which only a run between two local ones can so far";
-            Err(Failure::new(Exit::Usage, message))
+        (source, Location::Here(target)) if arguments.dry_run => {
+            dry_run::run(source, target, arguments, session)
         }
         (source, Location::Here(target)) => {
             let request = Request {
@@ -119,12 +114,16 @@ pub(crate) fn bring_up_to_date(
             let way = Way::new(there, reach)?;
             let asked = Asked::of_source(pace);
             let (context, _display) = session.context(Look::Bar);
-            with_patience(&way, &context, |patience| {
+            with_patience(&way, &context, session, |patience| {
                 let (_held, connection) = way.connect(Role::Source, &asked, session)?;
                 patience.connected();
+                options.attempt = Some(patience.attempt());
                 match open_target(&mut options) {
                     Ok(mut place) => Ok(engine::sync_from_peer(
-                        connection, &mut place, &options, &context,
+                        connection,
+                        &mut place,
+                        &options,
+                        patience.context(),
                     )),
                     Err(failure) => {
                         let why = engine::Error::new(ErrorKind::Target, failure.message());
@@ -147,9 +146,10 @@ pub(crate) fn bring_up_to_date(
 fn with_patience<T>(
     way: &Way<'_>,
     context: &Context,
-    mut attempt: impl FnMut(&mut Patience<'_>) -> Result<Result<T, engine::Error>, Failure>,
+    session: &Session,
+    mut attempt: impl FnMut(&mut Patience) -> Result<Result<T, engine::Error>, Failure>,
 ) -> Result<Result<T, engine::Error>, Failure> {
-    let mut patience = Patience::new(context);
+    let mut patience = Patience::new(context).map_err(|error| session.failure(&error))?;
     loop {
         let (why, outcome) = match attempt(&mut patience) {
             Ok(Err(error)) if error.is_lost_link() => {
@@ -180,36 +180,42 @@ fn push(
     let recorded = source.pushed_from(&host_name());
     let mut asked = Asked::of_target(arguments, recorded, state.clone());
     let (context, display) = session.context(Look::Bar);
-    let outcome = with_patience(&way, &context, |patience| {
+    let outcome = with_patience(&way, &context, session, |patience| {
         asked.reconnecting = patience.has_lost();
+        asked.attempt = Some(patience.attempt());
         let (_held, connection) = way.connect(Role::Target, &asked, session)?;
         patience.connected();
-        Ok(serve_disk(
+        Ok(engine::serve_source(
             &disk,
             connection,
             serve::threads(&asked),
-            &context,
+            patience.context(),
         ))
     });
     drop(display);
     let command = |verb: &str| way.command(verb, state.as_deref());
-    let receipt =
-        outcome?.map_err(|error| explain_pushed(&error, &command, arguments.in_place, session))?;
-    report("sync", &receipt, &command, session);
+    let explain = |error: &engine::Error| {
+        if arguments.dry_run {
+            return session.failure(error);
+        }
+        explain_pushed(error, &command, arguments.in_place, session)
+    };
+    let json = outcome?.map_err(|error| explain(&error))?;
+    if arguments.dry_run {
+        dry_run::report(&told(&json)?, session);
+    } else {
+        report("sync", &told(&json)?, &command, session);
+    }
     Ok(Exit::Done)
 }
 
-fn serve_disk(
-    disk: &Arc<dyn BlockSource>,
-    connection: engine::Connection,
-    threads: usize,
-    context: &Context,
-) -> Result<Receipt, engine::Error> {
-    let json = engine::serve_source(disk, connection, threads, context)?;
-    serde_json::from_slice(&json).map_err(|error| {
-        let message =
-            format!("the run on the other side is done, but its receipt cannot be read: {error}");
-        engine::Error::new(ErrorKind::Peer, message)
+/// What the other side says that it came to.
+fn told<T: DeserializeOwned>(json: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(json).map_err(|error| {
+        let message = format!(
+            "the run on the other side is done, but what it came to cannot be read: {error}"
+        );
+        Failure::new(Exit::Peer, message)
     })
 }
 
@@ -225,7 +231,7 @@ fn host_name() -> String {
 }
 
 /// Asked before the target is opened, because its lock would only say that someone holds it: we ourselves.
-fn refuse_same(source: &Address, target: &Address) -> Result<(), Failure> {
+pub(crate) fn refuse_same(source: &Address, target: &Address) -> Result<(), Failure> {
     match engine::same_object(source.path(), target.path()) {
         Ok(true) => Err(Failure::new(
             Exit::Usage,
@@ -259,7 +265,7 @@ pub(crate) fn paced(source_address: String, pace: &Pace) -> SyncOptions {
     options
 }
 
-fn options(arguments: &SyncArguments) -> SyncOptions {
+pub(crate) fn options(arguments: &SyncArguments) -> SyncOptions {
     Asked::of_target(arguments, arguments.source.recorded(), None).options()
 }
 
@@ -435,65 +441,4 @@ fn details(receipt: &Receipt, output: &Output) {
     for fallback in &receipt.fallbacks {
         output.say(format_args!("  fallback: {fallback}"));
     }
-}
-
-fn dry_run(
-    source: &Address,
-    target: &Address,
-    arguments: &SyncArguments,
-    session: &Session,
-) -> Result<Exit, Failure> {
-    let disk = super::open(source.path(), arguments.pace.crash_consistent)?;
-    refuse_same(source, target)?;
-    let (context, display) = session.context(Look::Bar);
-    let (place, options) = (session.target_options(), options(arguments));
-    let outcome = engine::predict(&disk, target.path(), &place, &options, &context);
-    drop(display);
-    let prediction = outcome.map_err(|error| session.failure(&error))?;
-    session.output.summary("sync", &prediction);
-    foretell(&prediction, &session.output);
-    Ok(Exit::Done)
-}
-
-fn foretell(prediction: &Prediction, output: &Output) {
-    let strategy = prediction
-        .strategy
-        .map_or_else(String::new, |strategy| format!(", {strategy}"));
-    output.say(format_args!(
-        "would run {}{strategy}: {}",
-        prediction.mode, prediction.reason
-    ));
-    let mut facts = Facts::default();
-    facts.add(
-        "changed",
-        format!("about {}", format_size(prediction.predicted_changed_bytes)),
-    );
-    let (data, all) = (
-        format_size(prediction.data_bytes),
-        format_size(prediction.source_bytes),
-    );
-    facts.add("data", format!("about {data} of {all}"));
-    facts.add(
-        "time",
-        format!("about {}", duration(prediction.predicted_seconds)),
-    );
-    let (delta, full) = (
-        duration(prediction.delta_seconds),
-        duration(prediction.full_seconds),
-    );
-    facts.add("by mode", format!("delta about {delta}, full about {full}"));
-    facts.add(
-        "space",
-        format!(
-            "{} needed, {} available",
-            format_size(prediction.required_bytes),
-            format_size(prediction.available_bytes)
-        ),
-    );
-    facts.say(output);
-    if !prediction.fits {
-        output
-            .warn("there is not enough space; the run would be refused before it writes anything");
-    }
-    output.say("nothing was written");
 }

@@ -34,6 +34,11 @@ impl Packer {
         }
     }
 
+    /// How hard what is gathered is packed.
+    pub(super) fn set_level(&mut self, level: i32) {
+        self.level = level;
+    }
+
     /// Adds the pages of a block in which it differs from `theirs`, all if they are empty. Returns a message if one
     /// became full before.
     ///
@@ -156,9 +161,8 @@ impl Unpacked {
         })
     }
 
-    /// Puts the pages of `extent`, one of its blocks, over the old content in `block`, and tells whether it became
-    /// what it should.
-    pub(super) fn patch(&self, extent: Extent, block: &mut [u8], expected: &Digest) -> bool {
+    /// Puts the pages of `extent`, one of its blocks, over the old content in `block`.
+    pub(super) fn put(&self, extent: Extent, block: &mut [u8]) {
         for (run, bytes) in self.runs_in(extent) {
             let from = to_usize(run.start() - extent.start());
             let into = &mut block[from..from + to_usize(run.length())];
@@ -168,6 +172,11 @@ impl Unpacked {
                 into.copy_from_slice(bytes);
             }
         }
+    }
+
+    /// As [`Self::put`], and tells whether the block became what it should.
+    pub(super) fn patch(&self, extent: Extent, block: &mut [u8], expected: &Digest) -> bool {
+        self.put(extent, block);
         block_digest(block) == *expected
     }
 }

@@ -11,6 +11,7 @@ mod events;
 #[cfg(test)]
 mod pair;
 mod protocol;
+mod sampling;
 mod scan;
 mod serve;
 mod source_role;

@@ -265,7 +265,7 @@ impl Pair {
                 self.send_to_target(out);
             }
             // Asked for by a forged message only; nobody waits for an answer.
-            SourceJob::Examine => {}
+            SourceJob::Examine | SourceJob::Sample(_) => {}
         }
     }
 

@@ -10,22 +10,24 @@ use blockferry_delta_sync::{Known, differing_runs};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, DataMap, DataRegions, Step, block_in, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
-use blockferry_transport::message::{Begin, MAX_JSON_BYTES, Source};
+use blockferry_transport::message::{Begin, Source};
 use blockferry_transport::{Connection, Message, ShortDigests};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::data::Unpacked;
+use super::sampling::take_sample;
 use super::target_role::{Arrived, TargetJob, TargetRole};
 use super::{ProtocolError, block_number, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::RegionDone;
 use crate::options::Context;
-use crate::receipt::Receipt;
+use crate::sample::Sample;
 
 /// Regions that the source may be ahead.
 const WINDOW: u32 = 64;
-/// How pages are packed: what a processor packs faster than most links carry.
-const LEVEL: i8 = 1;
+/// How pages are packed: what two processors pack as fast as a link of 1 Gbit/s carries it, a tenth smaller than by the
+/// level below. Where the link is slower, the source packs harder.
+pub(super) const LEVEL: i8 = 2;
 const TICK: std::time::Duration = std::time::Duration::from_millis(50);
 
 /// A source on the other side of a connection.
@@ -64,10 +66,22 @@ impl Peer {
         }
     }
 
-    /// Tells the source's side what came of the run, and ends the connection.
-    pub(crate) fn finish(self, outcome: std::result::Result<&Receipt, &Error>) {
+    /// Compares a sample of the source with the target. Nothing else may be under way.
+    pub(crate) fn sample(
+        &self,
+        geometry: &Geometry,
+        target: Option<&dyn BlockSource>,
+        seed: u64,
+        context: &Context,
+    ) -> Result<Sample> {
+        take_sample(&self.connection, geometry, target, seed, context)
+    }
+
+    /// Tells the source's side what came of the run, as JSON of at most
+    /// [`MAX_JSON_BYTES`](blockferry_transport::message::MAX_JSON_BYTES), and ends the connection.
+    pub(crate) fn finish(self, outcome: std::result::Result<Vec<u8>, &Error>) {
         let message = match outcome {
-            Ok(receipt) => Message::Outcome(receipt.to_json(MAX_JSON_BYTES)),
+            Ok(json) => Message::Outcome(json),
             Err(error) => super::failure(error),
         };
         let _nobody_listens = self.connection.outbox().send(message);

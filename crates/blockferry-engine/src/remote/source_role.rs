@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use blockferry_core::{Digest, Geometry, PAGE_BYTES, RegionIndex, RegionLeaves, TreeHasher};
 use blockferry_pipeline::block_in;
-use blockferry_transport::message::{Begin, MAX_REGIONS};
+use blockferry_transport::message::{Begin, MAX_REGIONS, Sample};
 use blockferry_transport::{Message, ShortDigests, Width};
 
 use super::{ProtocolResult, block_number, unexpected, violates};
@@ -31,6 +31,8 @@ pub(super) enum SourceJob {
     },
     /// Look at the source and send what it is.
     Examine,
+    /// Send a sample: nothing else is said of it.
+    Sample(Sample),
 }
 
 /// The state of the source's side.
@@ -38,6 +40,7 @@ pub(super) enum SourceJob {
 pub(super) struct SourceRole {
     size_bytes: u64,
     run: Option<Run>,
+    sampled: bool,
     jobs: VecDeque<SourceJob>,
 }
 
@@ -72,6 +75,7 @@ impl SourceRole {
         Self {
             size_bytes,
             run: None,
+            sampled: false,
             jobs: VecDeque::new(),
         }
     }
@@ -87,6 +91,7 @@ impl SourceRole {
         match message {
             Message::Begin(begin) => self.begin(begin),
             Message::Examine => self.queue(SourceJob::Examine),
+            Message::Sample(sample) => self.sample(sample),
             Message::OpenRegion { region, blocks } => {
                 let reply = self.run()?.open(region, &blocks)?;
                 out.push(reply);
@@ -159,6 +164,14 @@ impl SourceRole {
             finished: false,
         });
         Ok(())
+    }
+
+    /// One of each source is enough, and its pages are not those of a scan.
+    fn sample(&mut self, sample: Sample) -> ProtocolResult {
+        if self.run.is_some() || std::mem::replace(&mut self.sampled, true) {
+            return Err(violates("a second sample, or one in the middle of a scan"));
+        }
+        self.queue(SourceJob::Sample(sample))
     }
 
     fn run(&mut self) -> ProtocolResult<&mut Run> {

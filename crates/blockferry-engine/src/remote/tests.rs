@@ -3,10 +3,11 @@
 use blockferry_core::{BlockSize, Root, block_digest};
 use blockferry_transport::Message;
 use blockferry_transport::frame::{Frame, HEADER_BYTES};
-use blockferry_transport::message::Begin;
+use blockferry_transport::message::{Begin, Sample};
 
 use super::pair::{Pair, Sent};
 use super::protocol::ProtocolError;
+use super::source_role::{SourceJob, SourceRole};
 use crate::sample::scramble;
 
 fn pair(old: &[u8], new: &[u8], begin: Begin, seed: u64) -> Pair {
@@ -164,4 +165,39 @@ fn a_message_that_its_side_did_not_wait_for_ends_the_run() {
             "{refused:?}"
         );
     }
+}
+
+fn sample() -> Message {
+    Message::Sample(Sample {
+        block_size: BlockSize::DEFAULT,
+        level: 1,
+        most: 256,
+        seed: 1,
+    })
+}
+
+#[test]
+fn a_source_is_sampled_once_and_before_it_is_scanned() {
+    let mut out = Vec::new();
+    let mut source = SourceRole::new(4 << 20);
+    let refused = |source: &mut SourceRole| {
+        let refused = source.message(sample(), &mut Vec::new());
+        assert!(
+            matches!(refused, Err(ProtocolError::Violation(_))),
+            "{refused:?}"
+        );
+    };
+
+    source.message(sample(), &mut out).unwrap();
+
+    let job = source.next_job(&mut |_| None);
+    assert!(matches!(job, Some(SourceJob::Sample(_))), "{job:?}");
+    refused(&mut source);
+    let begins = Message::Begin(begin(false));
+    source.message(begins.clone(), &mut out).unwrap();
+    let job = source.next_job(&mut |_| Some(0));
+    assert!(matches!(job, Some(SourceJob::Scan(_))), "{job:?}");
+    let mut scanning = SourceRole::new(4 << 20);
+    scanning.message(begins, &mut out).unwrap();
+    refused(&mut scanning);
 }

@@ -1,14 +1,29 @@
-//! Before anything is read: do the sizes fit, and is there a session to go on with.
+//! Before anything is read: whose is the target, do the sizes fit, and is there a session to go on with.
 
 use blockferry_transfer_log::Strategy;
 
 use super::Run;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fence::{self, Found};
 use crate::options::Mode;
 use crate::plan::Choice;
 use crate::target::Target;
 
 impl Run<'_> {
+    /// Another run that was at it does not go on any more.
+    pub(super) fn take(&mut self, target: &Target) -> Result<()> {
+        let state = target.replica.state_dir();
+        let found = fence::take(&**state, self.options.attempt, &self.target)?;
+        if found == Found::WithoutItsState {
+            let what = format!(
+                "what an attempt of this run left in the state of {} is gone: it begins anew",
+                self.target
+            );
+            self.warn("state_lost", what)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn check_sizes(&self, target: &Target) -> Result<()> {
         let Some(device) = target.replica.target() else {
             return Ok(());

@@ -9,8 +9,9 @@ use std::thread;
 use blockferry_core::{ChangeMap, Content, Extent, Geometry, Provenance, Root, Trust};
 use blockferry_device::{BlockSource, Clock, Evidence, Identity};
 use blockferry_engine::{
-    ChangesSince, Context, Error, ErrorKind, Mode, Receipt, Result, Strategy, SyncOptions, Target,
-    Undo, serve_source, sync_from_peer,
+    ChangesSince, Context, Error, ErrorKind, Mode, Prediction, Receipt, Result, Strategy,
+    SyncOptions, Target, TargetOptions, Undo, predict, predict_from_peer, serve_source,
+    sync_from_peer,
 };
 use blockferry_testkit::{Random, VirtualClock, images};
 use blockferry_transport::frame::FrameDecoder;
@@ -567,4 +568,155 @@ fn a_change_map_of_a_source_on_another_machine_is_said_not_to_be_used() {
         receipt.fallbacks
     );
     assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
+}
+
+/// A source's side that answers a wish for a sample with these messages, and what became of the prediction.
+fn foretold_by(answers: Vec<Message>) -> Error {
+    let (here, there) = Link::pair().unwrap();
+    let lying = thread::spawn(move || {
+        let connection = Connection::open(there, Deadlines::default()).unwrap();
+        loop {
+            let answers = match connection.receive() {
+                Ok(Message::Examine) => vec![Message::Source(message::Source {
+                    label: "disk".to_owned(),
+                    size_bytes: BYTES,
+                    identity: Identity::unknown(),
+                    evidence: Evidence::unknown(),
+                })],
+                Ok(Message::Sample(_)) => answers.clone(),
+                Ok(_) => continue,
+                Err(_) => return,
+            };
+            for answer in answers {
+                if connection.outbox().send(answer).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    let place = tempfile::tempdir().unwrap();
+    let target = place.path().join("target");
+    std::fs::write(&target, vec![1; 1 << 20]).unwrap();
+    let connection = Connection::open(here, Deadlines::default()).unwrap();
+
+    let foretold = predict_from_peer(
+        connection,
+        &target,
+        &TargetOptions::new("/nowhere"),
+        &delta(None),
+        &Context::default(),
+    );
+
+    lying.join().unwrap();
+    foretold.expect_err("lies")
+}
+
+#[test]
+fn a_sample_that_is_none_ends_the_prediction() {
+    let run = |first, count| message::PageRun {
+        first,
+        count,
+        zero: true,
+    };
+    let data = |blocks: Vec<(u64, u16)>, runs| Message::Data {
+        blocks,
+        runs,
+        frame: Vec::new(),
+    };
+    let sampled = |blocks| {
+        Message::Sampled(message::Sampled {
+            data_blocks: 400,
+            blocks,
+            reading_ns: 1,
+            digesting_ns: 1,
+        })
+    };
+    let many = vec![(0, 0); 256];
+    for (answers, told) in [
+        (vec![sampled(257)], "sampled"),
+        (vec![sampled(2), sampled(2)], "sampled"),
+        (vec![data(vec![], vec![run(0, 1)])], "other blocks"),
+        (
+            vec![data(many.clone(), vec![]), data(vec![(0, 0)], vec![])],
+            "other blocks",
+        ),
+        (
+            vec![sampled(1), data(vec![(u64::MAX, 0)], vec![])],
+            "has not",
+        ),
+        (vec![sampled(1), data(vec![(1, 200)], vec![])], "has not"),
+        (
+            vec![
+                sampled(1),
+                Message::Data {
+                    blocks: vec![(0, 0)],
+                    runs: vec![message::PageRun {
+                        zero: false,
+                        ..run(0, 4)
+                    }],
+                    frame: b"no frame".to_vec(),
+                },
+            ],
+            "unpack",
+        ),
+        (vec![Message::Stopped], "stopped"),
+    ] {
+        let error = foretold_by(answers);
+
+        assert_eq!(error.kind(), ErrorKind::Peer, "{error}");
+        assert!(error.to_string().contains(told), "{told}: {error}");
+    }
+}
+
+#[test]
+fn what_is_foretold_of_a_peer_is_what_is_foretold_of_a_disk_here() {
+    let place = tempfile::tempdir().unwrap();
+    let target = place.path().join("target");
+    let old = image(47, BYTES);
+    std::fs::write(&target, &old).unwrap();
+    let source = Source::new(edited(47, &old, BYTES, 60));
+    let served: Arc<dyn BlockSource> = Arc::<Source>::clone(&source);
+    let (here, there) = Link::pair().unwrap();
+    let serving = {
+        let served = Arc::clone(&served);
+        thread::spawn(move || {
+            let connection = Connection::open(there, Deadlines::default()).unwrap();
+            serve_source(&served, connection, 2, &Context::default())
+        })
+    };
+    let connection = Connection::open(here, Deadlines::default()).unwrap();
+    let (options, nowhere, context) = (
+        delta(Some(Strategy::Redo)),
+        TargetOptions::new("/nowhere"),
+        Context::default(),
+    );
+
+    let of_peer = predict_from_peer(connection, &target, &nowhere, &options, &context).unwrap();
+
+    let told: Prediction = serde_json::from_slice(&serving.join().unwrap().unwrap()).unwrap();
+    let facts = |p: &Prediction| {
+        let bytes = (
+            p.source_bytes,
+            p.predicted_changed_bytes,
+            p.predicted_wire_bytes,
+        );
+        (p.mode, p.strategy, p.reason.clone(), bytes, p.fits)
+    };
+    assert_eq!(facts(&told), facts(&of_peer));
+    let here = predict(&served, &target, &nowhere, &options, &context).unwrap();
+    assert_eq!(of_peer.source_bytes, here.source_bytes);
+    assert_eq!(of_peer.strategy, here.strategy);
+    let close = |a: u64, b: u64| a.abs_diff(b) <= b / 4;
+    let changed = (
+        of_peer.predicted_changed_bytes,
+        here.predicted_changed_bytes,
+    );
+    assert!(close(changed.0, changed.1), "{changed:?}");
+    assert!(
+        close(of_peer.data_bytes, here.data_bytes),
+        "{of_peer:?} {here:?}"
+    );
+    assert!(of_peer.predicted_wire_bytes.is_some_and(|bytes| bytes > 0));
+    assert_eq!(here.predicted_wire_bytes, None);
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1);
 }

@@ -12,12 +12,10 @@ use signal_hook::consts::SIGHUP;
 use tracing::{debug, error, info, warn};
 
 use super::config::Config;
-use super::{Disk, log, not_known, opened, serve};
+use super::{Disk, Served, log, not_known, opened, serve};
 use crate::engine::transport::message::{Open, Role};
 use crate::engine::transport::tls::Peer;
-use crate::engine::{
-    self, Connection, Context, Deadlines, Error, ErrorKind, Receipt, TargetOptions,
-};
+use crate::engine::{self, Connection, Context, Deadlines, Error, ErrorKind, TargetOptions};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::remote::Asked;
@@ -233,8 +231,10 @@ impl Server {
         );
         let seconds = begun.elapsed().as_secs();
         match outcome {
-            Ok(receipt) => {
-                let (outcome, sent_bytes) = told(receipt.as_ref());
+            Ok(Served {
+                outcome,
+                sent_bytes,
+            }) => {
                 info!(
                     peer = peer_name,
                     does, path, outcome, sent_bytes, seconds, "done"
@@ -291,11 +291,4 @@ impl Server {
             _slot: slot,
         })
     }
-}
-
-/// Of a run whose receipt is ours: what it came to, and how much came.
-fn told(receipt: Option<&Receipt>) -> (&str, Option<u64>) {
-    receipt.map_or(("read", None), |receipt| {
-        (&*receipt.outcome, Some(receipt.sent_bytes))
-    })
 }
