@@ -169,7 +169,7 @@ impl Sample {
 
     /// Bytes that so much data becomes on the wire, if there is one.
     pub(crate) fn wire_bytes(&self, data_bytes: f64) -> Option<f64> {
-        (self.wire_bytes_per_byte > 0.0).then(|| self.wire_bytes_per_byte * data_bytes)
+        (self.wire_bytes_per_byte > 0.0).then_some(self.wire_bytes_per_byte * data_bytes)
     }
 
     fn scale(&self, seconds: f64, threads: usize) -> f64 {

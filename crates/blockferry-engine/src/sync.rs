@@ -52,7 +52,8 @@ pub fn sync(
 }
 
 /// As [`sync`], from a source on the other side of `connection`, where [`serve_source`](crate::serve_source) runs.
-/// Which is told what came of it.
+/// Which is told what came of it. Whoever makes connections again sets [`SyncOptions::attempt`]: between two of them anybody
+/// may take the target.
 ///
 /// # Errors
 /// As [`sync`]; or the connection or the other side failed, after which the same call over another connection goes on.
@@ -71,6 +72,7 @@ pub fn sync_from_peer(
     }
     outcome
 }
+
 /// The state of one run.
 struct Run<'a> {
     origin: Origin,

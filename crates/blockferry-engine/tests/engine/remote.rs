@@ -637,7 +637,7 @@ fn a_sample_that_is_none_ends_the_prediction() {
         (vec![sampled(2), sampled(2)], "sampled"),
         (vec![data(vec![], vec![run(0, 1)])], "other blocks"),
         (
-            vec![data(many.clone(), vec![]), data(vec![(0, 0)], vec![])],
+            vec![data(many, vec![]), data(vec![(0, 0)], vec![])],
             "other blocks",
         ),
         (
