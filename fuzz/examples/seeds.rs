@@ -55,6 +55,9 @@ fn main() -> std::io::Result<()> {
     for (name, bytes) in conversations() {
         seeds.write("wire", name, &bytes)?;
     }
+    for (name, bytes) in nbd_servers() {
+        seeds.write("nbd", name, &bytes)?;
+    }
     // Images that differ, shortened digests or whole ones, all of it or what differs; pages that come twice; one message
     // in so many changed on its way, of all or of those with pages.
     for (name, shape, changed) in [
@@ -176,6 +179,82 @@ const COMMAND_LINES: [(&str, &str); 12] = [
         "sync -e ssh --remote-path bf me@[::1]:rel ssh://me@h:22/a%20b serve --stdio pushed://h/a",
     ),
 ];
+
+/// What a server of NBD says to someone who wants something, by the choice in the first byte.
+fn nbd_servers() -> Vec<(&'static str, Vec<u8>)> {
+    let be = |number: u64, bytes: usize| number.to_be_bytes()[8 - bytes..].to_vec();
+    let reply = |option: u64, kind: u64, body: &[u8]| {
+        let head = [be(0x0003_e889_0455_65a9, 8), be(option, 4), be(kind, 4)].concat();
+        [head, be(body.len() as u64, 4), body.to_vec()].concat()
+    };
+    let info = |body: Vec<u8>| reply(7, 3, &body);
+    let chunk = |flags: u64, kind: u64, cookie: u64, body: Vec<u8>| {
+        let head = [be(0x668e_33ef, 4), be(flags, 2), be(kind, 2), be(cookie, 8)].concat();
+        [head, be(body.len() as u64, 4), body].concat()
+    };
+    let simple =
+        |error: u64, cookie: u64| [be(0x6744_6698, 4), be(error, 4), be(cookie, 8)].concat();
+    let greeting = [&b"NBDMAGICIHAVEOPT"[..], &[0, 3]].concat();
+    let go = [
+        info([be(0, 2), be(1 << 30, 8), be(0b1_0110_1101, 2)].concat()),
+        info([be(3, 2), be(512, 4), be(4096, 4), be(1 << 25, 4)].concat()),
+        reply(7, 1, &[]),
+    ]
+    .concat();
+    let plain = [greeting.clone(), reply(8, 1, &[]), go.clone()].concat();
+    let mapped = [
+        greeting.clone(),
+        reply(8, 1, &[]),
+        reply(10, 4, &[be(9, 4), b"base:allocation".to_vec()].concat()),
+        reply(10, 1, &[]),
+        go,
+    ]
+    .concat();
+    let old = [
+        greeting.clone(),
+        reply(8, (1 << 31) + 1, &[]),
+        reply(7, (1 << 31) + 1, &[]),
+        be(1 << 30, 8),
+        be(5, 2),
+    ]
+    .concat();
+    let said = |how: u8, parts: &[Vec<u8>]| [vec![how], parts.concat()].concat();
+    let parts = [
+        plain.clone(),
+        chunk(0, 1, 1, [be(8192, 8), vec![5; 4000]].concat()),
+        chunk(1, 2, 1, [be(12_192, 8), be(96, 4)].concat()),
+        chunk(1, 1, 2, [be(100, 8), vec![6; 700]].concat()),
+    ];
+    let failed = [be(5, 4), be(4, 2), b"oops".to_vec()].concat();
+    let runs = [be(9, 4), be(4096, 4), be(3, 4), be(1 << 19, 4), be(0, 4)].concat();
+    vec![
+        ("read", said(0, &parts)),
+        (
+            "read-old",
+            said(
+                0,
+                &[old, simple(0, 1), vec![5; 4096], simple(0, 2), vec![6; 700]],
+            ),
+        ),
+        (
+            "write",
+            said(3 << 2, &[plain.clone(), simple(0, 2), simple(28, 1)]),
+        ),
+        (
+            "failed",
+            said(
+                0,
+                &[plain.clone(), chunk(1, 1 << 15, 2, failed), simple(5, 1)],
+            ),
+        ),
+        ("flush", said(4 << 2, &[plain, simple(0, 1)])),
+        ("status", said(6 << 2 | 1, &[mapped, chunk(1, 5, 1, runs)])),
+        (
+            "refused",
+            said(0, &[greeting, reply(8, (1 << 31) + 5, b"TLS, please")]),
+        ),
+    ]
+}
 
 /// A greeting, and what both sides of a sync say, each with the choice how it is read.
 fn conversations() -> Vec<(&'static str, Vec<u8>)> {

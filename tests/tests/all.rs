@@ -10,6 +10,7 @@ mod full_disks;
 mod kills;
 mod lab;
 mod names;
+mod nbd;
 mod recorded_writes;
 mod strategy_fixtures;
 mod syscalls;

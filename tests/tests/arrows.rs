@@ -16,6 +16,7 @@ const LEVELS: [&[&str]; 7] = [
     &[
         "blockferry-transfer-log",
         "blockferry-transport",
+        "blockferry-nbd",
         "blockferry-pipeline",
     ],
     &["blockferry-delta-sync", "blockferry-full-download"],

@@ -1,4 +1,4 @@
-//! Where a disk is: a local path, also as a `file://` URL, a path on another host, or an export of a server. Forms that
+//! Where a disk is: a local path, also as a `file://` URL, an NBD export, a path on another host, or an export of a server. Forms that
 //! later versions understand are refused by name, so that none is mistaken for a file that does not exist.
 
 use std::ffi::OsString;
@@ -6,14 +6,24 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use crate::engine::nbd::{ImageFormat, NbdAddress};
 use crate::export::Export;
 use crate::file_url;
 
-/// A disk here or on another host.
+/// A disk here or on another host: one that is read, or one that is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Location {
-    Here(Address),
+pub(crate) enum Location<H> {
+    Here(H),
     There(There),
+}
+
+/// A disk that is read from here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Readable {
+    Path(Address),
+    Nbd(NbdAddress),
+    /// An image of a format other than raw.
+    Image(ImageFormat, Address),
 }
 
 /// A disk on another host.
@@ -42,6 +52,8 @@ pub(crate) enum AddressError {
     Empty,
     Url { what: &'static str },
     Unsupported { what: &'static str },
+    Nbd { why: String },
+    ReadOnly,
     Pushed { from: String },
     Elsewhere,
 }
@@ -49,14 +61,14 @@ pub(crate) enum AddressError {
 /// What was synced from here to another host is recorded there with this scheme: the path means nothing there.
 const PUSHED: &str = "pushed://";
 
-impl Location {
+impl Location<Readable> {
     /// Parses what the user typed; only the shape is looked at, never the file system or the network.
     pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
         if text.is_empty() {
             return Err(AddressError::Empty);
         }
         if let Some(path) = text.to_str().and_then(file_url::path_of) {
-            let here = path.map(|path| Self::Here(Address(path)));
+            let here = path.map(|path| Self::Here(Readable::Path(Address(path))));
             return here.map_err(|what| AddressError::Url { what });
         }
         let behind = |scheme| text.to_str().and_then(|text| text.strip_prefix(scheme));
@@ -68,18 +80,29 @@ impl Location {
             let there = Export::from_url(url).map(|export| Self::There(There::Server(export)));
             return there.map_err(|what| AddressError::Url { what });
         }
+        if behind("nbd://").or_else(|| behind("nbd+unix://")).is_some() {
+            let export: Result<NbdAddress, _> = text.to_string_lossy().parse();
+            let here = export.map(|export| Self::Here(Readable::Nbd(export)));
+            return here.map_err(|error| AddressError::Nbd {
+                why: error.to_string(),
+            });
+        }
         if let Some(from) = behind(PUSHED) {
             let from = from.to_owned();
             return Err(AddressError::Pushed { from });
         }
-        match head_of(text.as_bytes()) {
-            None => Ok(Self::Here(Address(PathBuf::from(text)))),
-            Some((head, rest)) => match unsupported_form(head, rest) {
-                Some(what) => Err(AddressError::Unsupported { what }),
-                None => Remote::new(head, None, PathBuf::from(OsString::from_vec(rest.to_vec())))
-                    .map(|remote| Self::There(There::Shell(remote)))
-                    .map_err(|what| AddressError::Url { what }),
-            },
+        let Some((head, rest)) = head_of(text.as_bytes()) else {
+            return Ok(Self::Here(Readable::Path(Address(PathBuf::from(text)))));
+        };
+        if let Some(image) = image(head, rest) {
+            let here = image.map(Self::Here);
+            return here.map_err(|what| AddressError::Url { what });
+        }
+        match unsupported_form(head, rest) {
+            Some(what) => Err(AddressError::Unsupported { what }),
+            None => Remote::new(head, None, PathBuf::from(OsString::from_vec(rest.to_vec())))
+                .map(|remote| Self::There(There::Shell(remote)))
+                .map_err(|what| AddressError::Url { what }),
         }
     }
 
@@ -92,7 +115,18 @@ impl Location {
     }
 }
 
-impl fmt::Display for Location {
+impl Location<Address> {
+    /// As [`Location::parse`], of disks that can be written.
+    pub(crate) fn parse_target(text: OsString) -> Result<Self, AddressError> {
+        match Location::parse(text)? {
+            Location::Here(Readable::Path(address)) => Ok(Self::Here(address)),
+            Location::Here(Readable::Nbd(_) | Readable::Image(..)) => Err(AddressError::ReadOnly),
+            Location::There(there) => Ok(Self::There(there)),
+        }
+    }
+}
+
+impl<H: fmt::Display> fmt::Display for Location<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Here(address) => address.fmt(f),
@@ -120,10 +154,51 @@ impl fmt::Display for There {
     }
 }
 
-impl Address {
+impl Readable {
     /// As [`Location::parse`], of disks of this host only.
     pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
         match Location::parse(text)? {
+            Location::Here(disk) => Ok(disk),
+            Location::There(_) => Err(AddressError::Elsewhere),
+        }
+    }
+
+    /// As it is recorded, to be parsed again by a later run wherever that is started.
+    pub(crate) fn recorded(&self) -> String {
+        match self {
+            Self::Path(address) => address.recorded(),
+            Self::Nbd(export) => export.absolute().to_string(),
+            Self::Image(format, address) => format!("{format}+{}", address.url()),
+        }
+    }
+
+    /// As another host records it: whence it was pushed. There it must never pass for a path of its own.
+    pub(crate) fn pushed_from(&self, host: &str) -> String {
+        match self {
+            Self::Path(address) => address.pushed_from(host),
+            Self::Nbd(export) => format!("{PUSHED}{host}/{}", export.absolute()),
+            Self::Image(_, address) => address.pushed_from(host),
+        }
+    }
+}
+
+impl fmt::Display for Readable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(address) => address.fmt(f),
+            Self::Nbd(export) => export.fmt(f),
+            Self::Image(format, Address(path)) => match path.to_str() {
+                Some(path) => write!(f, "{format}+file:{path}"),
+                None => f.write_str(&self.recorded()),
+            },
+        }
+    }
+}
+
+impl Address {
+    /// As [`Location::parse_target`], of disks of this host only.
+    pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
+        match Location::parse_target(text)? {
             Location::Here(address) => Ok(address),
             Location::There(_) => Err(AddressError::Elsewhere),
         }
@@ -131,6 +206,10 @@ impl Address {
 
     pub(crate) fn path(&self) -> &Path {
         &self.0
+    }
+
+    fn url(&self) -> String {
+        file_url::url_of(&self.absolute())
     }
 
     /// The form that means the same from every working directory; links are kept as typed.
@@ -275,10 +354,21 @@ fn head_of(text: &[u8]) -> Option<(&str, &[u8])> {
     (!head.contains('/')).then_some((head, &text[colon + 1..]))
 }
 
+/// `FORMAT+file:PATH`, or `FORMAT+file:///PATH` with `%FF` for the byte 255; nothing if it is no such form.
+fn image(head: &str, rest: &[u8]) -> Option<Result<Readable, &'static str>> {
+    let format: ImageFormat = head.strip_suffix("+file")?.parse().ok()?;
+    let path = match std::str::from_utf8(rest) {
+        Ok(text) if text.starts_with("//") => file_url::path_of(&format!("file:{text}"))?,
+        _ if rest.is_empty() => Err("expected the path of an image behind the colon"),
+        _ => Ok(PathBuf::from(OsString::from_vec(rest.to_vec()))),
+    };
+    Some(path.map(|path| Readable::Image(format, Address(path))))
+}
+
 fn unsupported_form(head: &str, rest: &[u8]) -> Option<&'static str> {
     let url = rest.starts_with(b"//");
     Some(match head {
-        "nbd" | "nbd+unix" | "nbds" | "nbds+unix" => "an NBD export",
+        "nbd" | "nbd+unix" | "nbds" | "nbds+unix" => "an NBD export of this form",
         _ if head.ends_with("+file") => "an image format other than raw",
         _ if url => "this kind of address",
         _ => return None,
@@ -294,6 +384,10 @@ impl fmt::Display for AddressError {
                 f,
                 "{what} is not supported by this version; give a local path (write ./NAME for a file whose \
                  name contains a colon) or HOST:PATH"
+            ),
+            Self::Nbd { why } => f.write_str(why),
+            Self::ReadOnly => f.write_str(
+                "an NBD export, or an image that is not raw, can be read by this version, and not be a target yet",
             ),
             Self::Pushed { from } => write!(
                 f,
@@ -313,7 +407,7 @@ impl std::error::Error for AddressError {}
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Location, AddressError> {
+    fn parse(text: &str) -> Result<Location<Readable>, AddressError> {
         Location::parse(text.into())
     }
 
@@ -405,10 +499,10 @@ mod tests {
     #[test]
     fn other_places_and_formats_are_refused_as_unsupported() {
         for text in [
-            "nbd://host/export",
-            "nbd+unix:///export?socket=/run/nbd",
-            "qcow2+file:a.qcow2",
-            "vhdx+file:/a",
+            "nbds://host/export",
+            "nbd:unix:/run/nbd",
+            "vdi+file:a",
+            "raw+file:/a",
             "https://host/disk",
         ] {
             let error = parse(text).expect_err(text);
@@ -418,6 +512,42 @@ mod tests {
                     .contains("is not supported by this version"),
                 "{text}: {error}"
             );
+        }
+    }
+
+    #[test]
+    fn an_nbd_export_is_read_and_recorded_and_no_target() {
+        let text = "nbd+unix:///export?socket=run/nbd";
+        let read = Readable::parse(text.into()).expect("an export");
+        let again = Readable::parse(read.recorded().into()).expect("recorded");
+        assert!(
+            again.recorded().contains("socket=/"),
+            "{}",
+            again.recorded()
+        );
+        assert_eq!(again.recorded(), read.recorded());
+        assert!(parse(&read.pushed_from("here")).is_err());
+        assert_eq!(Address::parse(text.into()), Err(AddressError::ReadOnly));
+        let error = parse("nbd+unix:///export").expect_err("no socket");
+        assert!(error.to_string().contains("names no socket"), "{error}");
+    }
+
+    #[test]
+    fn an_image_of_another_format_is_read_and_recorded_and_no_target() {
+        for text in [
+            "qcow2+file:a b:c%20.qcow2",
+            "vhdx+file:/a/b",
+            "vmdk+file:///a%FFb",
+        ] {
+            let read = Readable::parse(text.into()).expect(text);
+            let again = Readable::parse(read.recorded().into()).expect("recorded");
+            assert_eq!(again.recorded(), read.recorded(), "{text}");
+            assert!(read.recorded().contains("+file:///"), "{}", read.recorded());
+            assert_eq!(Address::parse(text.into()), Err(AddressError::ReadOnly));
+        }
+        for text in ["qcow2+file:", "qcow2+file://host/a", "qcow2+file:///%zz"] {
+            let error = parse(text).expect_err(text);
+            assert!(matches!(error, AddressError::Url { .. }), "{text}: {error}");
         }
     }
 
@@ -444,7 +574,7 @@ mod tests {
         }
         let remote = there("me@host:/disks/a b%\u{fc}");
         assert_eq!(
-            there(&Location::There(There::Shell(remote.clone())).recorded()),
+            there(&Location::<Readable>::There(There::Shell(remote.clone())).recorded()),
             remote
         );
         let export = parse("blockferry://host:99/web").expect("an export");

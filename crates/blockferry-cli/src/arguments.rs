@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use serde::{Deserialize, Serialize};
 
-use crate::address::{Address, Location};
+use crate::address::{Address, Location, Readable};
 use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
 use crate::export::PORT;
 use crate::file_url;
@@ -133,12 +133,13 @@ pub(crate) struct DemoArguments {
     reason = "each one is a flag of the command line contract"
 )]
 pub(crate) struct SyncArguments {
-    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH, or an export of a server
-    #[arg(value_parser = location())]
-    pub(crate) source: Location,
+    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH, an NBD export, or an export of a
+    /// server
+    #[arg(value_parser = source())]
+    pub(crate) source: Location<Readable>,
     /// The disk to bring up to date: a file (created if absent) or block device, here or elsewhere as SOURCE can be
-    #[arg(value_parser = location())]
-    pub(crate) target: Location,
+    #[arg(value_parser = target())]
+    pub(crate) target: Location<Address>,
     /// How to find what to send
     #[arg(long, value_enum, default_value_t = ModeArgument::Auto)]
     pub(crate) mode: ModeArgument,
@@ -299,18 +300,18 @@ pub(crate) struct TargetArguments {
 #[derive(Args, Debug)]
 pub(crate) struct DiffArguments {
     /// One disk
-    #[arg(value_parser = address())]
-    pub(crate) a: Address,
+    #[arg(value_parser = readable())]
+    pub(crate) a: Readable,
     /// The other disk
-    #[arg(value_parser = address())]
-    pub(crate) b: Address,
+    #[arg(value_parser = readable())]
+    pub(crate) b: Readable,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct DigestArguments {
     /// The disk
-    #[arg(value_parser = address())]
-    pub(crate) image: Address,
+    #[arg(value_parser = readable())]
+    pub(crate) image: Readable,
     /// Write the manifest (the digests of all blocks) to OUT, which must not exist
     #[arg(long, value_name = "OUT")]
     pub(crate) manifest: Option<PathBuf>,
@@ -325,11 +326,11 @@ pub(crate) struct DigestArguments {
 )]
 pub(crate) struct VerifyArguments {
     /// The target to check against its recorded point, or the first of two disks to compare
-    #[arg(value_name = "A|TARGET", value_parser = address())]
-    pub(crate) first: Address,
+    #[arg(value_name = "A|TARGET", value_parser = readable())]
+    pub(crate) first: Readable,
     /// The second disk to compare
-    #[arg(value_name = "B", value_parser = address())]
-    pub(crate) second: Option<Address>,
+    #[arg(value_name = "B", value_parser = readable())]
+    pub(crate) second: Option<Readable>,
 }
 
 #[derive(Args, Debug)]
@@ -427,8 +428,16 @@ impl From<ShellArgument> for Shell {
     }
 }
 
-fn location() -> ValueParser {
+fn source() -> ValueParser {
     ValueParser::new(OsStringValueParser::new().try_map(Location::parse))
+}
+
+fn target() -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(Location::parse_target))
+}
+
+fn readable() -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(Readable::parse))
 }
 
 fn address() -> ValueParser {

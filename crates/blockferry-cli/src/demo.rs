@@ -376,8 +376,8 @@ impl<'a> Demo<'a> {
     }
 
     fn different_bytes(&self) -> Result<u64, Failure> {
-        let source = verbs::open(&self.source, false)?;
-        let target = verbs::open(&self.target, true)?;
+        let source = verbs::open_path(&self.source, false)?;
+        let target = verbs::open_path(&self.target, true)?;
         let (context, display) = self.session.context(Look::Story);
         let outcome = engine::compare(&source, &target, &context, &mut |_| {});
         drop(display);
@@ -387,7 +387,7 @@ impl<'a> Demo<'a> {
     }
 
     fn sync(&self, mode: Mode) -> Result<Receipt, Failure> {
-        let disk = verbs::open(&self.source, false)?;
+        let disk = verbs::open_path(&self.source, false)?;
         let mut target = Target::open(&self.target, &self.options).map_err(|e| self.failure(&e))?;
         let options = self.sync_options(mode)?;
         let (context, display) = self.session.context(Look::Story);

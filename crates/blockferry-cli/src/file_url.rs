@@ -17,7 +17,8 @@ pub(crate) fn text_of(path: &Path) -> String {
     }
 }
 
-fn url_of(path: &Path) -> String {
+/// The URL of an absolute path.
+pub(crate) fn url_of(path: &Path) -> String {
     format!("{SCHEME}{}", escaped(path))
 }
 

@@ -16,14 +16,38 @@ pub(crate) mod verify;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::address::Readable;
 use crate::engine::device::ErrorKind;
+use crate::engine::nbd::{NbdDevice, NbdOptions, open_image};
 use crate::engine::{self, BlockSource, SourceOptions, Target, open_source};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::session::Session;
 
 /// Opens a disk to be read.
-pub(crate) fn open(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
+pub(crate) fn open(
+    disk: &Readable,
+    crash_consistent: bool,
+) -> Result<Arc<dyn BlockSource>, Failure> {
+    match disk {
+        Readable::Path(address) => open_path(address.path(), crash_consistent),
+        // Whether it is at rest, only its server knows.
+        Readable::Nbd(export) => match NbdDevice::open_source(export, &NbdOptions::default()) {
+            Ok(device) => Ok(device),
+            Err(error) => Err(Failure::source(&error)),
+        },
+        Readable::Image(format, address) => match open_image(*format, address.path()) {
+            Ok(device) => Ok(device),
+            Err(error) => Err(Failure::source(&error)),
+        },
+    }
+}
+
+/// Opens a file or block device to be read.
+pub(crate) fn open_path(
+    path: &Path,
+    crash_consistent: bool,
+) -> Result<Arc<dyn BlockSource>, Failure> {
     let mut options = SourceOptions::default();
     options.crash_consistent = crash_consistent;
     open_source(path, options).map_err(|error| {

@@ -166,9 +166,10 @@ fn argument_errors_are_json_lines_too() {
         "sync host: b",
         "sync a ssh://host",
         "status host:/a",
-        "sync nbd://host/a b",
+        "sync nbd+unix:///a b",
+        "sync a nbd://host/b",
         "sync blockferry://host:1/a b",
-        "sync qcow2+file:a b",
+        "sync vdi+file:a b",
         "status t -q -v",
         "completions tcsh",
     ] {
@@ -184,7 +185,7 @@ fn argument_errors_are_json_lines_too() {
 fn addresses_of_later_versions_are_called_unsupported_not_missing() {
     let lab = Lab::new();
     lab.disk("a", MIB, 1);
-    for address in ["https://h/disk", "nbd://h/e", "vhd+file:d"] {
+    for address in ["https://h/disk", "nbds://h/e", "vdi+file:d"] {
         for line in [
             format!("sync a {address}"),
             format!("sync {address} a"),

@@ -129,10 +129,10 @@ fn prediction(
     let target_known = target.found.target_known;
     let delta_seconds = sample.delta_seconds(options.threads(), choice.strategy, target_known);
     let full_seconds = sample.full_seconds(options.threads());
-    let (predicted_seconds, travels) = if choice.mode == Mode::Full {
-        (full_seconds, sample.data_bytes())
+    let predicted_seconds = if choice.mode == Mode::Full {
+        full_seconds
     } else {
-        (delta_seconds, sample.changed_bytes())
+        delta_seconds
     };
     Prediction {
         mode: choice.mode,
@@ -140,7 +140,7 @@ fn prediction(
         source_bytes: geometry.image_bytes(),
         data_bytes: round(sample.data_bytes()),
         predicted_changed_bytes: round(sample.changed_bytes()),
-        predicted_wire_bytes: sample.wire_bytes(travels).map(round),
+        predicted_wire_bytes: sample.wire_bytes(choice.mode).map(round),
         delta_seconds,
         full_seconds,
         predicted_seconds,

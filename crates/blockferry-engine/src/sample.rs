@@ -11,7 +11,7 @@ use blockferry_transport::message::Sampled;
 
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
-use crate::options::Context;
+use crate::options::{Context, Mode};
 
 /// Blocks that are sampled: the share that changed is then known to within a few percent.
 pub(crate) const SAMPLES: u64 = 256;
@@ -32,10 +32,19 @@ pub(crate) struct Sample {
     /// Blocks of the image for each sampled one.
     pub(crate) weight: f64,
     pub(crate) block_bytes: f64,
-    /// What each byte of data becomes on the wire, packed; 0 where there is none to cross.
-    pub(crate) wire_bytes_per_byte: f64,
-    /// How long that takes.
-    pub(crate) wire_seconds_per_byte: f64,
+    /// What it costs to cross the wire, where there is one.
+    pub(crate) crossing: Option<Crossing>,
+}
+
+/// What it costs to cross a wire.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Crossing {
+    /// What a byte of data becomes, packed.
+    pub(crate) data_ratio: f64,
+    /// What a byte of pages that differ becomes.
+    pub(crate) changed_ratio: f64,
+    /// Of each byte that crosses.
+    pub(crate) seconds_per_byte: f64,
 }
 
 impl Sample {
@@ -75,15 +84,6 @@ impl Sample {
         }
     }
 
-    /// The data of a sample crossed the wire as so many bytes, in this time.
-    pub(crate) fn crossed(&mut self, wire_bytes: u64, took: Duration) {
-        let data_bytes = self.data_blocks as f64 * self.block_bytes;
-        if data_bytes > 0.0 {
-            self.wire_bytes_per_byte = wire_bytes as f64 / data_bytes;
-            self.wire_seconds_per_byte = took.as_secs_f64() / data_bytes;
-        }
-    }
-
     /// The most there can be, without reading anything: all of it is data, and all of that differs.
     pub(crate) fn at_most(data: &DataBlocks, geometry: &Geometry) -> Self {
         let block_bytes = geometry.block_size().bytes();
@@ -117,10 +117,10 @@ impl Sample {
         let digested = clock.now();
         self.source_seconds += seconds(read.saturating_sub(start));
         self.digest_seconds += seconds(digested.saturating_sub(read));
-        self.compare(extent, new, target, old, clock)
+        self.compare(extent, new, target, old, clock, &mut |_| ())
     }
 
-    /// Counts a block of the source, and what differs of it from the target.
+    /// Counts a block of the source, and what differs of it from the target, which it shows.
     pub(crate) fn compare(
         &mut self,
         extent: Extent,
@@ -128,6 +128,7 @@ impl Sample {
         target: Option<&dyn BlockSource>,
         old: &mut AlignedBuffer,
         clock: &dyn Clock,
+        show: &mut dyn FnMut(&[u8]),
     ) -> Result<()> {
         let old = &mut old[..new.len()];
         let start = clock.now();
@@ -137,6 +138,11 @@ impl Sample {
             let pages = |bytes: u64| bytes.div_ceil(PAGE_BYTES);
             differing_runs(extent, new, old, |run| {
                 self.changed_pages += pages(run.extent.length());
+                if !run.to_zero {
+                    let from = usize::try_from(run.extent.start() - extent.start()).unwrap_or(0);
+                    let bytes = usize::try_from(run.extent.length()).unwrap_or(0);
+                    show(&new[from..from + bytes]);
+                }
             });
             self.target_seconds += seconds(clock.now().saturating_sub(start));
         }
@@ -167,9 +173,17 @@ impl Sample {
         self.changed_pages as f64 / self.data_pages.max(1) as f64
     }
 
-    /// Bytes that so much data becomes on the wire, if there is one.
-    pub(crate) fn wire_bytes(&self, data_bytes: f64) -> Option<f64> {
-        (self.wire_bytes_per_byte > 0.0).then_some(self.wire_bytes_per_byte * data_bytes)
+    /// Bytes that cross the wire in this mode, if there is one.
+    pub(crate) fn wire_bytes(&self, mode: Mode) -> Option<f64> {
+        self.crossing.map(|crossing| match mode {
+            Mode::Full => crossing.data_ratio * self.data_bytes(),
+            _ => crossing.changed_ratio * self.changed_bytes(),
+        })
+    }
+
+    fn wire_seconds(&self, mode: Mode) -> f64 {
+        let bytes = self.wire_bytes(mode).unwrap_or(0.0);
+        bytes * self.crossing.unwrap_or_default().seconds_per_byte
     }
 
     fn scale(&self, seconds: f64, threads: usize) -> f64 {
@@ -189,7 +203,7 @@ impl Sample {
             self.target_seconds
         };
         let scan = self.scale(self.source_seconds + self.digest_seconds + target, threads);
-        let wire = self.wire_seconds_per_byte * self.changed_bytes();
+        let wire = self.wire_seconds(Mode::Delta);
         let copies = if strategy == Strategy::Redo { 5.0 } else { 2.0 };
         scan.max(wire) + copies * self.changed_bytes() / ASSUMED_WRITE_RATE
     }
@@ -197,7 +211,7 @@ impl Sample {
     /// Seconds of a full download.
     pub(crate) fn full_seconds(&self, threads: usize) -> f64 {
         let scan = self.scale(self.source_seconds + self.digest_seconds, threads);
-        let wire = self.wire_seconds_per_byte * self.data_bytes();
+        let wire = self.wire_seconds(Mode::Full);
         scan.max(2.0 * self.data_bytes() / ASSUMED_WRITE_RATE)
             .max(wire)
     }

@@ -17,6 +17,8 @@ pub use blockferry_transport::{Connection, Deadlines, Link};
 pub use blockferry_core as core;
 /// Devices: traits, files, block devices, decorators.
 pub use blockferry_device as device;
+/// Exports of NBD servers.
+pub use blockferry_nbd as nbd;
 /// Sessions and decisions, for those who drive them themselves.
 pub use blockferry_transfer_log as transfer_log;
 /// Links, connections and messages between two machines.

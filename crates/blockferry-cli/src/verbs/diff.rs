@@ -18,8 +18,8 @@ struct Difference {
 }
 
 pub(crate) fn run(arguments: &DiffArguments, session: &Session) -> Result<Exit, Failure> {
-    let a = super::open(arguments.a.path(), true)?;
-    let b = super::open(arguments.b.path(), true)?;
+    let a = super::open(&arguments.a, true)?;
+    let b = super::open(&arguments.b, true)?;
     let look = if stdout_is_terminal() {
         Look::NoBar
     } else {

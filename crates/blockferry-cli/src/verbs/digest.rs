@@ -31,7 +31,7 @@ fn take(
     manifest: Option<&mut dyn Write>,
     session: &Session,
 ) -> Result<DigestReport, Failure> {
-    let image = super::open(arguments.image.path(), true)?;
+    let image = super::open(&arguments.image, true)?;
     let look = if stdout_is_terminal() {
         Look::NoBar
     } else {

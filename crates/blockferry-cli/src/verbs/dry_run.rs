@@ -1,6 +1,6 @@
 //! `sync --dry-run`: what a sync would do, from a sample; nothing is written on either side.
 
-use crate::address::{Address, Location};
+use crate::address::{Address, Location, Readable};
 use crate::arguments::SyncArguments;
 use crate::engine::transport::message::Role;
 use crate::engine::{self, Prediction, format_size};
@@ -15,7 +15,7 @@ use crate::verbs::sync::{options, refuse_same};
 
 /// Of a target that is here.
 pub(crate) fn run(
-    source: &Location,
+    source: &Location<Readable>,
     target: &Address,
     arguments: &SyncArguments,
     session: &Session,
@@ -23,7 +23,7 @@ pub(crate) fn run(
     let (place, options) = (session.target_options(), options(arguments));
     let outcome = match source {
         Location::Here(source) => {
-            let disk = super::open(source.path(), arguments.pace.crash_consistent)?;
+            let disk = super::open(source, arguments.pace.crash_consistent)?;
             refuse_same(source, target)?;
             let (context, _display) = session.context(Look::Bar);
             engine::predict(&disk, target.path(), &place, &options, &context)

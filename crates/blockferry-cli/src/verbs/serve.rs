@@ -162,7 +162,7 @@ fn serve_source(
     asked: &Asked,
     context: &Context,
 ) -> Result<(), Error> {
-    match super::open(path, asked.pace.crash_consistent) {
+    match super::open_path(path, asked.pace.crash_consistent) {
         Ok(disk) => engine::serve_source(&disk, connection, threads(asked), context).map(drop),
         Err(failure) => {
             let mut text = failure.message().to_owned();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
-use crate::address::{Address, Location, There};
+use crate::address::{Address, Location, Readable, There};
 use crate::arguments::{Pace, Reach, SyncArguments};
 use crate::engine::transport::message::Role;
 use crate::engine::{
@@ -63,7 +63,7 @@ pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, 
 /// What to bring where, and how.
 #[derive(Debug)]
 pub(crate) struct Request<'a> {
-    pub(crate) source: &'a Location,
+    pub(crate) source: &'a Location<Readable>,
     pub(crate) target: &'a Address,
     pub(crate) options: SyncOptions,
     pub(crate) pace: &'a Pace,
@@ -104,7 +104,7 @@ pub(crate) fn bring_up_to_date(
     };
     let outcome = match source {
         Location::Here(source) => {
-            let disk = super::open(source.path(), pace.crash_consistent)?;
+            let disk = super::open(source, pace.crash_consistent)?;
             refuse_same(source, target)?;
             let mut place = open_target(&mut options)?;
             let (context, _display) = session.context(Look::Bar);
@@ -169,12 +169,12 @@ fn with_patience<T>(
 
 /// Brings a target on another host to the content of a disk here.
 fn push(
-    source: &Address,
+    source: &Readable,
     target: &There,
     arguments: &SyncArguments,
     session: &Session,
 ) -> Result<Exit, Failure> {
-    let disk = super::open(source.path(), arguments.pace.crash_consistent)?;
+    let disk = super::open(source, arguments.pace.crash_consistent)?;
     let way = Way::new(target, &arguments.reach)?;
     let state = session.state_dir().map(file_url::text_of);
     let recorded = source.pushed_from(&host_name());
@@ -231,7 +231,10 @@ fn host_name() -> String {
 }
 
 /// Asked before the target is opened, because its lock would only say that someone holds it: we ourselves.
-pub(crate) fn refuse_same(source: &Address, target: &Address) -> Result<(), Failure> {
+pub(crate) fn refuse_same(source: &Readable, target: &Address) -> Result<(), Failure> {
+    let Readable::Path(source) = source else {
+        return Ok(());
+    };
     match engine::same_object(source.path(), target.path()) {
         Ok(true) => Err(Failure::new(
             Exit::Usage,

@@ -1,6 +1,6 @@
 //! `verify A B` compares two disks; `verify TARGET` reads a target completely and checks it against its point.
 
-use crate::address::Address;
+use crate::address::{Address, AddressError, Readable};
 use crate::arguments::VerifyArguments;
 use crate::engine::{self, VerifyReport, format_size};
 use crate::exit::Exit;
@@ -13,13 +13,19 @@ use crate::verbs::report::{duration, short};
 pub(crate) fn run(arguments: &VerifyArguments, session: &Session) -> Result<Exit, Failure> {
     match &arguments.second {
         Some(second) => pair(&arguments.first, second, session),
-        None => target(&arguments.first, session),
+        None => match &arguments.first {
+            Readable::Path(address) => target(address, session),
+            Readable::Nbd(_) | Readable::Image(..) => {
+                let message = AddressError::ReadOnly.to_string();
+                Err(Failure::new(Exit::Usage, message))
+            }
+        },
     }
 }
 
-fn pair(first: &Address, second: &Address, session: &Session) -> Result<Exit, Failure> {
-    let a = super::open(first.path(), true)?;
-    let b = super::open(second.path(), true)?;
+fn pair(first: &Readable, second: &Readable, session: &Session) -> Result<Exit, Failure> {
+    let a = super::open(first, true)?;
+    let b = super::open(second, true)?;
     let (context, display) = session.context(Look::Bar);
     let outcome = engine::compare(&a, &b, &context, &mut |_| {});
     drop(display);

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use blockferry_core::{Extent, Geometry, block_digest};
 use blockferry_device::{AlignedBuffer, BlockSource};
-use blockferry_pipeline::{block_in, read_padded};
+use blockferry_pipeline::{BUFFER_BYTES, block_in, read_padded};
+use blockferry_transfer_log::frame;
 use blockferry_transport::message::{Sample as Asked, Sampled};
 use blockferry_transport::{Connection, Message, Outbox, ShortDigests, Width};
 use crossbeam_channel::RecvTimeoutError;
@@ -17,7 +18,7 @@ use super::{block_number, failed_peer, lost, unexpected, violated, violates};
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Context;
-use crate::sample::{SAMPLES, Sample};
+use crate::sample::{Crossing, SAMPLES, Sample};
 
 /// What a sample may weigh, unpacked: enough to time a link by, and no burden to one.
 const SAMPLE_BYTES: u64 = 16 << 20;
@@ -95,6 +96,7 @@ pub(super) fn take_sample(
         vec![0; to_usize(block_bytes)],
         AlignedBuffer::zeroed(to_usize(block_bytes)),
     );
+    let mut packed = Packed::default();
     for (blocks, pages) in arrived {
         let extents = blocks_of(geometry, &blocks)?;
         let pages = Unpacked::of(pages)
@@ -104,11 +106,45 @@ pub(super) fn take_sample(
             let new = &mut buffers.0[..to_usize(extent.length())];
             new.fill(0);
             pages.put(extent, new);
-            sample.compare(extent, new, target, &mut buffers.1, &*context.clock)?;
+            let mut show = |bytes: &[u8]| packed.waiting.extend_from_slice(bytes);
+            let clock = &*context.clock;
+            sample.compare(extent, new, target, &mut buffers.1, clock, &mut show)?;
+            if packed.waiting.len() as u64 >= BUFFER_BYTES {
+                packed.pack()?;
+            }
         }
     }
-    sample.crossed(crossed, took);
+    packed.pack()?;
+    let data_bytes = sample.data_blocks as f64 * sample.block_bytes;
+    let data_ratio = crossed as f64 / data_bytes.max(1.0);
+    sample.crossing = Some(Crossing {
+        data_ratio,
+        changed_ratio: packed.ratio().unwrap_or(data_ratio),
+        seconds_per_byte: took.as_secs_f64() / crossed.max(1) as f64,
+    });
     Ok(sample)
+}
+
+/// How well the pages of a sample pack that differ, which may be better or worse than all of it.
+#[derive(Debug, Default)]
+struct Packed {
+    waiting: Vec<u8>,
+    plain_bytes: usize,
+    packed_bytes: usize,
+}
+
+impl Packed {
+    fn pack(&mut self) -> Result<()> {
+        let frame = frame::pack(&self.waiting, i32::from(LEVEL)).map_err(packing)?;
+        self.plain_bytes += self.waiting.len();
+        self.packed_bytes += frame.len();
+        self.waiting.clear();
+        Ok(())
+    }
+
+    fn ratio(&self) -> Option<f64> {
+        (self.plain_bytes > 0).then(|| self.packed_bytes as f64 / self.plain_bytes as f64)
+    }
 }
 
 /// Pages of blocks, which are told by their region and place.

@@ -1,0 +1,249 @@
+//! Where an export is, as the NBD project writes it: `nbd://host[:port]/export`, `nbd+unix:///export?socket=PATH`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use blockferry_device::{Error, ErrorKind, Result};
+
+use crate::wire::MAX_TEXT_BYTES;
+
+const PORT: u16 = 10_809;
+
+/// Where an export is. Equal for equal places, however they were written.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NbdAddress {
+    pub(crate) place: Place,
+    // Invariant: at most `MAX_TEXT_BYTES`.
+    pub(crate) export: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Place {
+    Tcp { host: String, port: u16 },
+    Unix(PathBuf),
+}
+
+impl NbdAddress {
+    /// An export of a server that listens at a Unix socket.
+    ///
+    /// # Errors
+    /// The name is longer than the protocol allows.
+    pub fn unix(socket: impl AsRef<Path>, export: &str) -> Result<Self> {
+        let place = Place::Unix(socket.as_ref().to_owned());
+        Self::new(place, export.to_owned())
+    }
+
+    fn new(place: Place, export: String) -> Result<Self> {
+        if export.len() > MAX_TEXT_BYTES {
+            let text = format!(
+                "name of an NBD export: expected at most {MAX_TEXT_BYTES} bytes, found {}",
+                export.len()
+            );
+            return Err(Error::new(ErrorKind::Unsuitable, text));
+        }
+        Ok(Self { place, export })
+    }
+
+    /// The form that means the same from every working directory.
+    #[must_use]
+    pub fn absolute(&self) -> Self {
+        let mut absolute = self.clone();
+        if let Place::Unix(socket) = &mut absolute.place
+            && let Ok(path) = std::path::absolute(&*socket)
+        {
+            *socket = path;
+        }
+        absolute
+    }
+
+    /// The name of the export; empty is the server's usual one.
+    #[must_use]
+    pub fn export(&self) -> &str {
+        &self.export
+    }
+}
+
+impl FromStr for NbdAddress {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let refused = |why: &str| {
+            let text = format!(
+                "{text:?} is no NBD address: {why}; expected nbd://HOST[:PORT]/EXPORT or \
+                 nbd+unix:///EXPORT?socket=PATH"
+            );
+            Error::new(ErrorKind::Unsuitable, text)
+        };
+        if let Some(rest) = text.strip_prefix("nbd+unix://") {
+            let rest = rest
+                .strip_prefix('/')
+                .ok_or_else(|| refused("a Unix socket has no host"))?;
+            let (export, query) = rest
+                .split_once('?')
+                .ok_or_else(|| refused("it names no socket"))?;
+            let socket = query
+                .strip_prefix("socket=")
+                .filter(|socket| !socket.is_empty() && !socket.contains('&'))
+                .ok_or_else(|| refused("its query is not socket=PATH"))?;
+            let decoded = |text: &str| decoded(text).ok_or_else(|| refused("a % is out of place"));
+            return Self::new(Place::Unix(decoded(socket)?.into()), decoded(export)?);
+        }
+        let rest = text
+            .strip_prefix("nbd://")
+            .ok_or_else(|| refused("it has another scheme"))?;
+        let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
+        if export.contains('?') {
+            return Err(refused("it has a query"));
+        }
+        let (host, port) = host_and_port(authority).ok_or_else(|| refused("its host is none"))?;
+        let export = decoded(export).ok_or_else(|| refused("a % is out of place"))?;
+        Self::new(Place::Tcp { host, port }, export)
+    }
+}
+
+/// `host`, `host:port`, `[2001:db8::1]:port`.
+fn host_and_port(authority: &str) -> Option<(String, u16)> {
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(rest) => {
+            let (host, behind) = rest.split_once(']')?;
+            let port = match behind {
+                "" => None,
+                behind => Some(behind.strip_prefix(':')?),
+            };
+            (host, port)
+        }
+        None => match authority.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, None),
+        },
+    };
+    let may_be_host = |c: char| c.is_ascii_alphanumeric() || ".-_:%".contains(c);
+    if host.is_empty() || !host.chars().all(may_be_host) {
+        return None;
+    }
+    let port = match port {
+        Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => port.parse().ok()?,
+        Some(_) => return None,
+        None => PORT,
+    };
+    Some((host.to_owned(), port))
+}
+
+/// Takes percent signs with two digits for the bytes that they mean.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let digit = |byte: u8| char::from(byte).to_digit(16);
+        let value = digit(rest.next()?)? * 16 + digit(rest.next()?)?;
+        bytes.push(u8::try_from(value).ok()?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn encoded(text: &str) -> String {
+    let mut encoded = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
+            encoded.push(char::from(byte));
+        } else {
+            encoded.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    encoded
+}
+
+impl fmt::Display for NbdAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let export = encoded(&self.export);
+        match &self.place {
+            Place::Unix(socket) => {
+                let socket = encoded(&socket.to_string_lossy());
+                write!(f, "nbd+unix:///{export}?socket={socket}")
+            }
+            Place::Tcp { host, port } => {
+                let host = match host.contains(':') {
+                    true => format!("[{host}]"),
+                    false => host.clone(),
+                };
+                match *port {
+                    PORT => write!(f, "nbd://{host}/{export}"),
+                    port => write!(f, "nbd://{host}:{port}/{export}"),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> NbdAddress {
+        text.parse().expect(text)
+    }
+
+    #[test]
+    fn addresses_are_read_and_written_as_the_nbd_project_writes_them() {
+        for (text, export, written) in [
+            ("nbd://host", "", "nbd://host/"),
+            ("nbd://host/a/b", "a/b", "nbd://host/a/b"),
+            ("nbd://host:10809/", "", "nbd://host/"),
+            ("nbd://10.0.0.1:99/x", "x", "nbd://10.0.0.1:99/x"),
+            ("nbd://[2001:db8::1]:99/x", "x", "nbd://[2001:db8::1]:99/x"),
+            ("nbd://host/a%20b%3f", "a b?", "nbd://host/a%20b%3F"),
+            (
+                "nbd+unix:///?socket=/run/s",
+                "",
+                "nbd+unix:///?socket=/run/s",
+            ),
+            (
+                "nbd+unix:///d%2F1?socket=a%20b",
+                "d/1",
+                "nbd+unix:///d/1?socket=a%20b",
+            ),
+        ] {
+            let address = parsed(text);
+
+            assert_eq!(address.export(), export, "{text}");
+            assert_eq!(address.to_string(), written, "{text}");
+            assert_eq!(parsed(written), address);
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_with_what_is_expected() {
+        let long = format!("nbd://host/{}", "x".repeat(MAX_TEXT_BYTES + 1));
+        for text in [
+            "",
+            "nbd:",
+            "nbd://",
+            "nbd:///export",
+            "nbd://:10809/x",
+            "nbd://host:port/x",
+            "nbd://host:99999/x",
+            "nbd://host:/x",
+            "nbd://a b/x",
+            "nbd://host/x?tls=1",
+            "nbd://host/%4",
+            "nbd://host/%zz",
+            "nbd://host/%ff",
+            "nbd+unix:///x",
+            "nbd+unix://host/x?socket=/s",
+            "nbd+unix:///x?socket=",
+            "nbd+unix:///x?socket=/a&b=1",
+            "nbd+unix:///x?file=/a",
+            "nbds://host/x",
+            "/a/path",
+            &long,
+        ] {
+            let error = text.parse::<NbdAddress>().expect_err(text);
+            assert!(error.to_string().contains("expected"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Exports of an NBD server as disks that the real command reads.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+
+use crate::lab::{Lab, MIB, skipped, tool};
+
+/// An image that qemu-nbd serves. Ended when dropped.
+struct Server {
+    process: String,
+    socket: String,
+}
+
+impl Server {
+    /// `None` if qemu-nbd is not installed.
+    fn start(lab: &Lab, image: &str) -> Option<Self> {
+        let [pid, socket, image] =
+            ["nbd.pid", "nbd.socket", image].map(|name| lab.path(name).display().to_string());
+        fs::remove_file(&socket).ok();
+        // It goes to the background once it listens.
+        tool(&[
+            "qemu-nbd",
+            "--fork",
+            "--persistent",
+            "--read-only",
+            "--shared=8",
+            "--format=raw",
+            &format!("--pid-file={pid}"),
+            &format!("--socket={socket}"),
+            &image,
+        ])?;
+        let process = fs::read_to_string(pid).expect("it has written its number");
+        Some(Self {
+            process: process.trim().to_owned(),
+            socket,
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        tool(&["kill", "-KILL", &self.process]);
+        // No child of ours: it is gone once nobody listens.
+        while UnixStream::connect(&self.socket).is_ok() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+const EXPORT: &str = "nbd+unix:///?socket=nbd.socket";
+
+#[test]
+fn an_nbd_export_is_synced_compared_and_digested_like_the_file_behind_it() {
+    let name = "an_nbd_export_is_synced_compared_and_digested_like_the_file_behind_it";
+    let lab = Lab::new();
+    let old = lab.disk("target", 1, 24 * MIB);
+    let mut new = lab.edited("source", 2, &old, 0.1);
+    let hole = new.len() / 3..new.len();
+    new[hole].fill(0);
+    lab.write("source", &new);
+    let Some(_server) = Server::start(&lab, "source") else {
+        return skipped(name, "qemu-nbd");
+    };
+    let digest = |disk: &str| lab.must(&format!("digest {disk}")).summary()["root"].clone();
+    assert_eq!(digest(EXPORT), digest("source"));
+    let differs = lab.run(&format!("diff target {EXPORT}"));
+    assert_eq!(differs.code, Some(1), "{differs:#?}");
+    let foretold = lab.must(&format!("sync {EXPORT} target --dry-run"));
+    assert!(foretold.count("predicted_changed_bytes") > 0);
+
+    let done = lab.must(&format!(
+        "sync {EXPORT} target --mode delta --strategy redo"
+    ));
+
+    lab.assert_holds("target", &new);
+    assert_eq!(done.summary()["outcome"], "applied");
+    let address = done.summary()["source"].as_str().expect("an address");
+    assert!(address.starts_with("nbd+unix:///?socket=/"), "{address}");
+    // Holes are known without reading them.
+    assert!(done.count("scanned_bytes") <= 8 * MIB, "{done:#?}");
+    let again = lab.must(&format!("sync {EXPORT} target"));
+    assert_eq!(again.summary()["outcome"], "identical");
+    lab.must(&format!("verify {EXPORT} target"));
+    lab.must(&format!("sync {EXPORT} fresh"));
+    lab.assert_holds("fresh", &new);
+}
+
+#[test]
+fn a_run_from_an_nbd_export_is_stopped_and_resumed_and_its_server_may_fail() {
+    let name = "a_run_from_an_nbd_export_is_stopped_and_resumed_and_its_server_may_fail";
+    let lab = Lab::new();
+    let old = lab.disk("target", 3, 24 * MIB);
+    let new = lab.disk("source", 4, 24 * MIB);
+    let Some(server) = Server::start(&lab, "source") else {
+        return skipped(name, "qemu-nbd");
+    };
+    let line = format!("sync {EXPORT} target --mode delta --strategy redo");
+    let mut run = lab.start(&format!("{line} --bwlimit 4M"));
+    assert!(run.wait_for(|line| line["event"] == "checkpoint"));
+    run.signal("-TERM");
+    assert_eq!(run.finish().code, Some(143));
+    lab.assert_holds("target", &old);
+    let mut run = lab.start("resume target --bwlimit 4M");
+    assert!(run.wait_for(|line| line["event"] == "checkpoint"));
+
+    drop(server);
+
+    let failed = run.finish();
+    assert_eq!(failed.code, Some(3), "{failed:#?}");
+    assert!(failed.complaint().contains("nbd+unix:///"), "{failed:#?}");
+    lab.assert_holds("target", &old);
+    let _server = Server::start(&lab, "source").expect("it did before");
+    let done = lab.must("resume target");
+    lab.assert_holds("target", &new);
+    assert_eq!(done.count("restaged_bytes"), 0);
+    assert!(done.count("resumed_bytes") > 0);
+}
+
+#[test]
+fn images_of_other_formats_are_read_and_their_server_ends_with_us() {
+    let name = "images_of_other_formats_are_read_and_their_server_ends_with_us";
+    let lab = Lab::new();
+    let content = lab.disk("raw", 6, 20 * MIB);
+    for (format, driver) in [
+        ("qcow2", "qcow2"),
+        ("vhd", "vpc"),
+        ("vhdx", "vhdx"),
+        ("vmdk", "vmdk"),
+    ] {
+        let (raw, image) = (lab.path("raw"), lab.path(format));
+        let mut words = vec!["qemu-img", "convert", "-f", "raw", "-O", driver];
+        // Else it is rounded up to whole cylinders.
+        if driver == "vpc" {
+            words.extend(["-o", "force_size=on"]);
+        }
+        words.extend([&raw, &image].map(|path| path.to_str().expect("text")));
+        if tool(&words).is_none() {
+            return skipped(name, "qemu-img and qemu-nbd");
+        }
+        let address = format!("{format}+file:{format}");
+
+        let done = lab.must(&format!("sync {address} target-{format}"));
+
+        lab.assert_holds(&format!("target-{format}"), &content);
+        let recorded = done.summary()["source"].as_str().expect("an address");
+        assert!(
+            recorded.starts_with(&format!("{format}+file:///")),
+            "{recorded}"
+        );
+        lab.must(&format!("verify {address} raw"));
+    }
+    let mut run = lab.start("sync qcow2+file:qcow2 slow --bwlimit 1M");
+    run.wait_for(|line| line["event"] == "checkpoint");
+    run.kill();
+    let serves = || {
+        let processes = fs::read_dir("/proc").expect("mounted").flatten();
+        let lines = processes.map(|p| fs::read(p.path().join("cmdline")).unwrap_or_default());
+        let ours = lab.path("qcow2").display().to_string();
+        lines
+            .map(|line| String::from_utf8_lossy(&line).into_owned())
+            .any(|line| line.starts_with("qemu-nbd") && line.contains(&ours))
+    };
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while serves() {
+        assert!(std::time::Instant::now() < end, "qemu-nbd stays");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    for (line, told) in [
+        ("digest qcow2+file:raw", "does not serve it"),
+        ("digest qcow2+file:absent", "open qcow2+file:absent"),
+    ] {
+        let answer = lab.run(line);
+        assert_eq!(answer.code, Some(3), "{line}: {answer:#?}");
+        assert!(answer.complaint().contains(told), "{line}: {answer:#?}");
+    }
+}
+
+#[test]
+fn an_nbd_export_is_no_target_yet_and_one_that_is_not_there_is_said_to_be_so() {
+    let lab = Lab::new();
+    lab.disk("source", 5, MIB);
+    for (line, code, told) in [
+        ("sync source nbd://host/export", 2, "not be a target yet"),
+        ("sync source qcow2+file:a", 2, "not be a target yet"),
+        ("verify nbd://host/export", 2, "not be a target yet"),
+        ("status nbd://host/export", 2, "not be a target yet"),
+        ("digest nbd+unix:///export", 2, "names no socket"),
+        (
+            "digest nbd+unix:///?socket=absent",
+            3,
+            "connect to nbd+unix:///?socket=absent",
+        ),
+        (
+            "sync nbd://127.0.0.1:1/export target",
+            3,
+            "connect to nbd://127.0.0.1:1/export",
+        ),
+    ] {
+        let answer = lab.run(line);
+
+        assert_eq!(answer.code, Some(code), "{line}: {answer:#?}");
+        assert!(answer.complaint().contains(told), "{line}: {answer:#?}");
+    }
+}
