@@ -5,6 +5,7 @@
     reason = "the protocol of NBD is in network byte order"
 )]
 
+use std::fmt;
 use std::io::{self, Read, Write};
 
 use blockferry_device::{Error, ErrorKind, Result};
@@ -106,9 +107,9 @@ impl<S: Read + Write> Handshake<'_, S> {
             )));
         }
         if style != Some(OPTION) || flags & FIXED_NEWSTYLE == 0 {
-            return Err(self.refused(
-                "it speaks an old handshake of NBD: the fixed newstyle one is needed".to_owned(),
-            ));
+            return Err(
+                self.refused("it speaks an old handshake of NBD: the fixed newstyle one is needed")
+            );
         }
         let ours = u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES));
         self.write("the flags", &ours.to_be_bytes())?;
@@ -153,7 +154,7 @@ impl<S: Read + Write> Handshake<'_, S> {
                 _ => return Err(self.refusal(&answer)),
             }
         }
-        Err(self.refused("it names meta contexts without end".to_owned()))
+        Err(self.refused("it names meta contexts without end"))
     }
 
     /// `None` where the server does not know how to go.
@@ -180,16 +181,15 @@ impl<S: Read + Write> Handshake<'_, S> {
                 }
                 reply::UNSUPPORTED => return Ok(None),
                 reply::ACK => {
-                    let (size_bytes, flags) = export.ok_or_else(|| {
-                        self.refused("it does not say how large the export is".to_owned())
-                    })?;
+                    let (size_bytes, flags) = export
+                        .ok_or_else(|| self.refused("it does not say how large the export is"))?;
                     let export = Export::new(size_bytes, flags);
                     return self.with_sizes(export, sizes).map(Some);
                 }
                 _ => return Err(self.refusal(&answer)),
             }
         }
-        Err(self.refused("it describes the export without end".to_owned()))
+        Err(self.refused("it describes the export without end"))
     }
 
     fn with_sizes(&self, export: Export, sizes: Option<(u32, u32)>) -> Result<Export> {
@@ -270,7 +270,7 @@ impl<S: Read + Write> Handshake<'_, S> {
         })
     }
 
-    fn refused(&self, why: String) -> Error {
+    fn refused(&self, why: impl fmt::Display) -> Error {
         let text = format!("open {}: {why}", self.wanted.label);
         Error::new(ErrorKind::Unsuitable, text)
     }

@@ -32,7 +32,7 @@ pub enum ImageFormat {
     Vhd,
     /// Microsoft's newer one.
     Vhdx,
-    /// VMware's.
+    /// That of `VMware`.
     Vmdk,
 }
 

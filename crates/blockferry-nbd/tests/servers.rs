@@ -117,6 +117,10 @@ fn noise(bytes: usize, seed: u64) -> Vec<u8> {
     noise
 }
 
+fn drawn(random: &mut Random, below: usize) -> usize {
+    usize::try_from(random.below(below as u64)).expect("below a size")
+}
+
 /// Noise with holes in it.
 fn sparse(bytes: usize, seed: u64) -> Vec<u8> {
     let mut content = noise(bytes, seed);
@@ -199,8 +203,8 @@ fn many_requests_and_threads_at_once_get_each_its_own() {
                 for _ in 0..20 {
                     let mut buffers: Vec<(usize, Vec<u8>)> = (0..random.below(40))
                         .map(|_| {
-                            let bytes = 1 + random.below(700_000) as usize;
-                            let offset = random.below((content.len() - bytes) as u64) as usize;
+                            let bytes = 1 + drawn(&mut random, 700_000);
+                            let offset = drawn(&mut random, content.len() - bytes);
                             (offset, vec![0; bytes])
                         })
                         .collect();
@@ -445,8 +449,8 @@ fn batches_of_writes_arrive_where_they_belong() {
             .chunks(1 << 19)
             .enumerate()
             .map(|(number, _)| {
-                let from = random.below(100_000) as usize;
-                let bytes = 1 + random.below(400_000) as usize;
+                let from = drawn(&mut random, 100_000);
+                let bytes = 1 + drawn(&mut random, 400_000);
                 (
                     (number << 19) + from,
                     noise(bytes, round * 100 + number as u64),
