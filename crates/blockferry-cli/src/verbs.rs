@@ -36,10 +36,12 @@ pub(crate) fn open(
             Ok(device) => Ok(device),
             Err(error) => Err(Failure::source(&error)),
         },
-        Readable::Image(format, address) => match open_image(*format, address.path()) {
-            Ok(device) => Ok(device),
-            Err(error) => Err(Failure::source(&error)),
-        },
+        Readable::Image(format, address) => {
+            match open_image(*format, address.path(), &std::env::temp_dir()) {
+                Ok(device) => Ok(device),
+                Err(error) => Err(Failure::source(&error)),
+            }
+        }
     }
 }
 

@@ -89,17 +89,18 @@ impl Drop for Program {
     }
 }
 
-/// An image to read. A file that it is based on, if it names one, is read as well.
+/// An image to read. A file that it is based on, if it names one, is read as well. The socket between is in a private
+/// directory of its own below `scratch`, whose path must be short: usually `/tmp`.
 ///
 /// # Errors
 /// qemu-nbd is not installed, or does not open the image: it is none of this format, or a machine is writing it.
-pub fn open_image(format: ImageFormat, path: &Path) -> Result<Arc<NbdDevice>> {
+pub fn open_image(format: ImageFormat, path: &Path, scratch: &Path) -> Result<Arc<NbdDevice>> {
     let label = format!("{format}+file:{}", path.display());
     let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
     // Missing files are said by their own words, not by QEMU's.
     File::open(path).map_err(|cause| Error::from_io(format!("open {label}"), cause))?;
     let path = std::path::absolute(path).map_err(failed)?;
-    let place = tempfile::tempdir().map_err(failed)?;
+    let place = tempfile::tempdir_in(scratch).map_err(failed)?;
     let socket = place.path().join("socket");
     let child = Command::new(PROGRAM)
         .args(["--read-only", "--shared=8", "--format", format.driver()])
