@@ -1,12 +1,14 @@
-//! Where a disk is: a local path, also as a `file://` URL, an NBD export, a path on another host, or an export of a server. Forms that
-//! later versions understand are refused by name, so that none is mistaken for a file that does not exist.
+//! Where a disk is: a local path, also as a `file://` URL, an image of another format, an NBD export, a path on another
+//! host, or an export of a server. Forms that later versions understand are refused by name, so that none is mistaken
+//! for a file that does not exist.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use crate::engine::nbd::{ImageFormat, NbdAddress};
+use crate::engine::device::ImageFormat;
+use crate::engine::nbd::NbdAddress;
 use crate::export::Export;
 use crate::file_url;
 
@@ -119,8 +121,7 @@ impl Location<Address> {
     /// As [`Location::parse`], of disks that can be written.
     pub(crate) fn parse_target(text: OsString) -> Result<Self, AddressError> {
         match Location::parse(text)? {
-            Location::Here(Readable::Path(address)) => Ok(Self::Here(address)),
-            Location::Here(Readable::Nbd(_) | Readable::Image(..)) => Err(AddressError::ReadOnly),
+            Location::Here(disk) => disk.target().cloned().map(Self::Here),
             Location::There(there) => Ok(Self::There(there)),
         }
     }
@@ -160,6 +161,14 @@ impl Readable {
         match Location::parse(text)? {
             Location::Here(disk) => Ok(disk),
             Location::There(_) => Err(AddressError::Elsewhere),
+        }
+    }
+
+    /// The same disk, to be written.
+    pub(crate) fn target(&self) -> Result<&Address, AddressError> {
+        match self {
+            Self::Path(address) => Ok(address),
+            Self::Nbd(_) | Self::Image(..) => Err(AddressError::ReadOnly),
         }
     }
 
@@ -369,7 +378,7 @@ fn unsupported_form(head: &str, rest: &[u8]) -> Option<&'static str> {
     let url = rest.starts_with(b"//");
     Some(match head {
         "nbd" | "nbd+unix" | "nbds" | "nbds+unix" => "an NBD export of this form",
-        _ if head.ends_with("+file") => "an image format other than raw",
+        _ if head.ends_with("+file") => "this image format",
         _ if url => "this kind of address",
         _ => return None,
     })

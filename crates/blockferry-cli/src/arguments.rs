@@ -133,8 +133,8 @@ pub(crate) struct DemoArguments {
     reason = "each one is a flag of the command line contract"
 )]
 pub(crate) struct SyncArguments {
-    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH, an NBD export, or an export of a
-    /// server
+    /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH, an NBD export, an image as
+    /// qcow2+file:PATH, or an export of a server
     #[arg(value_parser = source())]
     pub(crate) source: Location<Readable>,
     /// The disk to bring up to date: a file (created if absent) or block device, here or elsewhere as SOURCE can be

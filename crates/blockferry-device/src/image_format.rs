@@ -1,6 +1,9 @@
 //! Recognises image formats by their magic, so that none is taken for a raw disk.
 
 use std::fmt;
+use std::str::FromStr;
+
+use crate::{Error, ErrorKind, Result};
 
 /// An image format that is not raw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +20,9 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Qcow2, Self::Vhd, Self::Vhdx, Self::Vmdk];
+
     /// Bytes at the beginning and at the end of an image that [`Self::detect`] looks at.
     pub const PROBE_BYTES: usize = 512;
 
@@ -53,6 +59,20 @@ impl fmt::Display for ImageFormat {
             Self::Vhd => "vhd",
             Self::Vhdx => "vhdx",
             Self::Vmdk => "vmdk",
+        })
+    }
+}
+
+impl FromStr for ImageFormat {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Self::ALL
+            .into_iter()
+            .find(|format| format.to_string() == text);
+        found.ok_or_else(|| {
+            let text = format!("image format {text:?}: expected qcow2, vhd, vhdx or vmdk");
+            Error::new(ErrorKind::Unsuitable, text)
         })
     }
 }

@@ -13,7 +13,7 @@ use blockferry_device::{
 
 use crate::address::NbdAddress;
 use crate::connection::{Connection, Stream};
-use crate::handshake::{Export, takes_several};
+use crate::handshake::Export;
 use crate::image::Program;
 use crate::transfer::{DEPTH, Outcome, Transfer};
 use crate::wire::{Command, flag};
@@ -320,7 +320,7 @@ impl NbdDevice {
     }
 
     fn take(&self) -> Result<Connection> {
-        let most = if takes_several(&self.export) {
+        let most = if self.export.can(flag::MULTI_CONN) {
             MOST_CONNECTIONS
         } else {
             1

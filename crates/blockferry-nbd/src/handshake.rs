@@ -11,8 +11,8 @@ use std::io::{self, Read, Write};
 use blockferry_device::{Error, ErrorKind, Result};
 
 use crate::wire::{
-    self, FIXED_NEWSTYLE, Fields, GREETING, MAX_REPLY_BYTES, NO_ZEROES, OPTION, OPTION_REPLY, flag,
-    info, reply,
+    self, FIXED_NEWSTYLE, Fields, GREETING, MAX_REPLY_BYTES, NO_ZEROES, OPTION, OPTION_REPLY, info,
+    reply,
 };
 
 /// Most replies to one option.
@@ -277,8 +277,7 @@ impl<S: Read + Write> Handshake<'_, S> {
 
     /// What a server says when it does not do what it was asked.
     fn refusal(&self, answer: &OptionReply) -> Error {
-        let said = String::from_utf8_lossy(&answer.body);
-        let said: String = said.chars().filter(|c| !c.is_control()).take(500).collect();
+        let said = wire::shown(&answer.body);
         let said = match said.is_empty() {
             true => String::new(),
             false => format!(": {said}"),
@@ -310,9 +309,4 @@ pub(crate) fn spoken(cause: io::Error) -> io::Error {
         io::ErrorKind::WouldBlock => io::Error::other("the server is silent"),
         _ => cause,
     }
-}
-
-/// Whether requests of several connections count as one.
-pub(crate) fn takes_several(export: &Export) -> bool {
-    export.can(flag::MULTI_CONN)
 }

@@ -1,19 +1,18 @@
 //! Image formats other than raw, through a qemu-nbd of our own that ends with us.
 
-use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockferry_device::{Error, ErrorKind, Result};
+use blockferry_device::{Error, ErrorKind, ImageFormat, Result};
 
 use crate::address::NbdAddress;
 use crate::device::{NbdDevice, NbdOptions};
+use crate::wire::shown;
 
 const PROGRAM: &str = "qemu-nbd";
 /// For the program to open the image and listen.
@@ -22,56 +21,15 @@ const TICK: Duration = Duration::from_millis(5);
 /// Most of what it complains of that is shown.
 const MOST_COMPLAINT_BYTES: u64 = 2000;
 
-/// An image format that QEMU reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ImageFormat {
-    /// QEMU's own.
-    Qcow2,
-    /// Microsoft's older one; QEMU calls it vpc.
-    Vhd,
-    /// Microsoft's newer one.
-    Vhdx,
-    /// That of `VMware`.
-    Vmdk,
-}
-
-impl ImageFormat {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Qcow2, Self::Vhd, Self::Vhdx, Self::Vmdk];
-
-    /// As QEMU calls it.
-    const fn driver(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Vhd => "vpc",
-            Self::Vhdx => "vhdx",
-            Self::Vmdk => "vmdk",
-        }
-    }
-}
-
-impl fmt::Display for ImageFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Vhd => "vhd",
-            other => other.driver(),
-        })
-    }
-}
-
-impl FromStr for ImageFormat {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let found = Self::ALL
-            .into_iter()
-            .find(|format| format.to_string() == text);
-        found.ok_or_else(|| {
-            let text = format!("image format {text:?}: expected qcow2, vhd, vhdx or vmdk");
-            Error::new(ErrorKind::Unsuitable, text)
-        })
-    }
+/// As QEMU calls the format; `None` is one that came later than this.
+fn driver(format: ImageFormat) -> Option<&'static str> {
+    Some(match format {
+        ImageFormat::Qcow2 => "qcow2",
+        ImageFormat::Vhd => "vpc",
+        ImageFormat::Vhdx => "vhdx",
+        ImageFormat::Vmdk => "vmdk",
+        _ => return None,
+    })
 }
 
 /// The program that serves an image. It ends when nobody is connected any more, so also when we are killed.
@@ -97,13 +55,17 @@ impl Drop for Program {
 pub fn open_image(format: ImageFormat, path: &Path, scratch: &Path) -> Result<Arc<NbdDevice>> {
     let label = format!("{format}+file:{}", path.display());
     let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
+    let driver = driver(format).ok_or_else(|| {
+        let text = format!("open {label}: {PROGRAM} is not known to read it");
+        Error::new(ErrorKind::Unsupported, text)
+    })?;
     // Missing files are said by their own words, not by QEMU's.
     File::open(path).map_err(|cause| Error::from_io(format!("open {label}"), cause))?;
     let path = std::path::absolute(path).map_err(failed)?;
     let place = tempfile::tempdir_in(scratch).map_err(failed)?;
     let socket = place.path().join("socket");
     let child = Command::new(PROGRAM)
-        .args(["--read-only", "--shared=8", "--format", format.driver()])
+        .args(["--read-only", "--shared=8", "--format", driver])
         .arg("--socket")
         .arg(&socket)
         .arg("--")
@@ -155,8 +117,7 @@ impl Program {
                 .read_to_end(&mut said)
                 .ok();
         }
-        let said = String::from_utf8_lossy(&said);
-        let said: String = said.trim().chars().filter(|c| !c.is_control()).collect();
+        let said = shown(said.trim_ascii());
         if said.is_empty() {
             said
         } else {

@@ -406,8 +406,7 @@ fn error_of(body: &[u8]) -> io::Error {
     let cause = wire::cause(number);
     match fields.bytes(length) {
         Some(said) if !said.is_empty() => {
-            let said = String::from_utf8_lossy(said);
-            let said: String = said.chars().filter(|c| !c.is_control()).take(500).collect();
+            let said = wire::shown(said);
             io::Error::new(cause.kind(), format!("{cause} ({said})"))
         }
         _ => cause,

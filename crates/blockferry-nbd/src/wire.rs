@@ -200,6 +200,12 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// What somebody says, for people: short, and nothing that a terminal would obey.
+pub(crate) fn shown(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
+    said.chars().filter(|c| !c.is_control()).take(500).collect()
+}
+
 /// What a server's number of an error means.
 pub(crate) fn cause(error: u32) -> std::io::Error {
     // Those of Linux, as the protocol has them, which also has no others.

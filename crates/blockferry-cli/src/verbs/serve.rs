@@ -126,6 +126,16 @@ struct Served {
     sent_bytes: Option<u64>,
 }
 
+impl Served {
+    /// Nothing was brought to a target that is here.
+    fn nothing_here(outcome: &str) -> Self {
+        Self {
+            outcome: outcome.to_owned(),
+            sent_bytes: None,
+        }
+    }
+}
+
 /// Does this side's half of the run.
 fn serve(
     connection: Connection,
@@ -136,11 +146,7 @@ fn serve(
 ) -> Result<Served, Error> {
     if role == Role::Source {
         serve_source(connection, &disk.path, asked, &context)?;
-        let outcome = "read".to_owned();
-        return Ok(Served {
-            outcome,
-            sent_bytes: None,
-        });
+        return Ok(Served::nothing_here("read"));
     }
     context = context.with_observer(PeerObserver::new(&connection));
     serve_target(connection, disk, asked, &context)
@@ -196,11 +202,7 @@ fn serve_target(
     let path = std::path::absolute(&path).unwrap_or(path);
     if asked.dry_run {
         engine::predict_from_peer(connection, &path, &place, &asked.options(), context)?;
-        let outcome = "predicted".to_owned();
-        return Ok(Served {
-            outcome,
-            sent_bytes: None,
-        });
+        return Ok(Served::nothing_here("predicted"));
     }
     let end = Instant::now() + HELD;
     let opened = loop {

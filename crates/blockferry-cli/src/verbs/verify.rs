@@ -1,6 +1,6 @@
 //! `verify A B` compares two disks; `verify TARGET` reads a target completely and checks it against its point.
 
-use crate::address::{Address, AddressError, Readable};
+use crate::address::{Address, Readable};
 use crate::arguments::VerifyArguments;
 use crate::engine::{self, VerifyReport, format_size};
 use crate::exit::Exit;
@@ -13,12 +13,9 @@ use crate::verbs::report::{duration, short};
 pub(crate) fn run(arguments: &VerifyArguments, session: &Session) -> Result<Exit, Failure> {
     match &arguments.second {
         Some(second) => pair(&arguments.first, second, session),
-        None => match &arguments.first {
-            Readable::Path(address) => target(address, session),
-            Readable::Nbd(_) | Readable::Image(..) => {
-                let message = AddressError::ReadOnly.to_string();
-                Err(Failure::new(Exit::Usage, message))
-            }
+        None => match arguments.first.target() {
+            Ok(address) => target(address, session),
+            Err(error) => Err(Failure::from_error(Exit::Usage, &error)),
         },
     }
 }

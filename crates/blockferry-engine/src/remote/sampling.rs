@@ -12,7 +12,7 @@ use crossbeam_channel::RecvTimeoutError;
 
 use super::data::{Packer, Unpacked};
 use super::scan::LEVEL;
-use super::serve::packing;
+use super::serve::{packing, send_packed};
 use super::target_role::Arrived;
 use super::{block_number, failed_peer, lost, unexpected, violated, violates};
 use crate::data_blocks::DataBlocks;
@@ -34,10 +34,6 @@ pub(super) fn send_sample(
     let geometry = Geometry::new(source.size_bytes(), asked.block_size);
     let data = DataBlocks::of(&[source], &geometry);
     let mut packer = Packer::new(geometry, asked.level);
-    let send = |message: Option<Message>| match message {
-        Some(message) => outbox.send_data(message).map_err(lost),
-        None => Ok(()),
-    };
     let mut sampled = Sampled {
         data_blocks: data.count(),
         blocks: 0,
@@ -57,13 +53,9 @@ pub(super) fn send_sample(
         sampled.blocks += 1;
         let place = block_number(block.in_region());
         let whole = ShortDigests::new(Width::Whole);
-        send(
-            packer
-                .add(block.region(), place, bytes, &whole)
-                .map_err(packing)?,
-        )?;
+        send_packed(outbox, packer.add(block.region(), place, bytes, &whole))?;
     }
-    send(packer.take().map_err(packing)?)?;
+    send_packed(outbox, packer.take())?;
     Ok(Message::Sampled(sampled))
 }
 

@@ -270,17 +270,13 @@ impl Reading {
     ) -> Result<()> {
         let mut packer = Packer::new(*geometry, begin.level);
         let mut buffer = buffer();
-        let send = |message: Option<Message>| match message {
-            Some(message) => self.outbox.send_data(message).map_err(lost),
-            None => Ok(()),
-        };
         for (block, theirs) in blocks {
             let extent = block_in(geometry, region, usize::from(*block));
             let bytes = self.read(extent, &mut buffer)?;
             packer.set_level(self.level(begin));
-            send(packer.add(region, *block, bytes, theirs).map_err(packing)?)?;
+            send_packed(&self.outbox, packer.add(region, *block, bytes, theirs))?;
         }
-        send(packer.take().map_err(packing)?)
+        send_packed(&self.outbox, packer.take())
     }
 
     fn level(&self, begin: Begin) -> i32 {
@@ -313,6 +309,17 @@ pub(crate) fn examine(source: &dyn BlockSource) -> Result<Source> {
 
 fn buffer() -> AlignedBuffer {
     AlignedBuffer::zeroed(usize::try_from(BUFFER_BYTES).unwrap_or(usize::MAX))
+}
+
+/// Sends what a packer gave, if it gave anything.
+pub(super) fn send_packed(
+    outbox: &Outbox,
+    packed: blockferry_transfer_log::Result<Option<Message>>,
+) -> Result<()> {
+    match packed.map_err(packing)? {
+        Some(message) => outbox.send_data(message).map_err(lost),
+        None => Ok(()),
+    }
 }
 
 pub(super) fn packing(cause: blockferry_transfer_log::Error) -> Error {
