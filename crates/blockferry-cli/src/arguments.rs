@@ -137,7 +137,8 @@ pub(crate) struct SyncArguments {
     /// qcow2+file:PATH, or an export of a server
     #[arg(value_parser = source())]
     pub(crate) source: Location<Readable>,
-    /// The disk to bring up to date: a file (created if absent) or block device, here or elsewhere as SOURCE can be
+    /// The disk to bring up to date: a file (created if absent) or block device, here or as [USER@]HOST:PATH, or an
+    /// export of a server
     #[arg(value_parser = target())]
     pub(crate) target: Location<Address>,
     /// How to find what to send
