@@ -4,11 +4,15 @@
 //! are little-endian and of fixed width; each structure ends with a BLAKE3 checksum of itself and sits alone in
 //! its 4 KiB pages, so that no sector is ever written twice between two flushes.
 
+mod anchor;
 mod decision;
 mod header;
 mod record;
 mod slot;
 
+pub(crate) use anchor::{
+    ANCHOR_EXTENTS, ANCHOR_HEADER_BYTES, ANCHOR_PAYLOAD_BYTES, AnchorExtent, AnchorRecord, AnchorSlot,
+};
 pub(crate) use decision::Decision;
 pub use decision::DecisionKind;
 pub use header::{SegmentHeader, SegmentKind, SourceStamp};

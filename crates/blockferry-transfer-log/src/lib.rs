@@ -9,6 +9,7 @@
 //! file, directory and device touched here. The log has no clock and draws no random numbers: ids and times are
 //! passed in.
 
+mod anchor;
 mod apply;
 mod batch;
 mod error;
@@ -45,7 +46,7 @@ pub use manifest::{ManifestFile, ManifestSource};
 pub use place::Place;
 pub use plan::{Plan, Proof, Strategy, Undo};
 pub use readback::{ReadBackOutcome, ReadBackTask};
-pub use replica::{Recovered, Replica, Unwritten};
+pub use replica::{AnchoredPoint, Recovered, Replica, Unwritten};
 pub use session::{Applied, Checkpoint, GROUP_BYTES, Lost, Prepared, Session, SessionTotals};
 pub use staged::{StagedView, Stager};
 pub use stats::Stats;

@@ -1,9 +1,12 @@
 //! A replica: a target with its state directory. Opening it always recovers first.
 
+mod anchoring;
 mod files;
 mod publishing;
 mod recovery;
 
+use anchoring::Anchored;
+pub use anchoring::AnchoredPoint;
 pub(crate) use files::{held_bytes, sessions_in};
 use recovery::{LoadedSession, zeroed_extents};
 
@@ -70,6 +73,7 @@ pub struct Replica {
     stranded: Option<SessionId>,
     /// Whether the target's directory exchanges names, once that was tried.
     exchanges: OnceLock<bool>,
+    anchored: Anchored,
     _lock: Box<dyn LockGuard>,
 }
 
@@ -91,6 +95,7 @@ impl Replica {
         let stats = Arc::new(Stats::default());
         let content = place.open()?;
         let state = StateFile::open_or_create(&*dir, &content.identity()?, &stats)?;
+        let anchored = Anchored::look(&*dir)?;
         let mut replica = Self {
             place,
             dir,
@@ -102,6 +107,7 @@ impl Replica {
             epoch: 0,
             stranded: None,
             exchanges: OnceLock::new(),
+            anchored,
             _lock: lock,
         };
         replica.check_identity()?;
@@ -325,6 +331,7 @@ impl Replica {
         }
         self.refuse_while_group_pending()?;
         self.refuse_while_stranded()?;
+        self.refuse_against_anchor(plan)?;
         self.refuse_without_exchange(plan)?;
         Session::begin(self, plan)
     }
@@ -517,6 +524,7 @@ impl Replica {
         self.sync_dir()?;
         // A decision that cannot be carried out would leave neither point: everything it needs is checked first.
         self.check_way_back(&scan)?;
+        self.keep_what_goes_back(&scan)?;
         self.decide_for(&scan.header, DecisionKind::Rollback)
             .and_then(|()| self.carry_rollback_out(&scan, progress))
             .map_err(|e| Error::pending("the way back is decided but not finished", e))?;

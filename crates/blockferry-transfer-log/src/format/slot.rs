@@ -110,7 +110,7 @@ impl Slot {
     }
 }
 
-fn encode_point(e: &mut Encoder<'_>, point: &Point) {
+pub(super) fn encode_point(e: &mut Encoder<'_>, point: &Point) {
     e.bytes(point.id.as_bytes());
     e.bytes(point.root.as_bytes());
     e.u64(point.geometry.image_bytes());
@@ -119,7 +119,7 @@ fn encode_point(e: &mut Encoder<'_>, point: &Point) {
     e.u64(point.made_unix);
 }
 
-fn decode_point(d: &mut Decoder<'_>) -> blockferry_core::Result<Point> {
+pub(super) fn decode_point(d: &mut Decoder<'_>) -> blockferry_core::Result<Point> {
     let id = SessionId::from_bytes(d.array()?);
     let root = Root::from_bytes(d.array()?);
     let image_bytes = d.u64()?;

@@ -120,14 +120,7 @@ impl Session<'_> {
         if self.header.strategy != Strategy::Redo || self.header.undo == Undo::None {
             return Ok(());
         }
-        let old_image = Extent::from_range(0..self.header.old_bytes);
-        let replaced = self.ledger.index.runs();
-        let replaced = replaced.filter_map(|r| r.extent.intersection(old_image));
-        let cut_off = self.header.geometry.image_bytes()..self.header.old_bytes;
-        let cut_off = self.replica.is_file() && !cut_off.is_empty();
-        let cut_off = cut_off
-            .then(|| Extent::from_range(self.header.geometry.image_bytes()..self.header.old_bytes));
-        for extent in replaced.chain(cut_off) {
+        for extent in self.replaced() {
             if !self.ledger.touched.covers(extent) {
                 return Err(Error::refused(format!(
                     "{extent} would be replaced without a pre-image, but the old point is to be kept"
@@ -137,12 +130,33 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// What apply replaces of the old image.
+    fn replaced(&self) -> impl Iterator<Item = Extent> + '_ {
+        let old_image = Extent::from_range(0..self.header.old_bytes);
+        let written = self.ledger.index.runs();
+        let written = written.filter_map(move |r| r.extent.intersection(old_image));
+        let cut_off = self.header.geometry.image_bytes()..self.header.old_bytes;
+        let is_cut = self.replica.is_file() && !cut_off.is_empty();
+        written.chain(is_cut.then(|| Extent::from_range(cut_off)))
+    }
+
+    /// The old content of what apply replaces is durable, where the replica's anchor wants it, before anything decides
+    /// that it is replaced.
+    fn keep_for_anchor(&mut self) -> Result<()> {
+        if !self.replica.is_anchored() {
+            return Ok(());
+        }
+        let replaced: ExtentSet = self.replaced().collect();
+        self.replica.keep_for_anchor(&replaced)
+    }
+
     /// Makes the new point count: after this, recovery produces it without the source's help.
     ///
     /// # Errors
     /// The decision could not be made durable. Whether it counts is known when the target is opened again.
     pub fn commit(mut self, root: Root, progress: Progress<'_>) -> Result<Applied> {
         self.check_prepared()?;
+        self.keep_for_anchor()?;
         self.seal_working()?;
         self.decide_to_commit(root, [0; 16])?;
         self.apply(root, progress)
@@ -154,6 +168,7 @@ impl Session<'_> {
     /// It is not prepared, or the decision could not be made durable.
     pub fn prepare_for_group(&mut self, root: Root, group: GroupId) -> Result<()> {
         self.check_prepared()?;
+        self.keep_for_anchor()?;
         self.seal_working()?;
         self.decide(DecisionKind::Prepared, root.digest(), group.0)
     }

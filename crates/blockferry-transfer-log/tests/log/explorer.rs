@@ -110,7 +110,7 @@ pub(crate) fn run_with<S: Scenario>(options: &ExploreOptions, name: &str, scenar
 }
 
 /// The least that the usual effort explores, in distinct crash images of each test: together what a change must pass.
-const LEAST: [(&str, usize); 13] = [
+const LEAST: [(&str, usize); 14] = [
     ("redo on a file", 40_000),
     ("redo on a device", 34_000),
     ("redo without undo", 5_000),
@@ -121,6 +121,7 @@ const LEAST: [(&str, usize); 13] = [
     ("compaction", 11_000),
     ("frames", 30_000),
     ("adopting", 10_000),
+    ("anchoring", 10_000),
     ("a restart in the cache", 14_000),
     ("a group", 5_000),
     ("nothing staged", 3_000),

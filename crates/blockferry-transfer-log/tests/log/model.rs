@@ -17,6 +17,8 @@ pub(crate) enum Promise {
     Accepted,
     Adopting,
     Adopted,
+    /// The image the target is at is kept from now on.
+    Anchored,
 }
 
 /// What the model knows after a list of promises.
@@ -31,6 +33,8 @@ pub(crate) struct Model {
     pub(crate) given_up: bool,
     /// The image before, while there is a way back.
     pub(crate) way_back: Option<usize>,
+    /// The image that is kept through all sessions.
+    pub(crate) anchor: Option<usize>,
 }
 
 impl Model {
@@ -43,6 +47,7 @@ impl Model {
             cancelling: false,
             given_up: false,
             way_back: None,
+            anchor: None,
         };
         promises.iter().for_each(|p| model.take(p));
         model
@@ -75,6 +80,7 @@ impl Model {
             }
             Promise::Accepting | Promise::Adopting => {}
             Promise::Accepted | Promise::Adopted => self.way_back = None,
+            Promise::Anchored => self.anchor = Some(self.at),
         }
     }
 

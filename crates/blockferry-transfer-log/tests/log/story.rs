@@ -29,6 +29,8 @@ pub(crate) enum Step {
     Abandon(usize, u8),
     /// Find that the target, as it is, holds a point of this number.
     Adopt(u8),
+    /// Keep the image that the target is at.
+    Anchor,
     Rollback,
     Accept,
     Cancel,
@@ -40,6 +42,7 @@ impl Step {
             Self::Sync(..) | Self::Stage(..) | Self::Abandon(..) => "begin",
             Self::Resume(_) | Self::Restage(_) => "resume",
             Self::Adopt(_) => "adopt",
+            Self::Anchor => "anchor",
             Self::Rollback => "roll back",
             Self::Accept => "accept",
             Self::Cancel => "cancel",
@@ -114,6 +117,10 @@ impl Story {
                     .adopt(id(point), root(here), plan.geometry, plan.source, 0)
                     .map_err(failed)?;
                 events.push(Promise::Adopted);
+            }
+            Step::Anchor => {
+                replica.keep_anchor().map_err(failed)?;
+                events.push(Promise::Anchored);
             }
             Step::Rollback => {
                 let model = Model::after(&events.all());
@@ -296,6 +303,22 @@ impl Story {
         misuses.next().map_or(Ok(()), Err)
     }
 
+    /// Whatever became of the sessions since, the image that is kept can be read.
+    fn check_anchor(&self, replica: &mut Replica, model: &Model) -> Result<(), String> {
+        let Some(image) = model.anchor else {
+            return Ok(());
+        };
+        let found = replica.anchored_point();
+        let found = found.map_err(|e| format!("the anchor cannot be read: {e:?}"))?;
+        let anchor = found.ok_or("nothing is kept of the anchored image")?;
+        let mut content = vec![0; usize::try_from(anchor.source.size_bytes()).unwrap_or(0)];
+        let read = anchor.source.read_at(0, &mut content);
+        read.map_err(|e| format!("read the anchor: {e:?}"))?;
+        check!(content == self.image(image), "the anchor shows something else");
+        check!(anchor.point.root == root(&content), "the anchor names another point");
+        Ok(())
+    }
+
     /// Opening what was opened before changes nothing; leaves it open.
     fn check_twice(&self, disk: &SimDisk) -> Result<Replica, String> {
         let names = |dir: &str| disk.dir(dir).names().unwrap_or_default();
@@ -462,9 +485,10 @@ impl Scenario for Story {
         self.check_untouched(disk, &model)?;
         let looked = inspect(&self.setup.place(disk), &*disk.dir("state"))
             .map_err(|e| format!("looking failed: {e:?}"))?;
-        let replica = self.open(disk)?;
+        let mut replica = self.open(disk)?;
         check_looked(looked.as_ref(), &replica)?;
         let at = self.check_place(disk, &replica, &model)?;
+        self.check_anchor(&mut replica, &model)?;
         if !model.deciding || (at == model.at && replica.unfinished().is_some()) {
             self.check_acknowledged(&replica, &model)?;
         }
@@ -488,7 +512,12 @@ impl Scenario for Story {
         events: &Events<Promise>,
     ) -> Result<(), String> {
         let replica = self.check_twice(disk)?;
-        self.finish(disk, replica, &Model::after(before), events)
+        let model = Model::after(before);
+        self.finish(disk, replica, &model, events)?;
+        if model.anchor.is_some() {
+            self.check_anchor(&mut self.open(disk)?, &model)?;
+        }
+        Ok(())
     }
 }
 
@@ -513,6 +542,7 @@ impl Story {
                 }
                 Step::Abandon(image, session) => vec![Promise::Heading(image, session)],
                 Step::Adopt(_) => vec![Promise::Adopted],
+                Step::Anchor => vec![Promise::Anchored],
                 Step::Rollback => {
                     let back = model.way_back.expect("the story has a way back");
                     vec![Promise::Heading(back, 0), Promise::At(back)]
