@@ -51,6 +51,8 @@ pub enum Provenance {
     QemuDirtyBitmap,
     /// A manifest saved by an earlier run.
     SavedManifest,
+    /// What is kept of an earlier point of the target.
+    Anchor,
     /// The program that embeds the engine.
     Embedder,
 }

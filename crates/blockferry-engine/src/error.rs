@@ -43,6 +43,9 @@ pub struct Error {
     cause: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
+/// What an error of a group's member says that failed only because another one did.
+const ANOTHER_MEMBER: &str = "another disk of the group failed: nothing was committed";
+
 impl Error {
     /// An error with a complete message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
@@ -112,6 +115,14 @@ impl Error {
 
     pub(crate) fn cancelled() -> Self {
         Self::new(ErrorKind::Cancelled, "cancelled")
+    }
+
+    pub(crate) fn of_another_member() -> Self {
+        Self::new(ErrorKind::Interrupted, ANOTHER_MEMBER)
+    }
+
+    pub(crate) fn is_of_another_member(&self) -> bool {
+        self.message == ANOTHER_MEMBER
     }
 
     pub(crate) fn resumable(mut self, resumable: bool) -> Self {

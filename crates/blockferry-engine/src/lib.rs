@@ -4,11 +4,13 @@
 //! cancel token and clock, the [`Receipt`] is the proof. [`rollback`], [`accept`] and [`cancel`] decide what
 //! becomes of the points; [`status`] looks; [`digest`], [`compare`] and [`verify_target`] only read.
 
+mod anchor;
 mod clone_probe;
 mod compare;
 mod data_blocks;
 mod error;
 mod fence;
+mod group;
 mod handle;
 mod job;
 mod knowledge;
@@ -26,10 +28,14 @@ mod sync;
 mod target;
 mod verbs;
 
-pub use blockferry_transfer_log::{Place, Proof, Recovered, SessionId, Strategy, Undo};
+pub use anchor::{anchored_point, drop_anchor, keep_anchor, return_to_anchor};
+pub use blockferry_transfer_log::{
+    GroupDirectory, GroupVerdicts, Place, Proof, Recovered, SessionId, Strategy, Undo,
+};
 pub use compare::{compare, digest};
 pub use error::{Error, ErrorKind, Result};
 pub use fence::Attempt;
+pub use group::{Member, sync_group};
 pub use options::{ChangesSince, Context, Mode, SyncOptions};
 pub use points::sync_from;
 pub use predict::{predict, predict_from_peer};

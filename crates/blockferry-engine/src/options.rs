@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use blockferry_core::{BlockSize, ChangeMap};
+use blockferry_core::{BlockSize, ChangeMap, Root};
 use blockferry_device::{CancelToken, Clock, SystemClock};
 use blockferry_pipeline::{Event, Observer, Phase, Progress, Silent};
 use blockferry_transfer_log::{Proof, Strategy, Undo};
@@ -110,6 +110,8 @@ pub struct SyncOptions {
     pub changes: Option<ChangesSince>,
     /// Which run this is an attempt of, where one may need several because its connection does not hold.
     pub attempt: Option<Attempt>,
+    /// Nothing but the content with this root is committed.
+    pub expected_root: Option<Root>,
 }
 
 /// A change map of the source, and the sync point it is relative to. What a map below
@@ -153,6 +155,7 @@ impl Default for SyncOptions {
             source_address: String::new(),
             changes: None,
             attempt: None,
+            expected_root: None,
         }
     }
 }

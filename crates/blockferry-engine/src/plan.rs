@@ -22,7 +22,7 @@ const LOG_MARGIN: f64 = 1.1;
 )]
 pub(crate) struct Situation {
     pub(crate) target_present: bool,
-    /// A new file can be put in the target's place.
+    /// A new file can be put in the target's place, which a point that is anchored forbids.
     pub(crate) can_replace: bool,
     /// And that file may begin as a clone of it.
     pub(crate) can_clone: bool,
@@ -200,7 +200,8 @@ fn only_delta_strategy(found: Situation) -> Option<(Strategy, String)> {
     Some((strategy, why.to_owned()))
 }
 
-const NOT_REPLACED: &str = "redo: nothing can be put in the target's place, as it is a device or its file system exchanges no names";
+const NOT_REPLACED: &str = "redo: nothing can be put in the target's place, as it is a device, its file system exchanges no names, or a \
+                            point of it is anchored";
 
 fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {
     if let Some(asked) = asked_for(options) {

@@ -30,6 +30,7 @@ use blockferry_transport::message::MAX_JSON_BYTES;
 
 use self::origin::Origin;
 use crate::error::{Error, ErrorKind, Result};
+use crate::group::Cut;
 use crate::handle::LogHandle;
 use crate::options::{Context, Mode, SyncOptions};
 use crate::plan::Choice;
@@ -49,6 +50,19 @@ pub fn sync(
     context: &Context,
 ) -> Result<Receipt> {
     Run::new(Origin::device(source, context), target, options, context)?.sync(target)
+}
+
+/// As [`sync`], as a member of a group that decides for all.
+pub(crate) fn sync_in_group(
+    source: Arc<dyn BlockSource>,
+    target: &mut Target,
+    options: &SyncOptions,
+    context: &Context,
+    cut: &Cut<'_>,
+) -> Result<Receipt> {
+    let mut run = Run::new(Origin::device(source, context), target, options, context)?;
+    run.cut = Some(cut);
+    run.sync(target)
 }
 
 /// As [`sync`], from a source on the other side of `connection`, where [`serve_source`](crate::serve_source) runs.
@@ -88,6 +102,8 @@ struct Run<'a> {
     counts: Counts,
     /// Flushes that opening and recovering the target took: not this run's.
     flushes_before: u64,
+    /// Who decides with it.
+    cut: Option<&'a Cut<'a>>,
 }
 
 /// What the workers did.
@@ -129,6 +145,7 @@ impl<'a> Run<'a> {
             phases: BTreeMap::new(),
             counts: Counts::default(),
             flushes_before,
+            cut: None,
         })
     }
 
@@ -138,6 +155,9 @@ impl<'a> Run<'a> {
         self.check_sizes(target)?;
         let resumed = self.settle_unfinished(target)?;
         if resumed.is_none() && self.is_proven_identical(target)? {
+            let root = target.replica.point().map(|point| point.root);
+            root.map_or(Ok(()), |root| self.check_expected(root))?;
+            self.wait_for_others()?;
             return self.proven_receipt(target);
         }
         let choice = match resumed {
@@ -175,12 +195,14 @@ impl<'a> Run<'a> {
             handle.session()?;
         }
         let outcome = self.scan_until_prepared(&mut handle, choice, files, device);
+        let outcome = outcome.and_then(|done| self.check_expected(done.0.root).map(|()| done));
         let (recorded, prepared) = match outcome {
             Ok(done) => done,
             Err(error) => return Err(self.stop(handle, error)),
         };
         if !prepared {
             drop(handle);
+            self.wait_for_others()?;
             return self.identical(target, choice, recorded);
         }
         let root = recorded.root;
@@ -224,6 +246,46 @@ impl<'a> Run<'a> {
         )));
     }
 
+    /// A member with nothing to commit is at the cut when the others are.
+    fn wait_for_others(&self) -> Result<()> {
+        self.cut
+            .map_or(Ok(()), |cut| cut.arrive(None).map(|_committed| ()))
+    }
+
+    /// What was staged stays: the next run compares it again.
+    fn check_expected(&self, root: Root) -> Result<()> {
+        match self.options.expected_root {
+            Some(expected) if expected != root => Err(Error::new(
+                ErrorKind::Corruption,
+                format!(
+                    "{}: expected the content with root {expected}, found {root}; nothing was committed",
+                    self.stamp.address
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Decides, alone or with the other members of its group, and applies.
+    fn decide(
+        &self,
+        mut session: Session<'_>,
+        root: Root,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Applied> {
+        let failed = |e| Error::log("commit and apply", e);
+        let Some((cut, group)) = self.cut.and_then(|cut| Some((cut, cut.group()?))) else {
+            return session.commit(root, progress).map_err(failed);
+        };
+        session.prepare_for_group(root, group).map_err(failed)?;
+        let committed = cut
+            .arrive(Some(session.id()))?
+            .ok_or_else(|| internal("a group with a prepared member decided nothing"))?;
+        session
+            .commit_in_group(root, &committed, progress)
+            .map_err(failed)
+    }
+
     /// Commits and applies. When writing reports tells deciding, writing and proving apart; a strategy that writes
     /// no page after its decision only commits.
     fn commit(&mut self, session: Session<'_>, root: Root) -> Result<Applied> {
@@ -231,14 +293,12 @@ impl<'a> Run<'a> {
         let (live, start) = (session.totals().live_bytes, context.clock.now());
         context.progress(Phase::Applying, 0, live, live);
         let written = Cell::new(None);
-        let applied = session
-            .commit(root, &|done, total| {
-                let now = context.clock.now();
-                let (first, _) = written.get().unwrap_or((now, now));
-                written.set(Some((first, now)));
-                context.progress(Phase::Applying, done, total, total);
-            })
-            .map_err(|e| Error::log("commit and apply", e))?;
+        let applied = self.decide(session, root, &|done, total| {
+            let now = context.clock.now();
+            let (first, _) = written.get().unwrap_or((now, now));
+            written.set(Some((first, now)));
+            context.progress(Phase::Applying, done, total, total);
+        })?;
         let end = context.clock.now();
         match written.get() {
             Some((first, last)) => {

@@ -91,10 +91,22 @@ impl Target {
     /// The target is refused (mounted, open, locked, linked, an image format …), its state is damaged or held
     /// by someone else, or a decision could not be carried out.
     pub fn open(path: &Path, options: &TargetOptions) -> Result<Self> {
+        Self::open_in_group(path, options, None)
+    }
+
+    /// As [`Self::open`], with someone who answers for groups of disks.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_in_group(
+        path: &Path,
+        options: &TargetOptions,
+        groups: Option<&dyn GroupVerdicts>,
+    ) -> Result<Self> {
         let opened = open_place(path)?;
         let state_path = options.state_path(path);
         let state = open_state(&state_path)?;
-        let mut target = Self::from_parts(place_of(&opened)?, Arc::new(state))?;
+        let mut target = Self::from_group_member(place_of(&opened)?, Arc::new(state), groups)?;
         target.state_path = Some(state_path);
         target._place = Some(opened);
         remember(path, options);

@@ -195,7 +195,7 @@ impl Anchor {
             writer.add(target, piece)?;
         }
         let written = writer.finish()?;
-        self.count(written, stats)?;
+        self.count(&written, stats)?;
         self.dead = false;
         Ok(())
     }
@@ -214,7 +214,7 @@ impl Anchor {
     }
 
     /// What was written counts from here on: its flush comes before that of the slot that says so.
-    fn count(&mut self, written: Written, stats: &Stats) -> Result<()> {
+    fn count(&mut self, written: &Written, stats: &Stats) -> Result<()> {
         let failed = |e| Error::log("flush the anchor", e);
         self.file.flush().map_err(failed)?;
         let slot = AnchorSlot {
@@ -352,7 +352,11 @@ fn newest_slot(file: &dyn StorageFile) -> blockferry_device::Result<Option<(Anch
         };
         if let Some(slot) = AnchorSlot::decode(&page) {
             let is_newer = newest.as_ref().is_none_or(|n| slot.sequence > n.0.sequence);
-            newest = if is_newer { Some((slot, number)) } else { newest };
+            newest = if is_newer {
+                Some((slot, number))
+            } else {
+                newest
+            };
         }
     }
     Ok(newest)
@@ -408,10 +412,7 @@ impl AnchorView {
             blockferry_device::Error::new(blockferry_device::ErrorKind::Io, text)
         };
         let (header, _) = read_header(&*self.file, record)?.ok_or_else(damaged)?;
-        let (at, length) = (
-            record + ANCHOR_HEADER_BYTES as u64,
-            header.payload_bytes(),
-        );
+        let (at, length) = (record + ANCHOR_HEADER_BYTES as u64, header.payload_bytes());
         let payload = read_if_whole(&*self.file, at, usize_of(length))?.ok_or_else(damaged)?;
         if block_digest(&payload) != header.payload_digest {
             return Err(damaged());

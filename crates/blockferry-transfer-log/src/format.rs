@@ -11,7 +11,8 @@ mod record;
 mod slot;
 
 pub(crate) use anchor::{
-    ANCHOR_EXTENTS, ANCHOR_HEADER_BYTES, ANCHOR_PAYLOAD_BYTES, AnchorExtent, AnchorRecord, AnchorSlot,
+    ANCHOR_EXTENTS, ANCHOR_HEADER_BYTES, ANCHOR_PAYLOAD_BYTES, AnchorExtent, AnchorRecord,
+    AnchorSlot,
 };
 pub(crate) use decision::Decision;
 pub use decision::DecisionKind;

@@ -35,7 +35,7 @@ impl GroupId {
 }
 
 /// Proof that a group's record is durable.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct GroupCommitted {
     pub(crate) group: GroupId,
 }

@@ -58,7 +58,7 @@ impl Run<'_> {
             || replica
                 .supports_exchange(self.id)
                 .map_err(|e| Error::log("look at the target's file system", e))?;
-        let can_replace = replica.is_file() && exchanges;
+        let can_replace = replica.is_file() && exchanges && !replica.is_anchored();
         let can_clone =
             may_clone && is_open && present && can_replace && replica.supports_clone(self.id);
         Ok(Situation {

@@ -5,8 +5,10 @@
     reason = "helpers of tests; what they print is shown when a test fails"
 )]
 
+mod anchors;
 mod change_maps;
 mod equal;
+mod groups;
 mod harness;
 mod interrupted;
 mod known;

@@ -61,8 +61,7 @@ impl AnchorSlot {
     }
 
     fn decode_fields(d: &mut Decoder<'_>) -> blockferry_core::Result<Self> {
-        let (sequence, old_bytes, records) =
-            (decode_count(d)?, decode_count(d)?, decode_count(d)?);
+        let (sequence, old_bytes, records) = (decode_count(d)?, decode_count(d)?, decode_count(d)?);
         Ok(Self {
             sequence,
             old_bytes,
@@ -147,7 +146,11 @@ impl AnchorRecord {
         let mut extents = Vec::with_capacity(count);
         for _ in 0..count {
             let (start, length, is_zero) = (d.u64()?, d.u64()?, d.u8()? != 0);
-            let most = if is_zero { u64::MAX } else { ANCHOR_PAYLOAD_BYTES as u64 };
+            let most = if is_zero {
+                u64::MAX
+            } else {
+                ANCHOR_PAYLOAD_BYTES as u64
+            };
             let fits = (1..=most).contains(&length);
             let Some(end) = start.checked_add(length).filter(|_| fits) else {
                 return Ok(None);

@@ -121,7 +121,7 @@ const LEAST: [(&str, usize); 14] = [
     ("compaction", 11_000),
     ("frames", 30_000),
     ("adopting", 10_000),
-    ("anchoring", 10_000),
+    ("anchoring", 35_000),
     ("a restart in the cache", 14_000),
     ("a group", 5_000),
     ("nothing staged", 3_000),

@@ -106,20 +106,25 @@ fn a_session_that_stages_nothing_survives_every_crash() {
 #[test]
 fn an_anchored_point_survives_every_crash_of_every_session() {
     let mut explored = Explored::of("anchoring");
-    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
-        let mut one = |images: Vec<Option<Vec<u8>>>, before: &[Step], steps: &[Step]| {
-            explored.story(&story(setup, images, before, steps));
-        };
-        let (at, anchored) = ([Step::Sync(1, 1)], [Step::Sync(1, 1), Step::Anchor]);
-        one(four_images(), &at, &[Step::Anchor, Step::Sync(2, 2)]);
-        one(four_images(), &anchored, &[Step::Sync(2, 2), Step::Sync(3, 3)]);
-        let moved = [anchored[0], Step::Anchor, Step::Sync(2, 2)];
-        one(four_images(), &moved, &[Step::Stage(3, 3, 1), Step::Resume(0)]);
-        one(four_images(), &moved, &[Step::Rollback, Step::Sync(3, 3)]);
-        if !setup.device {
-            one(sizes(), &anchored, &[Step::Sync(2, 2), Step::Sync(0, 3)]);
-        }
+    let (at, anchored) = ([Step::Sync(1, 1)], [Step::Sync(1, 1), Step::Anchor]);
+    let moved = [anchored[0], Step::Anchor, Step::Sync(2, 2)];
+    let mut one = |setup: Setup, images, before: &[Step], steps: &[Step]| {
+        explored.story(&story(setup, images, before, steps));
+    };
+    let file = Setup::file(Strategy::Redo);
+    for setup in [file, Setup::device(Strategy::Redo)] {
+        let steps = [Step::Sync(2, 2), Step::Sync(3, 3)];
+        one(setup, four_images(), &anchored, &steps);
     }
+    let (unfinished, back) = (
+        [Step::Stage(3, 3, 1), Step::Resume(0)],
+        [Step::Rollback, Step::Sync(3, 3)],
+    );
+    one(file, four_images(), &at, &[Step::Anchor, Step::Sync(2, 2)]);
+    one(file, four_images(), &moved, &unfinished);
+    one(file, four_images(), &moved, &back);
+    let sized = [Step::Sync(2, 2), Step::Sync(0, 3)];
+    one(file, sizes(), &anchored, &sized);
     explored.finish();
 }
 

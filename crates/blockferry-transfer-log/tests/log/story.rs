@@ -314,8 +314,14 @@ impl Story {
         let mut content = vec![0; usize::try_from(anchor.source.size_bytes()).unwrap_or(0)];
         let read = anchor.source.read_at(0, &mut content);
         read.map_err(|e| format!("read the anchor: {e:?}"))?;
-        check!(content == self.image(image), "the anchor shows something else");
-        check!(anchor.point.root == root(&content), "the anchor names another point");
+        check!(
+            content == self.image(image),
+            "the anchor shows something else"
+        );
+        check!(
+            anchor.point.root == root(&content),
+            "the anchor names another point"
+        );
         Ok(())
     }
 
