@@ -17,6 +17,7 @@ const LEVELS: [&[&str]; 7] = [
         "blockferry-transfer-log",
         "blockferry-transport",
         "blockferry-nbd",
+        "blockferry-qemu",
         "blockferry-pipeline",
     ],
     &["blockferry-delta-sync", "blockferry-full-download"],

@@ -1,0 +1,484 @@
+//! Cuts through the disks of a real qemu-storage-daemon while somebody writes them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use blockferry_core::Content;
+use blockferry_device::{BlockSource, BlockTarget};
+use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
+use blockferry_qemu::{Held, Machine, MachineOptions, PointExport, Qmp};
+use blockferry_testkit::Random;
+use serde_json::{Value, json};
+
+const BYTES: usize = 8 << 20;
+const PAGE: usize = 4096;
+
+/// A daemon with two disks, each writable over NBD, in a directory of its own. Dropped, it is killed.
+struct Daemon {
+    child: Child,
+    place: tempfile::TempDir,
+    format: &'static str,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+fn is_missing() -> bool {
+    let missing = Command::new("qemu-storage-daemon")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .status()
+        .is_err();
+    #[expect(clippy::print_stderr, reason = "what is skipped is said")]
+    if missing {
+        eprintln!("SKIPPED: qemu-storage-daemon is not installed");
+    }
+    missing
+}
+
+impl Daemon {
+    fn start(format: &'static str) -> Self {
+        let place = tempfile::tempdir().expect("a directory");
+        for disk in ["disk0", "disk1"] {
+            let made = Command::new("qemu-img")
+                .args(["create", "-q", "-f", format])
+                .arg(place.path().join(disk))
+                .arg(BYTES.to_string())
+                .status();
+            assert!(made.expect("qemu-img").success());
+        }
+        let child = spawn(place.path(), format);
+        Self {
+            child,
+            place,
+            format,
+        }
+    }
+
+    /// It ends as in a power cut, and comes back.
+    fn kill_and_restart(&mut self) {
+        self.child.kill().expect("alive");
+        self.child.wait().expect("ended");
+        for socket in ["qmp", "nbd"] {
+            std::fs::remove_file(self.path(socket)).ok();
+        }
+        self.child = spawn(self.place.path(), self.format);
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.place.path().join(name)
+    }
+
+    fn machine(&self) -> Machine {
+        let mut options = MachineOptions::new(self.path("qmp"), "job-1", self.place.path());
+        options.nbd = Some(self.path("nbd"));
+        Machine::open(&options).expect("a machine")
+    }
+
+    fn writer(&self, disk: &str) -> Arc<NbdDevice> {
+        let address = NbdAddress::unix(self.path("nbd"), &format!("w-{disk}")).expect("fits");
+        NbdDevice::open_target(&address, &NbdOptions::default()).expect("an export")
+    }
+
+    /// Everything there is, by name: nodes, bitmaps, jobs, exports and overlay files.
+    fn everything(&self) -> Vec<String> {
+        let mut qmp = Qmp::connect(&self.path("qmp")).expect("QMP");
+        let mut names = Vec::new();
+        let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}));
+        for node in nodes.expect("nodes").as_array().expect("a list") {
+            names.push(format!("node {}", node["node-name"]));
+            for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
+                names.push(format!("bitmap {} {}", node["node-name"], bitmap["name"]));
+            }
+        }
+        for (command, what) in [("query-jobs", "job"), ("query-block-exports", "export")] {
+            let found = qmp.execute(command, json!({})).expect("a list");
+            let found = found.as_array().cloned().unwrap_or_default();
+            names.extend(found.iter().map(|one| format!("{what} {}", one["id"])));
+        }
+        for entry in std::fs::read_dir(self.place.path()).expect("a directory") {
+            let name = entry.expect("an entry").file_name();
+            names.push(format!("file {}", name.to_string_lossy()));
+        }
+        names.retain(|name| !name.contains("#block"));
+        names.sort();
+        names
+    }
+}
+
+fn spawn(place: &Path, format: &str) -> Child {
+    let mut command = Command::new("qemu-storage-daemon");
+    command
+        .current_dir(place)
+        .args(["--chardev", "socket,path=qmp,server=on,wait=off,id=m"])
+        .args(["--monitor", "chardev=m"])
+        .args([
+            "--nbd-server",
+            "addr.type=unix,addr.path=nbd,max-connections=64",
+        ]);
+    for disk in ["disk0", "disk1"] {
+        let node = json!({
+            "driver": format, "node-name": disk, "discard": "unmap",
+            "file": {"driver": "file", "filename": disk, "discard": "unmap"},
+        });
+        command.args(["--blockdev", &node.to_string()]);
+        let export = format!("type=nbd,id=w-{disk},node-name={disk},name=w-{disk},writable=on");
+        command.args(["--export", &export]);
+    }
+    let child = command.stdin(Stdio::null()).spawn().expect("starts");
+    let end = Instant::now() + Duration::from_secs(30);
+    for socket in ["qmp", "nbd"] {
+        while std::os::unix::net::UnixStream::connect(place.join(socket)).is_err() {
+            assert!(Instant::now() < end, "the daemon does not listen");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    child
+}
+
+fn disks() -> Vec<String> {
+    vec!["disk0".to_owned(), "disk1".to_owned()]
+}
+
+fn held(number: u64) -> Vec<Held> {
+    disks()
+        .into_iter()
+        .map(|disk| Held::cut(disk, number))
+        .collect()
+}
+
+fn nothing_held() -> Vec<Held> {
+    disks().into_iter().map(Held::unknown).collect()
+}
+
+fn source(point: &PointExport) -> Arc<NbdDevice> {
+    let address = NbdAddress::unix(&point.socket, &point.export).expect("fits");
+    let mut options = NbdOptions::default();
+    options.bitmap = point.bitmap.clone();
+    NbdDevice::open_source(&address, &options).expect("the export of a point")
+}
+
+fn read(source: &NbdDevice) -> Vec<u8> {
+    let mut bytes = vec![0; BYTES];
+    source.read_at(0, &mut bytes).expect("read");
+    bytes
+}
+
+/// Brings a replica to a point, reading only what the bitmap calls changed.
+fn apply(point: &PointExport, replica: &mut [u8]) -> usize {
+    let source = source(point);
+    let map = source.changes().expect("a map");
+    let all = blockferry_core::Extent::from_range(0..BYTES as u64);
+    let mut copied = 0;
+    let Some(map) = map else {
+        replica.copy_from_slice(&read(&source));
+        return BYTES;
+    };
+    for (extent, content) in map.runs(all) {
+        if content == Content::Same {
+            continue;
+        }
+        let at = usize::try_from(extent.start()).expect("fits");
+        let length = usize::try_from(extent.length()).expect("fits");
+        let part = &mut replica[at..at + length];
+        source.read_at(extent.start(), part).expect("read");
+        copied += length;
+    }
+    copied
+}
+
+/// Writes pages of both disks for as long as it lives; what it wrote is known at any moment.
+struct Writer {
+    content: Arc<Mutex<[Vec<u8>; 2]>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Writer {
+    fn start(daemon: &Daemon, seed: u64) -> Self {
+        let content = Arc::new(Mutex::new([vec![0; BYTES], vec![0; BYTES]]));
+        let stop = Arc::new(AtomicBool::new(false));
+        let devices = disks()
+            .iter()
+            .map(|disk| daemon.writer(disk))
+            .collect::<Vec<_>>();
+        let (shared, stopped) = (Arc::clone(&content), Arc::clone(&stop));
+        let thread = thread::spawn(move || {
+            let mut random = Random::new(seed);
+            while !stopped.load(Ordering::SeqCst) {
+                {
+                    let mut content = shared.lock().expect("no panic");
+                    let disk = usize::from(random.chance(1, 2));
+                    let page = usize::try_from(random.below((BYTES / PAGE) as u64)).expect("fits");
+                    let place = &mut content[disk][page * PAGE..][..PAGE];
+                    random.fill(place);
+                    devices[disk]
+                        .write_at((page * PAGE) as u64, place)
+                        .expect("written");
+                }
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
+        Self {
+            content,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    /// What both disks hold at the moment in which `act` runs.
+    fn at<T>(&self, act: impl FnOnce() -> T) -> ([Vec<u8>; 2], T) {
+        let content = self.content.lock().expect("no panic");
+        let done = act();
+        (content.clone(), done)
+    }
+
+    fn pause(&self) {
+        thread::sleep(Duration::from_millis(60));
+        drop(self.content.lock());
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// A cut, and what both disks held at it.
+fn cut(machine: &mut Machine, number: u64, writer: &Writer) -> ([Vec<u8>; 2], Vec<PointExport>) {
+    machine.prepare(number, &disks()).expect("prepared");
+    let (content, ()) = writer.at(|| machine.cut(number, &disks()).expect("cut"));
+    (
+        content,
+        machine.publish(number, &disks()).expect("published"),
+    )
+}
+
+#[test]
+fn each_cut_shows_both_disks_at_one_moment_and_its_bitmap_what_changed_since_the_one_before() {
+    for format in ["raw", "qcow2"] {
+        if is_missing() {
+            return;
+        }
+        let daemon = Daemon::start(format);
+        let writer = Writer::start(&daemon, 1);
+        let mut machine = daemon.machine();
+        let lost = machine.settle(&nothing_held()).expect("settled");
+        assert_eq!(lost.len(), 2, "nothing is known at first: {lost:?}");
+        let mut replicas = [vec![0xEE; BYTES], vec![0xEE; BYTES]];
+
+        for number in 1..=4 {
+            writer.pause();
+            let (content, points) = cut(&mut machine, number, &writer);
+            // It is written on while the point is read.
+            writer.pause();
+            for ((point, replica), content) in points.iter().zip(&mut replicas).zip(&content) {
+                let copied = apply(point, replica);
+                assert!(
+                    replica == content,
+                    "{format}: cut {number} of {}",
+                    point.disk
+                );
+                assert_eq!(point.bitmap.is_some(), number > 1);
+                assert!((copied < BYTES) == (number > 1), "{copied} bytes");
+            }
+            let lost = machine.settle(&held(number)).expect("settled");
+            assert_eq!(lost, [], "cut {number}");
+        }
+    }
+}
+
+#[test]
+fn a_cut_that_the_target_did_not_get_loses_no_change() {
+    if is_missing() {
+        return;
+    }
+    for seed in 0..4 {
+        let daemon = Daemon::start("raw");
+        let writer = Writer::start(&daemon, seed);
+        let mut random = Random::new(seed);
+        let mut machine = daemon.machine();
+        machine.settle(&nothing_held()).expect("settled");
+        let mut replicas = [vec![0; BYTES], vec![0; BYTES]];
+        let (_, points) = cut(&mut machine, 1, &writer);
+        for (point, replica) in points.iter().zip(&mut replicas) {
+            apply(point, replica);
+        }
+        let mut holds = 1;
+
+        for number in 2..=7 {
+            // Sometimes we die: somebody new finds what is left.
+            if random.chance(1, 3) {
+                drop(machine);
+                machine = daemon.machine();
+            }
+            let lost = machine.settle(&held(holds)).expect("settled");
+            assert_eq!(lost, [], "seed {seed}, cut {number}");
+            writer.pause();
+            let (content, points) = cut(&mut machine, number, &writer);
+            if random.chance(1, 2) {
+                continue;
+            }
+            for ((point, replica), content) in points.iter().zip(&mut replicas).zip(&content) {
+                assert!(apply(point, replica) < BYTES, "seed {seed}: all was copied");
+                assert!(replica == content, "seed {seed}: cut {number}");
+            }
+            holds = number;
+        }
+    }
+}
+
+#[test]
+fn nothing_of_ours_is_left_and_nothing_of_others_is_taken() {
+    if is_missing() {
+        return;
+    }
+    let daemon = Daemon::start("raw");
+    let mut qmp = Qmp::connect(&daemon.path("qmp")).expect("QMP");
+    for (disk, name) in [("disk0", "bf-job-1x-b3"), ("disk1", "backup")] {
+        let arguments = json!({"node": disk, "name": name});
+        qmp.execute("block-dirty-bitmap-add", arguments)
+            .expect("added");
+    }
+    drop(qmp);
+    let before = daemon.everything();
+    let writer = Writer::start(&daemon, 3);
+
+    // We die after each of the steps.
+    for steps in 0..4 {
+        let mut machine = daemon.machine();
+        machine.settle(&nothing_held()).expect("settled");
+        if steps > 0 {
+            machine.prepare(1, &disks()).expect("prepared");
+        }
+        if steps > 1 {
+            writer.at(|| machine.cut(1, &disks())).1.expect("cut");
+        }
+        if steps > 2 {
+            let points = machine.publish(1, &disks()).expect("published");
+            drop(source(&points[0]));
+        }
+        drop(machine);
+
+        daemon.machine().leave(&disks()).expect("left");
+
+        assert_eq!(daemon.everything(), before, "after {steps} steps");
+    }
+}
+
+#[test]
+fn a_machine_that_was_killed_has_lost_its_bitmaps_and_says_so() {
+    if is_missing() {
+        return;
+    }
+    for (format, why) in [("raw", "gone"), ("qcow2", "in use when the machine died")] {
+        let mut daemon = Daemon::start(format);
+        let mut machine = daemon.machine();
+        machine.settle(&nothing_held()).expect("settled");
+        let writer = daemon.writer("disk0");
+        writer.write_at(0, &[7; PAGE]).expect("written");
+        drop(writer);
+        machine.prepare(1, &disks()).expect("prepared");
+        machine.cut(1, &disks()).expect("cut");
+        assert_eq!(machine.settle(&held(1)).expect("settled"), []);
+        drop(machine);
+        daemon.kill_and_restart();
+
+        let mut machine = daemon.machine();
+        let lost = machine.settle(&held(1)).expect("settled");
+
+        assert_eq!(lost.len(), 2, "{format}: {lost:?}");
+        // A bitmap of qcow2 that never reached the file is gone as well.
+        let said = |said: &str| said.contains(why) || said.contains("gone");
+        assert!(
+            lost.iter().all(|lost| said(&lost.why)),
+            "{format}: {lost:?}"
+        );
+        machine.prepare(2, &disks()).expect("prepared");
+        machine.cut(2, &disks()).expect("cut");
+        let points = machine.publish(2, &disks()).expect("published");
+        assert!(points.iter().all(|point| point.bitmap.is_none()));
+    }
+}
+
+#[test]
+fn disks_that_nobody_writes_are_cut_without_an_overlay() {
+    if is_missing() {
+        return;
+    }
+    let daemon = Daemon::start("raw");
+    let mut machine = daemon.machine();
+    machine.settle(&nothing_held()).expect("settled");
+    let writer = Writer::start(&daemon, 9);
+    let mut replicas = [vec![0; BYTES], vec![0; BYTES]];
+    let (_, points) = cut(&mut machine, 1, &writer);
+    for (point, replica) in points.iter().zip(&mut replicas) {
+        apply(point, replica);
+    }
+    machine.settle(&held(1)).expect("settled");
+    writer.pause();
+    drop(writer);
+    let mut exports = machine.writable_exports(&disks()).expect("exports");
+    exports.sort();
+    assert_eq!(exports, ["w-disk0", "w-disk1"]);
+    for export in &exports {
+        machine.remove_export(export).expect("fenced");
+    }
+
+    machine.cut_at_rest(2, &disks()).expect("cut");
+    let points = machine.publish_at_rest(2, &disks()).expect("published");
+
+    let fresh: Vec<Vec<u8>> = points.iter().map(|point| read(&source(point))).collect();
+    for ((point, replica), fresh) in points.iter().zip(&mut replicas).zip(&fresh) {
+        assert!(apply(point, replica) < BYTES);
+        assert!(replica == fresh, "{}", point.disk);
+    }
+    assert_eq!(machine.settle(&held(2)).expect("settled"), []);
+}
+
+#[test]
+fn what_is_not_there_is_named_with_what_is() {
+    if is_missing() {
+        return;
+    }
+    let daemon = Daemon::start("raw");
+    let mut machine = daemon.machine();
+    let names: Vec<String> = machine
+        .disks()
+        .expect("disks")
+        .into_iter()
+        .map(|d| d.name)
+        .collect();
+    assert!(names.contains(&"disk0".to_owned()), "{names:?}");
+
+    let refused = machine
+        .prepare(1, &["disk7".to_owned()])
+        .expect_err("no such disk");
+
+    let text = refused.to_string();
+    assert!(text.contains("disk7") && text.contains("disk0"), "{text}");
+    assert_eq!(
+        machine.is_running().expect("asked"),
+        None,
+        "it has no guest"
+    );
+    let unknown = machine.qmp().execute("no-such-command", Value::Null.take());
+    assert!(
+        unknown
+            .expect_err("refused")
+            .to_string()
+            .contains("no-such-command")
+    );
+}
