@@ -1,0 +1,318 @@
+//! What a job is to do, as a person writes it down: a TOML file.
+//!
+//! ```toml
+//! name = "web1"
+//! downtime-budget = "2s"
+//! refresh = "1m"
+//!
+//! [machine]
+//! qmp = "/run/web1/qmp.sock"
+//! agent = "/run/web1/qga.sock"
+//! quiesce = "freeze-and-stop"
+//!
+//! [[disk]]
+//! node = "disk0"
+//! target = "/srv/replicas/web1.raw"
+//!
+//! [hooks]
+//! start-target = ["/usr/local/bin/start-replica", "web1"]
+//! ```
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blockferry_engine::Mode;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// As many as share one cut.
+const MAX_DISKS: usize = 100;
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct JobSpec {
+    /// Names it: 1 to 16 of `a` to `z`, `0` to `9` and `-`.
+    pub name: String,
+    /// How the first pass is copied.
+    #[serde(default)]
+    pub mode: Mode,
+    /// How long the source may stand still.
+    #[serde(default = "two_seconds", with = "duration")]
+    pub downtime_budget: Duration,
+    /// How often the target is refreshed while the job waits for its cutover.
+    #[serde(default = "a_minute", with = "duration")]
+    pub refresh: Duration,
+    /// Longest time for which the file systems of the guest are frozen.
+    #[serde(default = "five_seconds", with = "duration")]
+    pub freeze_deadline: Duration,
+    /// The machine whose disks are copied.
+    pub machine: MachineSpec,
+    /// Its disks.
+    pub disk: Vec<DiskSpec>,
+    /// What else is run.
+    #[serde(default)]
+    pub hooks: Hooks,
+}
+
+/// How a machine is reached and stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct MachineSpec {
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+    /// The socket of its guest's agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<PathBuf>,
+    /// The socket of its NBD server, if somebody else started one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd: Option<PathBuf>,
+    /// How it is stopped for the last pass.
+    #[serde(default)]
+    pub quiesce: QuiesceBy,
+}
+
+/// How a machine is stopped for the last pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[expect(clippy::exhaustive_enums, reason = "callers decide for each")]
+pub enum QuiesceBy {
+    /// Its file systems are frozen if it has an agent, then its processors are stopped.
+    #[default]
+    FreezeAndStop,
+    /// Its power button is pressed, and its shutdown waited for.
+    PowerDown,
+    /// Its processors are stopped.
+    Stop,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct DiskSpec {
+    /// The node of the machine.
+    pub node: String,
+    /// The file or device that becomes the replica.
+    pub target: PathBuf,
+    /// NBD exports of the machine through which others write this disk, by id: they are taken away when the machine is
+    /// stopped, and given back when it goes on. Of a qemu-storage-daemon, which has no processors to stop.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub writers: Vec<String>,
+}
+
+/// Programs that are run, each with its arguments. What they are told is in their environment: `BLOCKFERRY_JOB`,
+/// `BLOCKFERRY_STEP`, and for each disk, counted from 0, `BLOCKFERRY_DISK_0_TARGET` and, where there is one,
+/// `BLOCKFERRY_DISK_0_OVERLAY`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+#[non_exhaustive]
+pub struct Hooks {
+    /// Makes the source unable to start by itself: after its last pass, before the target starts.
+    pub fence_source: Vec<String>,
+    /// Undoes that.
+    pub unfence_source: Vec<String>,
+    /// Starts the replica on the overlays.
+    pub start_target: Vec<String>,
+    /// Stops it.
+    pub stop_target: Vec<String>,
+    /// For how long each of them may run.
+    #[serde(with = "duration")]
+    pub timeout: HookTimeout,
+}
+
+/// For how long a hook may run: five minutes unless it is said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_structs, reason = "a duration with a default")]
+pub struct HookTimeout(pub Duration);
+
+impl Default for HookTimeout {
+    fn default() -> Self {
+        Self(Duration::from_secs(300))
+    }
+}
+
+impl From<Duration> for HookTimeout {
+    fn from(duration: Duration) -> Self {
+        Self(duration)
+    }
+}
+
+impl From<HookTimeout> for Duration {
+    fn from(timeout: HookTimeout) -> Self {
+        timeout.0
+    }
+}
+
+fn two_seconds() -> Duration {
+    Duration::from_secs(2)
+}
+
+fn five_seconds() -> Duration {
+    Duration::from_secs(5)
+}
+
+fn a_minute() -> Duration {
+    Duration::from_secs(60)
+}
+
+impl JobSpec {
+    /// Reads a job.
+    ///
+    /// # Errors
+    /// What is wrong, and where.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let spec: Self = toml::from_str(text)
+            .map_err(|cause| Error::new(ErrorKind::Usage, cause.to_string().trim().to_owned()))?;
+        spec.check()?;
+        Ok(spec)
+    }
+
+    /// As it is read again.
+    ///
+    /// # Errors
+    /// A path is no UTF-8.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self)
+            .map_err(|cause| Error::because(ErrorKind::Usage, "write the job down", cause))
+    }
+
+    fn check(&self) -> Result<()> {
+        let refused = |why: String| Err(Error::new(ErrorKind::Usage, why));
+        self.name
+            .parse::<blockferry_qemu::Tag>()
+            .map_err(|cause| Error::new(ErrorKind::Usage, format!("name: {cause}")))?;
+        if !(1..=MAX_DISKS).contains(&self.disk.len()) {
+            return refused(format!(
+                "disk: expected 1 to {MAX_DISKS} of them, found {}",
+                self.disk.len()
+            ));
+        }
+        for (index, disk) in self.disk.iter().enumerate() {
+            let others = &self.disk[..index];
+            if others.iter().any(|other| other.node == disk.node) {
+                return refused(format!("disk: node {:?} is named twice", disk.node));
+            }
+            if others.iter().any(|other| other.target == disk.target) {
+                return refused(format!(
+                    "disk: target {} is named twice",
+                    disk.target.display()
+                ));
+            }
+            if !disk.target.is_absolute() {
+                return refused(format!(
+                    "disk: target {}: expected an absolute path",
+                    disk.target.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A time as people write it: `500ms`, `2s`, `5m`, `1h`.
+///
+/// # Errors
+/// What was expected.
+pub fn parse_duration(text: &str) -> Result<Duration> {
+    let wrong = || {
+        let why = format!("duration {text:?}: expected a number with ms, s, m or h, as 500ms");
+        Error::new(ErrorKind::Usage, why)
+    };
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_not_a_number| wrong())?;
+    let unit_ms = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(wrong()),
+    };
+    let ms = number.checked_mul(unit_ms).ok_or_else(wrong)?;
+    Ok(Duration::from_millis(ms))
+}
+
+mod duration {
+    use super::{Deserialize, Deserializer, Duration, Serializer, parse_duration};
+
+    pub(super) fn serialize<S: Serializer, T: Copy + Into<Duration>>(
+        duration: &T,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let duration: Duration = (*duration).into();
+        serializer.collect_str(&format_args!("{}ms", duration.as_millis()))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>, T: From<Duration>>(
+        deserializer: D,
+    ) -> Result<T, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let parsed = parse_duration(&text).map_err(serde::de::Error::custom)?;
+        Ok(parsed.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = r#"
+        name = "web1"
+        mode = "delta"
+        downtime-budget = "500ms"
+        refresh = "5m"
+        freeze-deadline = "3s"
+
+        [machine]
+        qmp = "/run/qmp"
+        agent = "/run/qga"
+        nbd = "/run/nbd"
+        quiesce = "power-down"
+
+        [[disk]]
+        node = "disk0"
+        target = "/srv/a.raw"
+        writers = ["w0"]
+
+        [[disk]]
+        node = "disk1"
+        target = "/srv/b.raw"
+
+        [hooks]
+        start-target = ["start", "web1"]
+        timeout = "1h"
+    "#;
+
+    #[test]
+    fn a_job_is_read_as_it_is_written() {
+        let spec = JobSpec::from_toml(WHOLE).unwrap();
+
+        assert_eq!(spec.downtime_budget, Duration::from_millis(500));
+        assert_eq!(spec.machine.quiesce, QuiesceBy::PowerDown);
+        assert_eq!(spec.hooks.timeout.0, Duration::from_secs(3600));
+        assert_eq!(JobSpec::from_toml(&spec.to_toml().unwrap()).unwrap(), spec);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_place() {
+        for (from, to, said) in [
+            ("name = \"web1\"", "name = \"Web 1\"", "name"),
+            ("\"500ms\"", "\"soon\"", "500ms"),
+            ("\"500ms\"", "\"1d\"", "duration"),
+            ("\"power-down\"", "\"kill\"", "freeze-and-stop"),
+            ("node = \"disk1\"", "node = \"disk0\"", "twice"),
+            ("/srv/b.raw", "/srv/a.raw", "twice"),
+            ("/srv/b.raw", "b.raw", "absolute"),
+            ("qmp =", "qpm =", "qpm"),
+            ("start-target", "start_target", "start_target"),
+            ("[[disk]]", "[[disc]]", "disc"),
+        ] {
+            let error = JobSpec::from_toml(&WHOLE.replace(from, to)).expect_err(to);
+            assert!(error.to_string().contains(said), "{to}: {error}");
+        }
+    }
+}
