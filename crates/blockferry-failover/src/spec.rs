@@ -70,6 +70,10 @@ pub struct MachineSpec {
     /// The socket of its NBD server, if somebody else started one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd: Option<PathBuf>,
+    /// A directory where the machine's process can write, for what it overwrites while a point is read; by default that
+    /// of the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<PathBuf>,
     /// How it is stopped for the last pass.
     #[serde(default)]
     pub quiesce: QuiesceBy,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
@@ -60,7 +60,7 @@ const SCHEMA: &str = "
 
 /// The database of jobs in a directory.
 #[derive(Debug)]
-pub struct Store {
+pub(crate) struct Store {
     database: Connection,
     directory: PathBuf,
 }
@@ -121,8 +121,7 @@ pub struct Filter {
 
 /// What another process wants of the one that works on a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "the runner answers each")]
-pub enum Request {
+pub(crate) enum Request {
     /// Cut over at this time, in milliseconds since 1970.
     Complete(i64),
     /// Copy no more.
@@ -134,7 +133,7 @@ impl Store {
     ///
     /// # Errors
     /// It is damaged, of another version, or cannot be written.
-    pub fn open(directory: &Path) -> Result<Self> {
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
         let failed = |cause| {
             let text = format!("open the database of jobs in {}", directory.display());
             Error::store(text, cause)
@@ -155,10 +154,32 @@ impl Store {
 
     fn configure(&self) -> rusqlite::Result<()> {
         self.database.busy_timeout(BUSY)?;
-        self.database.pragma_update(None, "journal_mode", "WAL")?;
+        self.use_log()?;
         // A transition that was told of must be there after a power loss.
         self.database.pragma_update(None, "synchronous", "FULL")?;
         self.database.pragma_update(None, "foreign_keys", true)
+    }
+
+    /// Its own log ahead of the database. To begin with that takes a moment in which nobody else has it open, and for that
+    /// SQLite does not wait by itself.
+    fn use_log(&self) -> rusqlite::Result<()> {
+        let end = Instant::now() + BUSY;
+        loop {
+            let mode = self
+                .database
+                .pragma_update_and_check(None, "journal_mode", "WAL", |row| {
+                    row.get::<_, String>(0)
+                });
+            match mode {
+                Err(error)
+                    if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy)
+                        && Instant::now() < end =>
+                {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => return other.map(drop),
+            }
+        }
     }
 
     fn check_version(&self) -> Result<()> {
@@ -192,7 +213,7 @@ impl Store {
     ///
     /// # Errors
     /// A job of this name is not at its end, or the database failed.
-    pub fn create(&mut self, spec: &JobSpec) -> Result<JobRecord> {
+    pub(crate) fn create(&mut self, spec: &JobSpec) -> Result<JobRecord> {
         if let Some(earlier) = self.find(&spec.name)?
             && !earlier.state.is_final()
         {
@@ -222,7 +243,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn find(&self, name: &str) -> Result<Option<JobRecord>> {
+    pub(crate) fn find(&self, name: &str) -> Result<Option<JobRecord>> {
         let sql = "SELECT * FROM jobs WHERE name = ?1 ORDER BY id DESC LIMIT 1";
         let found = self.database.query_row(sql, [name], record).optional();
         let found = found.map_err(|cause| Error::store(format!("look for job {name}"), cause))?;
@@ -233,7 +254,7 @@ impl Store {
     ///
     /// # Errors
     /// There is none, or the database failed.
-    pub fn load(&self, id: i64) -> Result<JobRecord> {
+    pub(crate) fn load(&self, id: i64) -> Result<JobRecord> {
         let sql = "SELECT * FROM jobs WHERE id = ?1";
         let found = self.database.query_row(sql, [id], record);
         found.map_err(|cause| Error::store(format!("load job {id}"), cause))?
@@ -243,7 +264,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn list(&self, filter: &Filter) -> Result<Vec<JobRecord>> {
+    pub(crate) fn list(&self, filter: &Filter) -> Result<Vec<JobRecord>> {
         let failed = |cause| Error::store("list jobs", cause);
         let sql = "SELECT * FROM jobs
                    WHERE (?1 IS NULL OR state = ?1) AND (?2 IS NULL OR operation = ?2)
@@ -264,7 +285,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed: then it may or may not count.
-    pub fn move_to(&mut self, job: i64, state: State, text: &str) -> Result<()> {
+    pub(crate) fn move_to(&mut self, job: i64, state: State, text: &str) -> Result<()> {
         let failed = |cause| Error::store(format!("record that a job is {state}"), cause);
         let transaction = self.database.transaction().map_err(failed)?;
         transaction
@@ -281,7 +302,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn note_problem(&mut self, job: i64, problem: Option<&str>) -> Result<()> {
+    pub(crate) fn note_problem(&mut self, job: i64, problem: Option<&str>) -> Result<()> {
         let sql = "UPDATE jobs SET problem = ?2, updated_ms = ?3 WHERE id = ?1";
         let done = self.database.execute(sql, params![job, problem, now_ms()]);
         done.map(drop)
@@ -292,7 +313,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn note_downtime(&mut self, job: i64, seconds: f64) -> Result<()> {
+    pub(crate) fn note_downtime(&mut self, job: i64, seconds: f64) -> Result<()> {
         let sql = "UPDATE jobs SET downtime = ?2 WHERE id = ?1";
         let done = self.database.execute(sql, params![job, seconds]);
         done.map(drop)
@@ -303,7 +324,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn take_number(&mut self, job: i64, at_least: u64) -> Result<u64> {
+    pub(crate) fn take_number(&mut self, job: i64, at_least: u64) -> Result<u64> {
         let failed = |cause| Error::store("number a cut", cause);
         let at_least = i64::try_from(at_least).unwrap_or(i64::MAX);
         let sql = "UPDATE jobs SET next_number = max(next_number, ?2) + 1 WHERE id = ?1
@@ -319,7 +340,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn add_pass(&mut self, job: i64, pass: &Pass, consistency: &str) -> Result<()> {
+    pub(crate) fn add_pass(&mut self, job: i64, pass: &Pass, consistency: &str) -> Result<()> {
         let sql = "INSERT OR REPLACE INTO passes VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
         let bytes = i64::try_from(pass.changed_bytes).unwrap_or(i64::MAX);
         let number = i64::try_from(pass.number).unwrap_or(i64::MAX);
@@ -341,7 +362,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn passes(&self, job: i64) -> Result<Vec<(Pass, i64, String)>> {
+    pub(crate) fn passes(&self, job: i64) -> Result<Vec<(Pass, i64, String)>> {
         let failed = |cause| Error::store("look up the passes of a job", cause);
         let sql = "SELECT number, changed_bytes, seconds, since_last_cut, ended_ms, consistency FROM passes
                    WHERE job = ?1 ORDER BY number DESC LIMIT ?2";
@@ -366,7 +387,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn events(&self, job: i64) -> Result<Vec<JobEvent>> {
+    pub(crate) fn events(&self, job: i64) -> Result<Vec<JobEvent>> {
         let failed = |cause| Error::store("look up the events of a job", cause);
         let sql = "SELECT at_ms, state, text FROM events WHERE job = ?1 ORDER BY rowid";
         let mut statement = self.database.prepare(sql).map_err(failed)?;
@@ -387,7 +408,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn ask(&mut self, job: i64, request: Request) -> Result<()> {
+    pub(crate) fn ask(&mut self, job: i64, request: Request) -> Result<()> {
         let (verb, at_ms) = match request {
             Request::Complete(at_ms) => ("complete", at_ms),
             Request::Cancel => ("cancel", 0),
@@ -402,7 +423,7 @@ impl Store {
     ///
     /// # Errors
     /// The database failed.
-    pub fn take_request(&mut self, job: i64) -> Result<Option<Request>> {
+    pub(crate) fn take_request(&mut self, job: i64) -> Result<Option<Request>> {
         let sql = "DELETE FROM requests WHERE rowid =
                      (SELECT rowid FROM requests WHERE job = ?1 ORDER BY rowid LIMIT 1)
                    RETURNING verb, at_ms";

@@ -1,7 +1,9 @@
 //! Image formats other than raw, through a qemu-nbd of our own that ends with us.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -62,14 +64,53 @@ pub fn open_image(format: ImageFormat, path: &Path, scratch: &Path) -> Result<Ar
     // Missing files are said by their own words, not by QEMU's.
     File::open(path).map_err(|cause| Error::from_io(format!("open {label}"), cause))?;
     let path = std::path::absolute(path).map_err(failed)?;
+    let image = [
+        "--format".as_ref(),
+        driver.as_ref(),
+        "--".as_ref(),
+        path.as_os_str(),
+    ];
+    serve(label, &image, scratch)
+}
+
+/// A qcow2 overlay to read, over a raw `backing` that is not locked for it: whoever reads it keeps others from writing the
+/// backing meanwhile. Where to find the backing is not taken from the overlay.
+///
+/// # Errors
+/// As [`open_image`].
+pub fn open_overlay(path: &Path, backing: &Path, scratch: &Path) -> Result<Arc<NbdDevice>> {
+    let label = format!("{}+file:{}", ImageFormat::Qcow2, path.display());
+    let mut options = OsString::from("driver=qcow2,file.driver=file,file.filename=");
+    let absolute = |path: &Path| {
+        File::open(path)
+            .and_then(|_file| std::path::absolute(path))
+            .map_err(|cause| Error::from_io(format!("open {}", path.display()), cause))
+    };
+    options.push(in_options(&absolute(path)?));
+    options.push(",backing.driver=raw,backing.file.driver=file,backing.file.locking=off");
+    options.push(",backing.file.filename=");
+    options.push(in_options(&absolute(backing)?));
+    let image = ["--image-opts".as_ref(), "--".as_ref(), options.as_os_str()];
+    serve(label, &image, scratch)
+}
+
+/// A comma ends a value, two of them are one.
+fn in_options(path: &Path) -> OsString {
+    let commas = path.as_os_str().as_bytes().split(|byte| *byte == b',');
+    let parts: Vec<&[u8]> = commas.collect();
+    OsString::from_vec(parts.join(&b",,"[..]))
+}
+
+/// What qemu-nbd serves when it is told of the image by `image`.
+fn serve(label: String, image: &[&OsStr], scratch: &Path) -> Result<Arc<NbdDevice>> {
+    let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
     let place = tempfile::tempdir_in(scratch).map_err(failed)?;
     let socket = place.path().join("socket");
     let child = Command::new(PROGRAM)
-        .args(["--read-only", "--shared=8", "--format", driver])
+        .args(["--read-only", "--shared=8"])
         .arg("--socket")
         .arg(&socket)
-        .arg("--")
-        .arg(&path)
+        .args(image)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

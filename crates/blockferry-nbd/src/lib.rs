@@ -31,4 +31,4 @@ mod wire;
 
 pub use address::NbdAddress;
 pub use device::{NbdDevice, NbdOptions};
-pub use image::open_image;
+pub use image::{open_image, open_overlay};

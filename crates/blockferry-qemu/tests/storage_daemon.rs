@@ -1,42 +1,28 @@
 //! Cuts through the disks of a real qemu-storage-daemon while somebody writes them.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
+use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blockferry_core::Content;
 use blockferry_device::{BlockSource, BlockTarget};
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::{Held, Machine, MachineOptions, PointExport, Qmp};
-use blockferry_testkit::Random;
+use blockferry_testkit::{Random, StorageDaemon, Writer};
 use serde_json::{Value, json};
 
 const BYTES: usize = 8 << 20;
 const PAGE: usize = 4096;
 
-/// A daemon with two disks, each writable over NBD, in a directory of its own. Dropped, it is killed.
+/// A daemon with two disks in a directory of its own.
 struct Daemon {
-    child: Child,
+    daemon: StorageDaemon,
     place: tempfile::TempDir,
-    format: &'static str,
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
 }
 
 fn is_missing() -> bool {
-    let missing = Command::new("qemu-storage-daemon")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_err();
+    let missing = !StorageDaemon::is_installed();
     #[expect(clippy::print_stderr, reason = "what is skipped is said")]
     if missing {
         eprintln!("SKIPPED: qemu-storage-daemon is not installed");
@@ -55,42 +41,33 @@ impl Daemon {
                 .status();
             assert!(made.expect("qemu-img").success());
         }
-        let child = spawn(place.path(), format);
-        Self {
-            child,
-            place,
-            format,
-        }
-    }
-
-    /// It ends as in a power cut, and comes back.
-    fn kill_and_restart(&mut self) {
-        self.child.kill().expect("alive");
-        self.child.wait().expect("ended");
-        for socket in ["qmp", "nbd"] {
-            std::fs::remove_file(self.path(socket)).ok();
-        }
-        self.child = spawn(self.place.path(), self.format);
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.place.path().join(name)
+        let daemon = StorageDaemon::start(place.path(), format).expect("a daemon");
+        Self { daemon, place }
     }
 
     fn machine(&self) -> Machine {
-        let mut options = MachineOptions::new(self.path("qmp"), "job-1", self.place.path());
-        options.nbd = Some(self.path("nbd"));
+        let qmp = self.daemon.path("qmp");
+        let mut options = MachineOptions::new(qmp, "job-1", self.place.path());
+        options.nbd = Some(self.daemon.path("nbd"));
         Machine::open(&options).expect("a machine")
     }
 
-    fn writer(&self, disk: &str) -> Arc<NbdDevice> {
-        let address = NbdAddress::unix(self.path("nbd"), &format!("w-{disk}")).expect("fits");
+    fn target(&self, disk: &str) -> Arc<dyn BlockTarget> {
+        let socket = self.daemon.path("nbd");
+        let address = NbdAddress::unix(socket, &format!("w-{disk}")).expect("fits");
         NbdDevice::open_target(&address, &NbdOptions::default()).expect("an export")
+    }
+
+    /// Writes both disks.
+    fn writer(&self, seed: u64) -> Writer {
+        let devices = disks().iter().map(|disk| self.target(disk)).collect();
+        let content = vec![vec![0; BYTES]; 2];
+        Writer::start(devices, content, Duration::from_micros(200), seed)
     }
 
     /// Everything there is, by name: nodes, bitmaps, jobs, exports and overlay files.
     fn everything(&self) -> Vec<String> {
-        let mut qmp = Qmp::connect(&self.path("qmp")).expect("QMP");
+        let mut qmp = Qmp::connect(&self.daemon.path("qmp")).expect("QMP");
         let mut names = Vec::new();
         let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}));
         for node in nodes.expect("nodes").as_array().expect("a list") {
@@ -114,34 +91,9 @@ impl Daemon {
     }
 }
 
-fn spawn(place: &Path, format: &str) -> Child {
-    let mut command = Command::new("qemu-storage-daemon");
-    command
-        .current_dir(place)
-        .args(["--chardev", "socket,path=qmp,server=on,wait=off,id=m"])
-        .args(["--monitor", "chardev=m"])
-        .args([
-            "--nbd-server",
-            "addr.type=unix,addr.path=nbd,max-connections=64",
-        ]);
-    for disk in ["disk0", "disk1"] {
-        let node = json!({
-            "driver": format, "node-name": disk, "discard": "unmap",
-            "file": {"driver": "file", "filename": disk, "discard": "unmap"},
-        });
-        command.args(["--blockdev", &node.to_string()]);
-        let export = format!("type=nbd,id=w-{disk},node-name={disk},name=w-{disk},writable=on");
-        command.args(["--export", &export]);
-    }
-    let child = command.stdin(Stdio::null()).spawn().expect("starts");
-    let end = Instant::now() + Duration::from_secs(30);
-    for socket in ["qmp", "nbd"] {
-        while std::os::unix::net::UnixStream::connect(place.join(socket)).is_err() {
-            assert!(Instant::now() < end, "the daemon does not listen");
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-    child
+/// Some pages are written.
+fn pause() {
+    thread::sleep(Duration::from_millis(60));
 }
 
 fn disks() -> Vec<String> {
@@ -195,69 +147,8 @@ fn apply(point: &PointExport, replica: &mut [u8]) -> usize {
     copied
 }
 
-/// Writes pages of both disks for as long as it lives; what it wrote is known at any moment.
-struct Writer {
-    content: Arc<Mutex<[Vec<u8>; 2]>>,
-    stop: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<()>>,
-}
-
-impl Writer {
-    fn start(daemon: &Daemon, seed: u64) -> Self {
-        let content = Arc::new(Mutex::new([vec![0; BYTES], vec![0; BYTES]]));
-        let stop = Arc::new(AtomicBool::new(false));
-        let devices = disks()
-            .iter()
-            .map(|disk| daemon.writer(disk))
-            .collect::<Vec<_>>();
-        let (shared, stopped) = (Arc::clone(&content), Arc::clone(&stop));
-        let thread = thread::spawn(move || {
-            let mut random = Random::new(seed);
-            while !stopped.load(Ordering::SeqCst) {
-                {
-                    let mut content = shared.lock().expect("no panic");
-                    let disk = usize::from(random.chance(1, 2));
-                    let page = usize::try_from(random.below((BYTES / PAGE) as u64)).expect("fits");
-                    let place = &mut content[disk][page * PAGE..][..PAGE];
-                    random.fill(place);
-                    devices[disk]
-                        .write_at((page * PAGE) as u64, place)
-                        .expect("written");
-                }
-                thread::sleep(Duration::from_micros(200));
-            }
-        });
-        Self {
-            content,
-            stop,
-            thread: Some(thread),
-        }
-    }
-
-    /// What both disks hold at the moment in which `act` runs.
-    fn at<T>(&self, act: impl FnOnce() -> T) -> ([Vec<u8>; 2], T) {
-        let content = self.content.lock().expect("no panic");
-        let done = act();
-        (content.clone(), done)
-    }
-
-    fn pause(&self) {
-        thread::sleep(Duration::from_millis(60));
-        drop(self.content.lock());
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
-        }
-    }
-}
-
 /// A cut, and what both disks held at it.
-fn cut(machine: &mut Machine, number: u64, writer: &Writer) -> ([Vec<u8>; 2], Vec<PointExport>) {
+fn cut(machine: &mut Machine, number: u64, writer: &Writer) -> (Vec<Vec<u8>>, Vec<PointExport>) {
     machine.prepare(number, &disks()).expect("prepared");
     let (content, ()) = writer.at(|| machine.cut(number, &disks()).expect("cut"));
     (
@@ -273,17 +164,17 @@ fn each_cut_shows_both_disks_at_one_moment_and_its_bitmap_what_changed_since_the
             return;
         }
         let daemon = Daemon::start(format);
-        let writer = Writer::start(&daemon, 1);
+        let writer = daemon.writer(1);
         let mut machine = daemon.machine();
         let lost = machine.settle(&nothing_held()).expect("settled");
         assert_eq!(lost.len(), 2, "nothing is known at first: {lost:?}");
         let mut replicas = [vec![0xEE; BYTES], vec![0xEE; BYTES]];
 
         for number in 1..=4 {
-            writer.pause();
+            pause();
             let (content, points) = cut(&mut machine, number, &writer);
             // It is written on while the point is read.
-            writer.pause();
+            pause();
             for ((point, replica), content) in points.iter().zip(&mut replicas).zip(&content) {
                 let copied = apply(point, replica);
                 assert!(
@@ -307,7 +198,7 @@ fn a_cut_that_the_target_did_not_get_loses_no_change() {
     }
     for seed in 0..4 {
         let daemon = Daemon::start("raw");
-        let writer = Writer::start(&daemon, seed);
+        let writer = daemon.writer(seed);
         let mut random = Random::new(seed);
         let mut machine = daemon.machine();
         machine.settle(&nothing_held()).expect("settled");
@@ -326,7 +217,7 @@ fn a_cut_that_the_target_did_not_get_loses_no_change() {
             }
             let lost = machine.settle(&held(holds)).expect("settled");
             assert_eq!(lost, [], "seed {seed}, cut {number}");
-            writer.pause();
+            pause();
             let (content, points) = cut(&mut machine, number, &writer);
             if random.chance(1, 2) {
                 continue;
@@ -346,7 +237,7 @@ fn nothing_of_ours_is_left_and_nothing_of_others_is_taken() {
         return;
     }
     let daemon = Daemon::start("raw");
-    let mut qmp = Qmp::connect(&daemon.path("qmp")).expect("QMP");
+    let mut qmp = Qmp::connect(&daemon.daemon.path("qmp")).expect("QMP");
     for (disk, name) in [("disk0", "bf-job-1x-b3"), ("disk1", "backup")] {
         let arguments = json!({"node": disk, "name": name});
         qmp.execute("block-dirty-bitmap-add", arguments)
@@ -354,7 +245,7 @@ fn nothing_of_ours_is_left_and_nothing_of_others_is_taken() {
     }
     drop(qmp);
     let before = daemon.everything();
-    let writer = Writer::start(&daemon, 3);
+    let writer = daemon.writer(3);
 
     // We die after each of the steps.
     for steps in 0..4 {
@@ -387,14 +278,14 @@ fn a_machine_that_was_killed_has_lost_its_bitmaps_and_says_so() {
         let mut daemon = Daemon::start(format);
         let mut machine = daemon.machine();
         machine.settle(&nothing_held()).expect("settled");
-        let writer = daemon.writer("disk0");
+        let writer = daemon.target("disk0");
         writer.write_at(0, &[7; PAGE]).expect("written");
         drop(writer);
         machine.prepare(1, &disks()).expect("prepared");
         machine.cut(1, &disks()).expect("cut");
         assert_eq!(machine.settle(&held(1)).expect("settled"), []);
         drop(machine);
-        daemon.kill_and_restart();
+        daemon.daemon.kill_and_restart().expect("restarted");
 
         let mut machine = daemon.machine();
         let lost = machine.settle(&held(1)).expect("settled");
@@ -421,14 +312,14 @@ fn disks_that_nobody_writes_are_cut_without_an_overlay() {
     let daemon = Daemon::start("raw");
     let mut machine = daemon.machine();
     machine.settle(&nothing_held()).expect("settled");
-    let writer = Writer::start(&daemon, 9);
+    let writer = daemon.writer(9);
     let mut replicas = [vec![0; BYTES], vec![0; BYTES]];
     let (_, points) = cut(&mut machine, 1, &writer);
     for (point, replica) in points.iter().zip(&mut replicas) {
         apply(point, replica);
     }
     machine.settle(&held(1)).expect("settled");
-    writer.pause();
+    pause();
     drop(writer);
     let mut exports = machine.writable_exports(&disks()).expect("exports");
     exports.sort();

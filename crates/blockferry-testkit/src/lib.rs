@@ -29,6 +29,8 @@ mod faults;
 pub mod images;
 mod random;
 mod sim;
+mod storage_daemon;
+mod writer;
 
 pub use clock::VirtualClock;
 pub use explore::{
@@ -41,3 +43,5 @@ pub use sim::{
     Boundary, Bypass, CacheAfterFailure, CrashImage, CrashImages, Fault, FaultKind, ImageLimits,
     Operation, OperationKind, Repeat, SimDisk, SimOptions, Snapshot,
 };
+pub use storage_daemon::StorageDaemon;
+pub use writer::{Writer, Written};

@@ -114,6 +114,20 @@ impl GroupDirectory {
         }
         Ok(())
     }
+
+    /// Removes all records, once every disk that may ask for one was opened and has reached its outcome.
+    ///
+    /// # Errors
+    /// The directory failed.
+    pub fn clear(&self) -> Result<()> {
+        let failed = |e| Error::log("remove group records", e);
+        for name in self.dir.names().map_err(failed)? {
+            if name.ends_with(".group") || name.ends_with(".group.new") {
+                self.dir.remove(&name).map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl GroupVerdicts for GroupDirectory {

@@ -1,0 +1,373 @@
+//! The jobs of a host: what can be asked of each, whoever works on it.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use blockferry_device::{CancelToken, ErrorKind as DeviceErrorKind, OsDirectory, StorageDir};
+use blockferry_engine::{TargetOptions, status};
+use blockferry_pipeline::Event;
+use serde::Serialize;
+
+use crate::convergence::{Pass, predicted_downtime};
+use crate::error::{Error, ErrorKind, Result};
+use crate::overlay;
+use crate::runner::Runner;
+use crate::spec::JobSpec;
+use crate::state::{Input, State};
+use crate::store::{Filter, JobEvent, JobRecord, Request, Store, now_ms};
+
+const LOCK_NAME: &str = "lock";
+
+/// Something that is told while a job is worked on.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Told {
+    /// It went on to another state; for people, why.
+    State(State, String),
+    /// A pass was copied.
+    Pass {
+        /// Its figures.
+        pass: Pass,
+        /// How good the point is.
+        consistency: String,
+        /// How long writes were held up for the cut, in seconds.
+        held_up_seconds: f64,
+        /// How long the source would stand still, in seconds, once that can be told.
+        predicted_downtime: Option<f64>,
+    },
+    /// What the sync of a disk tells.
+    Disk(usize, Event),
+    /// Something that went on, but not as hoped. The code is stable.
+    Warning(&'static str, String),
+}
+
+/// Hears what happens to a job. Called from the threads that do the work: it must not block.
+pub trait JobObserver: Send + Sync {
+    /// Takes one thing that is told.
+    fn told(&self, told: &Told);
+}
+
+impl<F: Fn(&Told) + Send + Sync> JobObserver for F {
+    fn told(&self, told: &Told) {
+        self(told);
+    }
+}
+
+/// When a run ends by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "there is no third way")]
+pub enum Until {
+    /// Once the job is ready.
+    Ready,
+    /// Never before it was cut over or cancelled: it is refreshed until then.
+    #[default]
+    Cutover,
+}
+
+/// How jobs are worked on.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct JobContext {
+    /// Hears what happens.
+    pub observer: Arc<dyn JobObserver>,
+    /// Ends the work cleanly; the job goes on when it is started again.
+    pub cancel: CancelToken,
+    /// Where the states of targets are.
+    pub targets: TargetOptions,
+    /// A program, with its first arguments, that runs [`blockferry_qemu::freeze::guard`] on the agent's socket and the
+    /// deadline in milliseconds that are added to them. Without it guests are not frozen, and points are crash-consistent.
+    pub freeze_guard: Option<Vec<OsString>>,
+}
+
+impl std::fmt::Debug for JobContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("JobContext").finish_non_exhaustive()
+    }
+}
+
+impl JobContext {
+    /// Silent, never cancelled.
+    #[must_use]
+    pub fn new(targets: TargetOptions) -> Self {
+        Self {
+            observer: Arc::new(|_: &Told| {}),
+            cancel: CancelToken::new(),
+            targets,
+            freeze_guard: None,
+        }
+    }
+}
+
+/// Where a job stands.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct JobStatus {
+    /// As it is recorded.
+    #[serde(flatten)]
+    pub job: JobRecord,
+    /// A process works on it.
+    pub running: bool,
+    /// The last passes, the oldest first.
+    pub passes: Vec<Pass>,
+    /// How long the source would stand still if it were cut over now, in seconds.
+    pub predicted_downtime_seconds: Option<f64>,
+    /// The budget, in seconds.
+    pub downtime_budget_seconds: f64,
+    /// Its disks.
+    pub disks: Vec<DiskStatus>,
+    /// What happened to it.
+    pub events: Vec<JobEvent>,
+    /// Verbs that lead on, or back, each with what it does.
+    pub next: Vec<(&'static str, &'static str)>,
+}
+
+/// Where a disk of a job stands.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct DiskStatus {
+    /// The node of the machine.
+    pub node: String,
+    /// The replica.
+    pub target: PathBuf,
+    /// What the replica on trial writes to.
+    pub overlay: Option<PathBuf>,
+    /// The point the target is at.
+    pub point: Option<String>,
+    /// Bytes held beside the target.
+    pub held_bytes: u64,
+}
+
+/// The jobs of a host.
+#[derive(Debug)]
+pub struct Jobs {
+    directory: PathBuf,
+    store: Store,
+}
+
+impl Jobs {
+    /// The jobs that are kept in `directory`, which is created if need be.
+    ///
+    /// # Errors
+    /// The database of jobs cannot be opened.
+    pub fn open(directory: &Path) -> Result<Self> {
+        Ok(Self {
+            directory: directory.to_owned(),
+            store: Store::open(directory)?,
+        })
+    }
+
+    /// Jobs, the newest first.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub fn list(&self, filter: &Filter) -> Result<Vec<JobRecord>> {
+        self.store.list(filter)
+    }
+
+    /// Where a job stands. Takes no lock and changes nothing.
+    ///
+    /// # Errors
+    /// There is no such job, or the database failed.
+    pub fn status(&self, name: &str, targets: &TargetOptions) -> Result<JobStatus> {
+        let job = self.find(name)?;
+        let recorded = self.store.passes(job.id)?;
+        let idle = recorded
+            .last()
+            .map_or(0, |(_, ended_ms, _)| now_ms() - ended_ms);
+        let passes: Vec<Pass> = recorded.into_iter().map(|(pass, ..)| pass).collect();
+        #[expect(clippy::cast_precision_loss, reason = "seconds for people")]
+        let idle_seconds = idle.max(0) as f64 / 1000.0;
+        let predicted = predicted_downtime(&passes, idle_seconds);
+        let directory = self.job_directory(name);
+        let disk = |(index, disk): (usize, &crate::spec::DiskSpec)| {
+            let found = status(&disk.target, targets).ok();
+            let overlay = overlay::path(&directory, index);
+            DiskStatus {
+                node: disk.node.clone(),
+                target: disk.target.clone(),
+                overlay: overlay.exists().then_some(overlay),
+                held_bytes: found.as_ref().map_or(0, |status| status.held_bytes),
+                point: found.and_then(|status| status.point).map(|point| point.id),
+            }
+        };
+        Ok(JobStatus {
+            running: self.is_running(name),
+            predicted_downtime_seconds: predicted.filter(|_| job.state.is_live()),
+            downtime_budget_seconds: job.spec.downtime_budget.as_secs_f64(),
+            disks: job.spec.disk.iter().enumerate().map(disk).collect(),
+            events: self.store.events(job.id)?,
+            next: job.state.next_steps(),
+            passes,
+            job,
+        })
+    }
+
+    /// Copies passes until the job is ready, and refreshes it until it is cut over or cancelled: begins a job of this
+    /// specification, or goes on with the one that it describes. Returns its state at the end.
+    ///
+    /// # Errors
+    /// Another process works on it, its state does not allow it, or a pass failed: the job goes on when it is started again.
+    pub fn start(&mut self, spec: &JobSpec, until: Until, context: &JobContext) -> Result<State> {
+        let unfinished = self.store.find(&spec.name)?;
+        let job = match unfinished.filter(|job| !job.state.is_final()) {
+            Some(job) if job.spec == *spec => job,
+            Some(job) => {
+                let text = format!(
+                    "job {} exists, is {}, and was described otherwise: finish it first",
+                    spec.name, job.state
+                );
+                return Err(Error::new(ErrorKind::Refused, text));
+            }
+            None => self.store.create(spec)?,
+        };
+        self.runner(job, context)?.run(until)
+    }
+
+    /// Goes on with a job by its name, as [`Self::start`].
+    ///
+    /// # Errors
+    /// As [`Self::start`]; or there is no such job.
+    pub fn go_on(&mut self, name: &str, until: Until, context: &JobContext) -> Result<State> {
+        let job = self.find(name)?;
+        self.runner(job, context)?.run(until)
+    }
+
+    /// Cuts over: at once, or at `at_ms` (milliseconds since 1970). Where another process works on the job it is asked to,
+    /// and waited for; else it is done here. Returns the state that came of it.
+    ///
+    /// # Errors
+    /// The last pass would not fit the budget: nothing was stopped. Or a step failed: then the source runs, unless the
+    /// message says otherwise.
+    pub fn complete(
+        &mut self,
+        name: &str,
+        at_ms: Option<i64>,
+        context: &JobContext,
+    ) -> Result<State> {
+        let job = self.find(name)?;
+        let at_ms = at_ms.unwrap_or(0);
+        if self.is_running(name) && job.state.is_live() {
+            self.store.ask(job.id, Request::Complete(at_ms))?;
+            return self.wait_for(job.id, name, context, |state| state == State::CommitPending);
+        }
+        self.runner(job, context)?.complete(at_ms)
+    }
+
+    /// Copies no more; the targets stay at their last pass.
+    ///
+    /// # Errors
+    /// The state does not allow it, or the machine cannot be tidied up.
+    pub fn cancel(&mut self, name: &str, context: &JobContext) -> Result<State> {
+        let job = self.find(name)?;
+        if self.is_running(name) && job.state.is_live() {
+            self.store.ask(job.id, Request::Cancel)?;
+            return self.wait_for(job.id, name, context, |state| state == State::Cancelled);
+        }
+        self.runner(job, context)?.cancel()
+    }
+
+    /// Returns the targets to the point before the job, and lets the source run.
+    ///
+    /// # Errors
+    /// The state does not allow it, or a step failed: to be called again.
+    pub fn rollback(&mut self, name: &str, context: &JobContext) -> Result<State> {
+        let job = self.find(name)?;
+        self.runner(job, context)?.rollback()
+    }
+
+    /// Merges what the replica wrote into the targets, and lets the old points go. The source stays as it was stopped.
+    ///
+    /// # Errors
+    /// The state does not allow it, the replica still runs, or a step failed: to be called again.
+    pub fn commit(&mut self, name: &str, context: &JobContext) -> Result<State> {
+        let job = self.find(name)?;
+        self.runner(job, context)?.commit()
+    }
+
+    fn find(&self, name: &str) -> Result<JobRecord> {
+        self.store.find(name)?.ok_or_else(|| {
+            let text = format!("there is no job {name:?}");
+            Error::new(ErrorKind::Usage, text)
+        })
+    }
+
+    fn job_directory(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    fn runner(&mut self, job: JobRecord, context: &JobContext) -> Result<Runner<'_>> {
+        let path = self.job_directory(&job.name);
+        let failed = |cause: blockferry_device::Error| {
+            let kind = match cause.kind() {
+                DeviceErrorKind::Busy => ErrorKind::Busy,
+                _ => ErrorKind::Store,
+            };
+            Error::because(kind, format!("take up job {}", job.name), cause)
+        };
+        let directory = OsDirectory::open_or_create(&path).map_err(failed)?;
+        let lock = directory.lock(LOCK_NAME).map_err(failed)?;
+        // What it was before the lock was taken may have been another process's state.
+        let job = self.store.load(job.id)?;
+        Ok(Runner::new(
+            &mut self.store,
+            job,
+            path,
+            Arc::new(directory),
+            lock,
+            context.clone(),
+        ))
+    }
+
+    fn is_running(&self, name: &str) -> bool {
+        let directory = OsDirectory::open(&self.job_directory(name));
+        directory.is_ok_and(|dir| {
+            let held = dir.lock(LOCK_NAME);
+            held.is_err_and(|cause| cause.kind() == DeviceErrorKind::Busy)
+        })
+    }
+
+    /// Waits until the process that works on a job reached `wanted`, or left a problem behind, or is gone.
+    fn wait_for(
+        &self,
+        id: i64,
+        name: &str,
+        context: &JobContext,
+        wanted: impl Fn(State) -> bool,
+    ) -> Result<State> {
+        let mut shown = self.store.load(id)?.state;
+        loop {
+            std::thread::sleep(crate::runner::TICK);
+            let job = self.store.load(id)?;
+            if job.state != shown {
+                shown = job.state;
+                let told = Told::State(shown, "as the process that works on it says".to_owned());
+                context.observer.told(&told);
+            }
+            if wanted(job.state) {
+                return Ok(job.state);
+            }
+            if let Some(problem) = job.problem.filter(|_| job.state.is_live()) {
+                return Err(Error::new(ErrorKind::Refused, problem));
+            }
+            if !self.is_running(name) {
+                let text = format!(
+                    "the process that worked on job {name} ended; the job is {}",
+                    job.state
+                );
+                return Err(Error::new(ErrorKind::Busy, text));
+            }
+            if context.cancel.is_cancelled() {
+                return Err(Error::new(ErrorKind::Cancelled, "no longer waited for"));
+            }
+        }
+    }
+}
+
+/// Why a job cannot do this now.
+pub(crate) fn refused(job: &JobRecord, input: Input) -> Result<State> {
+    job.state.after(input).map_err(|refusal| {
+        let text = format!("job {}: {refusal}", job.name);
+        Error::new(ErrorKind::Refused, text)
+    })
+}

@@ -1,0 +1,50 @@
+//! Overlays: what the replica writes while it is on trial, over targets that stay as they are.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, ErrorKind, Result};
+
+const PROGRAM: &str = "qemu-img";
+
+/// The overlay of disk `index` in the directory of a job.
+pub(crate) fn path(directory: &Path, index: usize) -> PathBuf {
+    directory.join(format!("overlay-{index}.qcow2"))
+}
+
+/// Makes an empty overlay over `target`. One that is there stays: a replica may run on it.
+pub(crate) fn create(overlay: &Path, target: &Path) -> Result<()> {
+    let failed = |why: &str| {
+        let text = format!("make the overlay {}: {why}", overlay.display());
+        Error::new(ErrorKind::Target, text)
+    };
+    if overlay.exists() {
+        return Ok(());
+    }
+    // It gets its name when it is whole.
+    let unnamed = overlay.with_extension("new");
+    let made = Command::new(PROGRAM)
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(target)
+        .arg(&unnamed)
+        .output();
+    let made = made.map_err(|cause| match cause.kind() {
+        std::io::ErrorKind::NotFound => failed(&format!("{PROGRAM} is needed and not installed")),
+        _ => failed(&cause.to_string()),
+    })?;
+    if made.status.success() {
+        return std::fs::rename(&unnamed, overlay).map_err(|cause| failed(&cause.to_string()));
+    }
+    let said = String::from_utf8_lossy(&made.stderr);
+    Err(failed(said.trim()))
+}
+
+pub(crate) fn remove(overlay: &Path) -> Result<()> {
+    match std::fs::remove_file(overlay) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            let text = format!("remove the overlay {}", overlay.display());
+            Err(Error::because(ErrorKind::Target, text, cause))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,680 @@
+//! Works on one job: passes, cutover, commit, roll back. Whatever it begins is durable in the job's state before.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use blockferry_core::BlockSize;
+use blockferry_device::{CancelToken, Consistency, LockGuard, OsDirectory};
+use blockferry_engine::{
+    ChangesSince, Context, GroupDirectory, Member, Mode, SyncOptions, Target, accept, drop_anchor,
+    keep_anchor, return_to_anchor, sync_group,
+};
+use blockferry_nbd::open_overlay;
+use blockferry_pipeline::Event;
+
+use crate::convergence::{Next, Pass, next, predicted_downtime};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hooks;
+use crate::jobs::{JobContext, Told, Until, refused};
+use crate::overlay;
+use crate::source::{Cut, Source};
+use crate::state::{Input, Recovery, State};
+use crate::store::{JobRecord, Request, Store, now_ms};
+
+/// How often requests of other processes are looked for.
+pub(crate) const TICK: Duration = Duration::from_millis(100);
+const SCHEME: &str = "failover://";
+
+/// A job that this process works on.
+#[derive(Debug)]
+pub(crate) struct Runner<'s> {
+    store: &'s mut Store,
+    job: JobRecord,
+    path: PathBuf,
+    groups: GroupDirectory,
+    context: JobContext,
+    source: Source,
+    /// Open while they are worked on; closed by any failure.
+    targets: Vec<Target>,
+    /// When the last cut was made.
+    last_cut: Option<Instant>,
+    _lock: Box<dyn LockGuard>,
+}
+
+impl<'s> Runner<'s> {
+    pub(crate) fn new(
+        store: &'s mut Store,
+        job: JobRecord,
+        path: PathBuf,
+        directory: Arc<OsDirectory>,
+        lock: Box<dyn LockGuard>,
+        context: JobContext,
+    ) -> Self {
+        let source = Source::new(&job.spec, &path, context.freeze_guard.clone());
+        Self {
+            store,
+            job,
+            path,
+            groups: GroupDirectory::new(directory),
+            context,
+            source,
+            targets: Vec::new(),
+            last_cut: None,
+            _lock: lock,
+        }
+    }
+
+    /// Copies passes, and refreshes until the job is cut over or cancelled.
+    pub(crate) fn run(mut self, until: Until) -> Result<State> {
+        self.recover()?;
+        refused(&self.job, Input::PassBegins)?;
+        self.store.note_problem(self.job.id, None)?;
+        self.keep_anchors()?;
+        loop {
+            self.live_pass()?;
+            let passes = self.passes()?;
+            match next(&passes, self.job.spec.downtime_budget) {
+                Next::Again => continue,
+                Next::Ready => {
+                    self.step(Input::Converged, "the last pass would fit the budget")?;
+                }
+                Next::Diverging(why) => {
+                    self.warn("diverging", why.clone());
+                    self.store.note_problem(self.job.id, Some(&why))?;
+                    self.step(Input::Converged, "more passes bring nothing")?;
+                }
+            }
+            if until == Until::Ready {
+                return Ok(self.job.state);
+            }
+            if let Some(state) = self.wait_until_refresh()? {
+                return Ok(state);
+            }
+        }
+    }
+
+    /// Waits for the time of the next pass; a request may come first, after which the job may be at an end.
+    fn wait_until_refresh(&mut self) -> Result<Option<State>> {
+        self.source.release();
+        let end = Instant::now() + self.job.spec.refresh;
+        let mut due: Option<i64> = None;
+        while Instant::now() < end || due.is_some() {
+            self.check_cancelled()?;
+            match self.store.take_request(self.job.id)? {
+                Some(Request::Cancel) => return self.cancel_now().map(Some),
+                Some(Request::Complete(at_ms)) => due = Some(at_ms),
+                None => {}
+            }
+            let refreshes = due.is_some_and(|at_ms| at_ms > now_ms());
+            if due.is_some_and(|at_ms| at_ms <= now_ms()) {
+                self.store.note_problem(self.job.id, None)?;
+                match self.cut_over() {
+                    Ok(state) => return Ok(Some(state)),
+                    Err(error) => self.outlive(&error)?,
+                }
+                due = None;
+            } else if refreshes && Instant::now() >= end {
+                // The window is not here yet: fresh passes keep the last one small.
+                let at_ms = due.unwrap_or_default();
+                self.store.ask(self.job.id, Request::Complete(at_ms))?;
+                return Ok(None);
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(None)
+    }
+
+    /// A cutover that failed leaves the job live: whoever asked for it reads why, and passes go on.
+    fn outlive(&mut self, error: &Error) -> Result<()> {
+        let why = error.in_full();
+        self.warn("cutover_failed", why.clone());
+        self.store.note_problem(self.job.id, Some(&why))?;
+        match self.job.state {
+            state if state.is_live() => Ok(()),
+            state => Err(Error::new(
+                error.kind(),
+                format!("the cutover stopped at {state}: {why}"),
+            )),
+        }
+    }
+
+    /// Cuts over, here.
+    pub(crate) fn complete(mut self, at_ms: i64) -> Result<State> {
+        self.recover()?;
+        if self.job.state == State::CommitPending {
+            return Ok(self.job.state);
+        }
+        refused(&self.job, Input::CutoverBegins)?;
+        while at_ms > now_ms() {
+            self.check_cancelled()?;
+            std::thread::sleep(TICK);
+        }
+        self.cut_over()
+    }
+
+    /// After a fresh pass, which keeps the last one small and tells how long the source would stand still.
+    fn cut_over(&mut self) -> Result<State> {
+        refused(&self.job, Input::CutoverBegins)?;
+        self.live_pass()?;
+        self.step(Input::Converged, "a fresh pass was copied")?;
+        self.check_budget()?;
+        self.step(Input::CutoverBegins, "the source is being stopped")?;
+        let began = Instant::now();
+        match self.stop_and_copy(began) {
+            Ok(()) => {}
+            Err(error) => return Err(self.abort(error)),
+        }
+        self.go_forward()?;
+        let downtime = began.elapsed().as_secs_f64();
+        self.store.note_downtime(self.job.id, downtime)?;
+        Ok(self.job.state)
+    }
+
+    fn check_budget(&mut self) -> Result<()> {
+        let budget = self.job.spec.downtime_budget.as_secs_f64();
+        let passes = self.passes()?;
+        match predicted_downtime(&passes, 0.0) {
+            Some(predicted) if predicted > budget => Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "job {}: the source would stand still for about {predicted:.2} s, and the budget is {budget:.2} s; \
+                     nothing was stopped",
+                    self.job.name
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// From the running source to targets that hold its last cut; within the budget, or not at all.
+    fn stop_and_copy(&mut self, began: Instant) -> Result<()> {
+        let (consistency, warnings) = self.source.quiesce()?;
+        for warning in warnings {
+            self.warn("not_quiesced", warning);
+        }
+        self.step(Input::StepDone, "the source is stopped")?;
+        let alarm = Alarm::set(
+            began + self.job.spec.downtime_budget,
+            self.context.cancel.clone(),
+        );
+        let done = self.pass(&alarm.token, |source, number| {
+            source.cut_at_rest(number, consistency)
+        });
+        match done {
+            Err(error) if error.kind() == ErrorKind::Cancelled && alarm.rang() => Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "job {}: the last pass took longer than the budget of {:.2} s allows",
+                    self.job.name,
+                    self.job.spec.downtime_budget.as_secs_f64()
+                ),
+            )),
+            Err(error) => Err(error),
+            Ok(()) => self.step(Input::StepDone, "the targets hold the last cut"),
+        }
+    }
+
+    /// Fences the source and starts the replica. Does again what a crash may have cut short.
+    fn go_forward(&mut self) -> Result<()> {
+        if self.job.state == State::Fencing {
+            let hook = self.job.spec.hooks.fence_source.clone();
+            if let Err(error) = self.hook("fence-source", &hook) {
+                return Err(self.abort(error));
+            }
+            self.step(Input::StepDone, "the source is fenced")?;
+        }
+        if let Err(error) = self.start_replica() {
+            return Err(self.abort(error));
+        }
+        self.step(
+            Input::StepDone,
+            "the replica may be used: commit it, or roll back",
+        )
+    }
+
+    fn start_replica(&mut self) -> Result<()> {
+        self.targets.clear();
+        for (index, disk) in self.job.spec.disk.iter().enumerate() {
+            overlay::create(&overlay::path(&self.path, index), &disk.target)?;
+        }
+        let hook = self.job.spec.hooks.start_target.clone();
+        self.hook("start-target", &hook)
+    }
+
+    /// Lets the source go on; the targets are at a consistent point, the last cut or the one before.
+    fn abort(&mut self, error: Error) -> Error {
+        let state = self.job.state;
+        let undone = self.back_to_the_source();
+        match undone {
+            Ok(()) => Error::because(
+                error.kind(),
+                format!("the cutover failed at {state}, the source goes on"),
+                error,
+            ),
+            Err(stuck) => Error::because(
+                stuck.kind(),
+                format!(
+                    "the cutover failed at {state} ({}), and the source could not be let go: {}",
+                    error.in_full(),
+                    stuck.in_full()
+                ),
+                stuck,
+            ),
+        }
+    }
+
+    fn back_to_the_source(&mut self) -> Result<()> {
+        self.targets.clear();
+        let hooks = self.job.spec.hooks.clone();
+        if self.job.state == State::Starting {
+            self.hook("stop-target", &hooks.stop_target)?;
+            self.remove_overlays()?;
+        }
+        if matches!(self.job.state, State::Fencing | State::Starting) {
+            self.hook("unfence-source", &hooks.unfence_source)?;
+        }
+        self.source.resume()?;
+        self.step(Input::StepFailed, "the source goes on")
+    }
+
+    /// What a crash left is finished or undone.
+    fn recover(&mut self) -> Result<()> {
+        match (self.job.state.after_a_crash(), self.job.state) {
+            (Recovery::ResumeSource, _) => self.back_to_the_source(),
+            (Recovery::GoForward, State::Fencing | State::Starting) => self.go_forward(),
+            // Those are finished by their own verbs.
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn cancel(mut self) -> Result<State> {
+        self.recover()?;
+        self.cancel_now()
+    }
+
+    fn cancel_now(&mut self) -> Result<State> {
+        refused(&self.job, Input::Cancel)?;
+        self.targets.clear();
+        self.source.leave()?;
+        self.step(
+            Input::Cancel,
+            "no more passes; the targets stay at their last one",
+        )?;
+        Ok(self.job.state)
+    }
+
+    pub(crate) fn rollback(mut self) -> Result<State> {
+        self.recover()?;
+        if self.job.state != State::RollingBack {
+            self.step(
+                Input::RollbackBegins,
+                "the targets return to the point before the job",
+            )?;
+        }
+        let hooks = self.job.spec.hooks.clone();
+        self.hook("stop-target", &hooks.stop_target)?;
+        self.remove_overlays()?;
+        self.open_targets()?;
+        for index in 0..self.targets.len() {
+            let context = self.engine_context(index, &self.context.cancel);
+            let target = &mut self.targets[index];
+            if target.replica().is_anchored() {
+                return_to_anchor(target, &context)
+                    .map_err(|e| Error::engine("return a target to the point before the job", e))?;
+                accept(target, &context).map_err(|e| Error::engine("let the last pass go", e))?;
+            }
+        }
+        self.targets.clear();
+        self.hook("unfence-source", &hooks.unfence_source)?;
+        self.source.resume()?;
+        self.source.leave()?;
+        self.step(
+            Input::StepDone,
+            "the targets are at the point before the job",
+        )?;
+        Ok(self.job.state)
+    }
+
+    pub(crate) fn commit(mut self) -> Result<State> {
+        self.recover()?;
+        if self.job.state != State::Committing {
+            self.step(Input::CommitBegins, "the targets become what counts")?;
+        }
+        let hooks = self.job.spec.hooks.clone();
+        let on_trial = overlay::path(&self.path, 0).exists();
+        if on_trial {
+            self.hook("stop-target", &hooks.stop_target)?;
+        }
+        self.open_targets()?;
+        if on_trial {
+            self.merge()?;
+        }
+        for index in 0..self.targets.len() {
+            let context = self.engine_context(index, &self.context.cancel);
+            let target = &mut self.targets[index];
+            drop_anchor(target)
+                .and_then(|()| accept(target, &context))
+                .map_err(|e| Error::engine("let the old point of a target go", e))?;
+        }
+        self.targets.clear();
+        self.remove_overlays()?;
+        if on_trial {
+            self.hook("start-target", &hooks.start_target)?;
+        }
+        // The source is stopped, and may be gone for good.
+        if let Err(error) = self.source.leave() {
+            self.warn("source_not_left", error.in_full());
+        }
+        self.step(Input::StepDone, "the targets are what counts")?;
+        Ok(self.job.state)
+    }
+
+    /// What the replica wrote goes to the targets, as any sync does.
+    fn merge(&mut self) -> Result<()> {
+        let mut options = SyncOptions::default();
+        options.mode = Mode::Delta;
+        let mut members = Vec::new();
+        for (index, disk) in self.job.spec.disk.iter().enumerate() {
+            let overlay = overlay::path(&self.path, index);
+            // The target is locked already, by us.
+            let opened = open_overlay(&overlay, &disk.target, &std::env::temp_dir());
+            let source = opened.map_err(|cause| {
+                let text = format!("read what the replica wrote to {}", overlay.display());
+                Error::because(ErrorKind::Target, text, cause)
+            })?;
+            members.push((source, self.engine_context(index, &self.context.cancel)));
+        }
+        let targets = self.targets.iter_mut().zip(members);
+        let members = targets
+            .map(|(target, (source, context))| {
+                Member::new(source, target, options.clone(), context)
+            })
+            .collect();
+        let merged = sync_group(members, &self.groups);
+        merged.map(drop).map_err(|e| {
+            self.targets.clear();
+            Error::engine("merge what the replica wrote", e)
+        })
+    }
+
+    fn remove_overlays(&self) -> Result<()> {
+        (0..self.job.spec.disk.len())
+            .try_for_each(|index| overlay::remove(&overlay::path(&self.path, index)))
+    }
+
+    /// The points before the job can be returned to, however many passes follow.
+    fn keep_anchors(&mut self) -> Result<()> {
+        if self.job.state != State::Created {
+            return Ok(());
+        }
+        self.open_targets()?;
+        for index in 0..self.targets.len() {
+            let context = self.engine_context(index, &self.context.cancel);
+            keep_anchor(&mut self.targets[index], BlockSize::DEFAULT, &context)
+                .map_err(|e| Error::engine("keep the point before the job", e))?;
+        }
+        Ok(())
+    }
+
+    fn live_pass(&mut self) -> Result<()> {
+        self.check_cancelled()?;
+        self.step(Input::PassBegins, "a pass begins")?;
+        let token = self.context.cancel.clone();
+        self.pass(&token, Source::cut)
+    }
+
+    /// Cuts, copies, and lets the cut go.
+    fn pass(
+        &mut self,
+        cancel: &CancelToken,
+        take: impl FnOnce(&mut Source, u64) -> Result<Cut>,
+    ) -> Result<()> {
+        let held = self.open_targets()?;
+        if self.job.state != State::LastPass {
+            self.settle(&held)?;
+        }
+        let highest = held.iter().flatten().max().copied().unwrap_or(0);
+        let number = self.store.take_number(self.job.id, highest + 1)?;
+        let began = Instant::now();
+        let cut = take(&mut self.source, number)?;
+        let since = self.since_last_cut(began)?;
+        for warning in &cut.warnings {
+            self.warn("not_frozen", warning.clone());
+        }
+        let (consistency, held_up) = (cut.consistency, cut.held_up);
+        let changed = self.copy(cut, number, cancel)?;
+        let seconds = began.elapsed().as_secs_f64();
+        let pass = Pass::new(number, changed, seconds, since);
+        self.record(&pass, consistency, held_up)?;
+        if self.job.state != State::LastPass {
+            self.settle(&vec![Some(number); self.targets.len()])?;
+        }
+        Ok(())
+    }
+
+    /// Seconds since the cut before this one, also if another process made it.
+    fn since_last_cut(&mut self, now: Instant) -> Result<Option<f64>> {
+        if let Some(last) = self.last_cut.replace(now) {
+            return Ok(Some((now - last).as_secs_f64()));
+        }
+        let passes = self.store.passes(self.job.id)?;
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let since = passes
+            .last()
+            .map(|(pass, ended_ms, _)| (now_ms() - ended_ms).max(0) as f64 / 1000.0 + pass.seconds);
+        Ok(since)
+    }
+
+    /// Brings all targets to a cut; returns the bytes that differed.
+    fn copy(&mut self, cut: Cut, number: u64, cancel: &CancelToken) -> Result<u64> {
+        let addresses: Vec<String> = (0..cut.disks.len())
+            .map(|index| self.address(index, number))
+            .collect();
+        let contexts: Vec<Context> = (0..cut.disks.len())
+            .map(|index| self.engine_context(index, cancel))
+            .collect();
+        let mode = self.job.spec.mode;
+        let mut members = Vec::new();
+        let disks = cut.disks.into_iter().zip(&mut self.targets);
+        for (((disk, target), address), context) in disks.zip(addresses).zip(contexts) {
+            let since = target.replica().point().map(|point| point.id.to_string());
+            let mut options = SyncOptions::default();
+            // Only the first pass has something to choose.
+            options.mode = if since.is_some() { Mode::Delta } else { mode };
+            options.source_address = address;
+            options.changes = since
+                .zip(disk.changes)
+                .map(|(since, map)| ChangesSince::new(since, map));
+            members.push(Member::new(disk.source, target, options, context));
+        }
+        match sync_group(members, &self.groups) {
+            Ok(receipts) => Ok(receipts
+                .iter()
+                .map(|receipt| receipt.changed_bytes.unwrap_or(receipt.staged_bytes))
+                .sum()),
+            Err(error) => {
+                self.targets.clear();
+                Err(Error::engine(format!("copy pass {number}"), error))
+            }
+        }
+    }
+
+    fn record(&mut self, pass: &Pass, consistency: Consistency, held_up: Duration) -> Result<()> {
+        let text = consistency.to_string();
+        self.store.add_pass(self.job.id, pass, &text)?;
+        let predicted = predicted_downtime(&self.passes()?, 0.0);
+        self.tell(&Told::Pass {
+            pass: *pass,
+            consistency: text,
+            held_up_seconds: held_up.as_secs_f64(),
+            predicted_downtime: predicted.filter(|_| self.job.state != State::LastPass),
+        });
+        Ok(())
+    }
+
+    fn passes(&self) -> Result<Vec<Pass>> {
+        let passes = self.store.passes(self.job.id)?;
+        Ok(passes.into_iter().map(|(pass, ..)| pass).collect())
+    }
+
+    /// Opens the targets that are not open, and says which cuts they hold.
+    fn open_targets(&mut self) -> Result<Vec<Option<u64>>> {
+        if self.targets.is_empty() {
+            let mut opened = Vec::new();
+            for disk in &self.job.spec.disk {
+                let target =
+                    Target::open_in_group(&disk.target, &self.context.targets, Some(&self.groups));
+                opened.push(target.map_err(|e| Error::engine("open a target", e))?);
+            }
+            self.targets = opened;
+            // All members have reached the outcome of every group.
+            self.groups.clear().map_err(|cause| {
+                Error::because(ErrorKind::Store, "remove records of groups", cause)
+            })?;
+        }
+        let mut held = Vec::new();
+        for index in 0..self.targets.len() {
+            let address = self.targets[index]
+                .replica()
+                .point()
+                .map(|point| point.source.address.clone());
+            held.push(address.and_then(|address| self.number_in(index, &address)));
+        }
+        Ok(held)
+    }
+
+    /// What a target records of where its point came from.
+    fn address(&self, index: usize, number: u64) -> String {
+        format!("{}#{number}", self.address_of_disk(index))
+    }
+
+    fn address_of_disk(&self, index: usize) -> String {
+        let JobRecord { name, id, spec, .. } = &self.job;
+        format!("{SCHEME}{name}.{id}/{}", spec.disk[index].node)
+    }
+
+    fn number_in(&self, index: usize, address: &str) -> Option<u64> {
+        let number = address.strip_prefix(&self.address_of_disk(index))?;
+        number.strip_prefix('#')?.parse().ok()
+    }
+
+    fn settle(&mut self, held: &[Option<u64>]) -> Result<()> {
+        let lost = self.source.settle(held)?;
+        for lost in lost {
+            let index = self
+                .job
+                .spec
+                .disk
+                .iter()
+                .position(|disk| disk.node == lost.disk);
+            // At first nothing is known, and nothing is missed.
+            if index.is_some_and(|index| held.get(index).copied().flatten().is_some()) {
+                self.warn(
+                    "bitmap_lost",
+                    format!("disk {} is compared in full: {}", lost.disk, lost.why),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn hook(&self, step: &str, command: &[String]) -> Result<()> {
+        let mut environment = vec![
+            ("BLOCKFERRY_JOB".to_owned(), self.job.name.clone()),
+            ("BLOCKFERRY_STEP".to_owned(), step.to_owned()),
+        ];
+        for (index, disk) in self.job.spec.disk.iter().enumerate() {
+            let mut add = |what: &str, path: &std::path::Path| {
+                let name = format!("BLOCKFERRY_DISK_{index}_{what}");
+                environment.push((name, path.display().to_string()));
+            };
+            add("TARGET", &disk.target);
+            let overlay = overlay::path(&self.path, index);
+            if overlay.exists() {
+                add("OVERLAY", &overlay);
+            }
+        }
+        hooks::run(step, command, &environment, self.job.spec.hooks.timeout.0)
+    }
+
+    fn step(&mut self, input: Input, text: &str) -> Result<()> {
+        let state = refused(&self.job, input)?;
+        self.store.move_to(self.job.id, state, text)?;
+        self.job.state = state;
+        self.tell(&Told::State(state, text.to_owned()));
+        Ok(())
+    }
+
+    fn warn(&self, code: &'static str, text: String) {
+        self.tell(&Told::Warning(code, text));
+    }
+
+    fn tell(&self, told: &Told) {
+        self.context.observer.told(told);
+    }
+
+    fn engine_context(&self, index: usize, cancel: &CancelToken) -> Context {
+        let observer = Arc::clone(&self.context.observer);
+        let mut context = Context::new()
+            .with_observer(move |event: &Event| observer.told(&Told::Disk(index, event.clone())));
+        context.cancel = cancel.clone();
+        context
+    }
+
+    fn check_cancelled(&self) -> Result<()> {
+        if self.context.cancel.is_cancelled() {
+            let text = format!(
+                "job {} is left as it is; starting it again goes on",
+                self.job.name
+            );
+            return Err(Error::new(ErrorKind::Cancelled, text));
+        }
+        Ok(())
+    }
+}
+
+/// Cancels a token at a moment, or when another one is cancelled, unless it is dropped before.
+struct Alarm {
+    token: CancelToken,
+    rang: Arc<AtomicBool>,
+    off: Arc<AtomicBool>,
+}
+
+impl Alarm {
+    fn set(at: Instant, other: CancelToken) -> Self {
+        let alarm = Self {
+            token: CancelToken::new(),
+            rang: Arc::default(),
+            off: Arc::default(),
+        };
+        let (token, rang) = (alarm.token.clone(), Arc::clone(&alarm.rang));
+        let off = Arc::clone(&alarm.off);
+        std::thread::spawn(move || {
+            while !off.load(Ordering::SeqCst) {
+                if Instant::now() >= at {
+                    rang.store(true, Ordering::SeqCst);
+                    token.cancel();
+                    return;
+                }
+                if other.is_cancelled() {
+                    token.cancel();
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        alarm
+    }
+
+    fn rang(&self) -> bool {
+        self.rang.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        self.off.store(true, Ordering::SeqCst);
+    }
+}

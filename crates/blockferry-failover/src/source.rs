@@ -1,0 +1,296 @@
+//! The source of a job: a QEMU machine, its points, and how it is stopped and let go.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blockferry_core::ChangeMap;
+use blockferry_device::{BlockSource, Consistency, Quiesce};
+use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
+use blockferry_qemu::freeze::Guarded;
+use blockferry_qemu::{Agent, Held, Lost, Machine, MachineOptions, PointExport};
+use serde_json::json;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::spec::{JobSpec, QuiesceBy};
+
+/// For the guest to shut down.
+const SHUTTING_DOWN: Duration = Duration::from_secs(120);
+/// For the agent of a guest that runs to answer.
+const AGENT: Duration = Duration::from_secs(5);
+/// For a freeze that a stop follows: the guest stands still, nothing waits for its end.
+const FREEZE_BEFORE_STOP: Duration = Duration::from_secs(60);
+
+/// One moment of all disks.
+#[derive(Debug)]
+pub(crate) struct Cut {
+    pub(crate) consistency: Consistency,
+    /// In the order of the job's disks.
+    pub(crate) disks: Vec<CutDisk>,
+    /// How long writes were held up for it.
+    pub(crate) held_up: Duration,
+    /// What did not go as hoped.
+    pub(crate) warnings: Vec<String>,
+}
+
+#[derive(Debug)]
+pub(crate) struct CutDisk {
+    pub(crate) source: Arc<dyn BlockSource>,
+    /// Since the cut that the target holds.
+    pub(crate) changes: Option<Arc<ChangeMap>>,
+}
+
+/// The machine of a job. It is connected to when it is needed, and let go in between: its QMP socket serves one client.
+#[derive(Debug)]
+pub(crate) struct Source {
+    spec: JobSpec,
+    options: MachineOptions,
+    machine: Option<Machine>,
+    /// What freezes the guest; without it no freeze is guarded, so none is made.
+    guard: Option<Vec<OsString>>,
+    disks: Vec<String>,
+    /// Holds the guest frozen while it is stopped.
+    frozen: Option<Guarded>,
+}
+
+impl Source {
+    pub(crate) fn new(spec: &JobSpec, scratch: &Path, guard: Option<Vec<OsString>>) -> Self {
+        let machine = &spec.machine;
+        let scratch = machine.scratch.as_deref().unwrap_or(scratch);
+        let mut options = MachineOptions::new(&machine.qmp, &spec.name, scratch);
+        options.nbd.clone_from(&machine.nbd);
+        Self {
+            spec: spec.clone(),
+            options,
+            machine: None,
+            guard,
+            disks: spec.disk.iter().map(|disk| disk.node.clone()).collect(),
+            frozen: None,
+        }
+    }
+
+    /// Lets the connection go.
+    pub(crate) fn release(&mut self) {
+        self.machine = None;
+    }
+
+    fn machine(&mut self) -> Result<&mut Machine> {
+        let machine = match self.machine.take() {
+            Some(machine) => machine,
+            None => Machine::open(&self.options)
+                .map_err(|cause| Error::source("reach the machine", cause))?,
+        };
+        Ok(self.machine.insert(machine))
+    }
+
+    /// Runs `act`; a machine that failed is connected to afresh the next time.
+    fn with<T>(
+        &mut self,
+        what: &str,
+        act: impl FnOnce(&mut Machine) -> blockferry_device::Result<T>,
+    ) -> Result<T> {
+        let done = act(self.machine()?);
+        done.map_err(|cause| {
+            self.machine = None;
+            Error::source(what.to_owned(), cause)
+        })
+    }
+
+    /// Ends what is under way and makes the bitmaps say what changed since the cuts that the targets hold.
+    pub(crate) fn settle(&mut self, held: &[Option<u64>]) -> Result<Vec<Lost>> {
+        let held: Vec<Held> = self
+            .disks
+            .iter()
+            .zip(held)
+            .map(|(disk, number)| match number {
+                Some(number) => Held::cut(disk, *number),
+                None => Held::unknown(disk),
+            })
+            .collect();
+        self.with("tidy up in the machine", |machine| machine.settle(&held))
+    }
+
+    /// A cut while the machine runs.
+    pub(crate) fn cut(&mut self, number: u64) -> Result<Cut> {
+        let disks = self.disks.clone();
+        self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
+        let mut warnings = Vec::new();
+        let began = Instant::now();
+        let freeze = self.freeze(self.spec.freeze_deadline, &mut warnings);
+        let done = self.with("cut", |machine| machine.cut(number, &disks));
+        let in_time = freeze.as_ref().map(Quiesce::thaw);
+        let held_up = began.elapsed();
+        done?;
+        let consistency = match in_time {
+            Some(Ok(())) => Consistency::FileSystem,
+            Some(Err(late)) => {
+                warnings.push(format!("the point is crash-consistent only: {late}"));
+                Consistency::Crash
+            }
+            None => Consistency::Crash,
+        };
+        let points = self.with("export a cut", |machine| machine.publish(number, &disks))?;
+        Self::opened(&points, consistency, held_up, warnings)
+    }
+
+    /// The last cut, once the machine is stopped.
+    pub(crate) fn cut_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Cut> {
+        let disks = self.disks.clone();
+        let points = self.with("the last cut", |machine| {
+            machine.cut_at_rest(number, &disks)?;
+            machine.publish_at_rest(number, &disks)
+        })?;
+        Self::opened(&points, consistency, Duration::ZERO, Vec::new())
+    }
+
+    fn opened(
+        points: &[PointExport],
+        consistency: Consistency,
+        held_up: Duration,
+        warnings: Vec<String>,
+    ) -> Result<Cut> {
+        let disks = points.iter().map(open_point).collect::<Result<_>>()?;
+        Ok(Cut {
+            consistency,
+            disks,
+            held_up,
+            warnings,
+        })
+    }
+
+    /// Freezes the guest where it has an agent. What keeps it from that is said, and is no failure.
+    fn freeze(&self, deadline: Duration, warnings: &mut Vec<String>) -> Option<Guarded> {
+        let agent = self.spec.machine.agent.as_ref()?;
+        let Some(guard) = &self.guard else {
+            warnings.push(
+                "the point is crash-consistent only: there is no program to guard a freeze"
+                    .to_owned(),
+            );
+            return None;
+        };
+        let mut command = guard.clone();
+        command.push(agent.into());
+        let guarded = Guarded::new(command);
+        match guarded.freeze(deadline) {
+            Ok(()) => Some(guarded),
+            Err(error) => {
+                warnings.push(format!("the point is crash-consistent only: {error}"));
+                None
+            }
+        }
+    }
+
+    /// Stops the machine: nothing is written any more. [`Self::resume`] takes it back, also after a failure here.
+    pub(crate) fn quiesce(&mut self) -> Result<(Consistency, Vec<String>)> {
+        let mut warnings = Vec::new();
+        let has_guest = self
+            .with("look at the machine", Machine::is_running)?
+            .is_some();
+        let mut consistency = Consistency::Crash;
+        if has_guest {
+            match self.spec.machine.quiesce {
+                QuiesceBy::PowerDown => {
+                    self.with("shut the guest down", |m| m.power_down(SHUTTING_DOWN))?;
+                    consistency = Consistency::AtRest;
+                }
+                QuiesceBy::FreezeAndStop => {
+                    self.frozen = self.freeze(FREEZE_BEFORE_STOP, &mut warnings);
+                    self.with("stop the guest", Machine::stop)?;
+                    if self.frozen.is_some() {
+                        consistency = Consistency::FileSystem;
+                    }
+                }
+                QuiesceBy::Stop => self.with("stop the guest", Machine::stop)?,
+            }
+        }
+        self.take_writers_away()?;
+        Ok((consistency, warnings))
+    }
+
+    fn take_writers_away(&mut self) -> Result<()> {
+        let disks = self.disks.clone();
+        let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
+        let known: Vec<&String> = self.spec.disk.iter().flat_map(|d| &d.writers).collect();
+        if let Some(stranger) = found.iter().find(|export| !known.contains(export)) {
+            let text = format!(
+                "export {stranger:?} of the machine may be written by others: name it among the writers of its disk, \
+                 so that it is taken away and given back"
+            );
+            return Err(Error::new(ErrorKind::Source, text));
+        }
+        for export in found {
+            self.with("take a writer away", |m| m.remove_export(&export))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the machine go on as before [`Self::quiesce`], however far that came. Harmless where it runs.
+    pub(crate) fn resume(&mut self) -> Result<()> {
+        self.give_writers_back()?;
+        let running = self.with("look at the machine", Machine::is_running)?;
+        if running == Some(false) {
+            self.with("let the guest go on", Machine::resume)?;
+        }
+        if let Some(frozen) = self.frozen.take() {
+            // The guard may have given up while the guest stood still.
+            frozen.thaw().ok();
+        }
+        match &self.spec.machine.agent {
+            Some(agent) if running.is_some() => thaw(agent),
+            _ => Ok(()),
+        }
+    }
+
+    fn give_writers_back(&mut self) -> Result<()> {
+        let disks = self.disks.clone();
+        let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
+        for disk in self.spec.disk.clone() {
+            for export in disk.writers.iter().filter(|export| !found.contains(export)) {
+                let arguments = json!({
+                    "type": "nbd", "id": export, "name": export, "node-name": disk.node,
+                    "writable": true,
+                });
+                self.with("give a writer back", |machine| {
+                    machine.qmp().execute("block-export-add", arguments)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes everything of this job away from the machine.
+    pub(crate) fn leave(&mut self) -> Result<()> {
+        let disks = self.disks.clone();
+        self.with("leave the machine", |machine| machine.leave(&disks))
+    }
+}
+
+fn open_point(point: &PointExport) -> Result<CutDisk> {
+    let failed = |cause| Error::source(format!("open the point of {}", point.disk), cause);
+    let address = NbdAddress::unix(&point.socket, &point.export).map_err(failed)?;
+    let mut options = NbdOptions::default();
+    options.bitmap.clone_from(&point.bitmap);
+    let source = NbdDevice::open_source(&address, &options).map_err(failed)?;
+    let changes = match point.bitmap {
+        Some(_) => source.changes().map_err(failed)?,
+        None => None,
+    };
+    Ok(CutDisk {
+        source,
+        changes: changes.map(Arc::new),
+    })
+}
+
+/// A guest that we, or somebody before us, left frozen.
+fn thaw(agent: &Path) -> Result<()> {
+    let failed = |cause| Error::source("thaw the guest", cause);
+    // Without an agent that answers nobody has frozen it.
+    let Ok(mut agent) = Agent::connect(agent, AGENT) else {
+        return Ok(());
+    };
+    if agent.is_frozen(AGENT).map_err(failed)? {
+        agent.thaw(AGENT).map_err(failed)?;
+    }
+    Ok(())
+}

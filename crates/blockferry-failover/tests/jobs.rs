@@ -1,0 +1,302 @@
+//! Jobs from end to end: a qemu-storage-daemon whose disks are written all the while.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use blockferry_device::{BlockSource, BlockTarget, CancelToken};
+use blockferry_engine::TargetOptions;
+use blockferry_failover::{ErrorKind, JobContext, JobSpec, JobStatus, Jobs, State, Told, Until};
+use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
+use blockferry_testkit::{StorageDaemon, Writer, images};
+
+const BYTES: usize = 16 << 20;
+
+/// A site with a machine of two disks, and a site with their replicas.
+struct Sites {
+    _daemon: StorageDaemon,
+    place: tempfile::TempDir,
+    told: Arc<Mutex<Vec<String>>>,
+    cancel: CancelToken,
+    /// What the targets held before the job.
+    old: Vec<Vec<u8>>,
+}
+
+fn is_missing() -> bool {
+    let missing = !StorageDaemon::is_installed();
+    #[expect(clippy::print_stderr, reason = "what is skipped is said")]
+    if missing {
+        eprintln!("SKIPPED: qemu-storage-daemon is not installed");
+    }
+    missing
+}
+
+impl Sites {
+    /// The targets hold something older; the second is absent.
+    fn new() -> Self {
+        // A target must not be kept on a file system in memory.
+        let place = tempfile::tempdir_in("/var/tmp").expect("a directory");
+        for (disk, seed) in [("disk0", 1), ("disk1", 2)] {
+            let content = images::sparse_image(seed, BYTES as u64, 0.5);
+            fs::write(place.path().join(disk), content).expect("written");
+        }
+        let old = images::sparse_image(1, BYTES as u64, 0.4);
+        fs::write(place.path().join("replica0"), &old).expect("written");
+        let daemon = StorageDaemon::start(place.path(), "raw").expect("a daemon");
+        Self {
+            _daemon: daemon,
+            place,
+            told: Arc::default(),
+            cancel: CancelToken::new(),
+            old: vec![old],
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.place.path().join(name)
+    }
+
+    fn spec(&self, more: &str) -> JobSpec {
+        let path = |name: &str| self.path(name).display().to_string();
+        let text = format!(
+            r#"
+            name = "web1"
+            downtime-budget = "2s"
+            refresh = "200ms"
+            {more}
+            [machine]
+            qmp = "{}"
+            nbd = "{}"
+            [[disk]]
+            node = "disk0"
+            target = "{}"
+            writers = ["w-disk0"]
+            [[disk]]
+            node = "disk1"
+            target = "{}"
+            writers = ["w-disk1"]
+            "#,
+            path("qmp"),
+            path("nbd"),
+            path("replica0"),
+            path("replica1")
+        );
+        JobSpec::from_toml(&text).expect("a job")
+    }
+
+    fn jobs(&self) -> Jobs {
+        Jobs::open(&self.path("jobs")).expect("the jobs")
+    }
+
+    fn context(&self) -> JobContext {
+        let mut context = JobContext::new(TargetOptions::new(self.path("states")));
+        let told = Arc::clone(&self.told);
+        context.cancel = self.cancel.clone();
+        context.observer = Arc::new(move |event: &Told| {
+            let line = match event {
+                Told::State(state, text) => format!("{state}: {text}"),
+                Told::Warning(code, text) => format!("warning {code}: {text}"),
+                Told::Pass { pass, .. } => format!("pass {pass:?}"),
+                _ => return,
+            };
+            told.lock().expect("no panic").push(line);
+        });
+        context
+    }
+
+    fn told(&self) -> String {
+        self.told.lock().expect("no panic").join("\n")
+    }
+
+    fn status(&self) -> JobStatus {
+        let targets = TargetOptions::new(self.path("states"));
+        self.jobs().status("web1", &targets).expect("a status")
+    }
+
+    fn writer(&self, pause: Duration) -> Writer {
+        let content: Vec<Vec<u8>> = ["disk0", "disk1"]
+            .map(|disk| fs::read(self.path(disk)).expect("read"))
+            .to_vec();
+        let devices = ["disk0", "disk1"].map(|disk| {
+            let address = NbdAddress::unix(self.path("nbd"), &format!("w-{disk}")).expect("fits");
+            let opened = NbdDevice::open_target(&address, &NbdOptions::default());
+            opened.expect("an export") as Arc<dyn BlockTarget>
+        });
+        Writer::start(devices.to_vec(), content, pause, 7)
+    }
+
+    fn replicas(&self) -> Vec<Vec<u8>> {
+        ["replica0", "replica1"]
+            .map(|replica| fs::read(self.path(replica)).expect("a replica"))
+            .to_vec()
+    }
+
+    /// What is left of us in the machine's directory.
+    fn leftovers(&self) -> Vec<String> {
+        let names = fs::read_dir(self.place.path()).expect("a directory");
+        let names = names.map(|entry| entry.expect("an entry").file_name());
+        let names = names.map(|name| name.to_string_lossy().into_owned());
+        names.filter(|name| name.starts_with("bf-")).collect()
+    }
+}
+
+fn content(image: &Path) -> Vec<u8> {
+    let opened = blockferry_nbd::open_image(
+        blockferry_device::ImageFormat::Qcow2,
+        image,
+        &std::env::temp_dir(),
+    );
+    let device = opened.expect("an overlay");
+    let mut bytes = vec![0; BYTES];
+    device.read_at(0, &mut bytes).expect("read");
+    bytes
+}
+
+#[test]
+fn a_machine_that_is_written_comes_over_and_what_it_acknowledged_is_there() {
+    if is_missing() {
+        return;
+    }
+    let sites = Sites::new();
+    let writer = sites.writer(Duration::from_micros(300));
+    let (spec, context) = (sites.spec(""), sites.context());
+
+    let state = sites.jobs().start(&spec, Until::Ready, &context);
+    assert_eq!(state.expect("ready"), State::Ready, "{}", sites.told());
+    let status = sites.status();
+    assert!(status.passes.len() >= 2, "{}", sites.told());
+    assert!(status.passes[1].changed_bytes < status.passes[0].changed_bytes);
+    let state = sites.jobs().complete("web1", None, &context);
+    assert_eq!(
+        state.expect("cut over"),
+        State::CommitPending,
+        "{}",
+        sites.told()
+    );
+
+    // The writer was fenced: what it was told was written is what the replicas hold.
+    assert!(writer.stop().is_on(&sites.replicas()), "{}", sites.told());
+    let at_the_cut = sites.replicas();
+    let status = sites.status();
+    assert!(
+        status.job.downtime_seconds.is_some_and(|s| s < 2.0),
+        "{status:?}"
+    );
+    let overlays: Vec<PathBuf> = status
+        .disks
+        .iter()
+        .filter_map(|d| d.overlay.clone())
+        .collect();
+    assert_eq!(overlays.len(), 2);
+    // The replica runs for a while.
+    let written = std::process::Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -P 0x5A 1M 64k"])
+        .arg(&overlays[1])
+        .output();
+    assert!(written.expect("qemu-io").status.success());
+    assert!(
+        sites.replicas() == at_the_cut,
+        "an overlay does not touch its target"
+    );
+    let mut expected = at_the_cut;
+    expected[1][1 << 20..][..64 << 10].fill(0x5A);
+    assert!(content(&overlays[1]) == expected[1]);
+
+    let state = sites.jobs().commit("web1", &context);
+    assert_eq!(
+        state.expect("committed"),
+        State::Committed,
+        "{}",
+        sites.told()
+    );
+
+    assert!(
+        sites.replicas() == expected,
+        "what the replica wrote is kept"
+    );
+    assert_eq!(sites.leftovers(), Vec::<String>::new());
+    assert!(!overlays.iter().any(|overlay| overlay.exists()));
+    let again = sites
+        .jobs()
+        .rollback("web1", &context)
+        .expect_err("it is over");
+    assert_eq!(again.kind(), ErrorKind::Refused);
+}
+
+#[test]
+fn a_job_that_is_rolled_back_leaves_the_old_point_and_a_source_that_runs() {
+    if is_missing() {
+        return;
+    }
+    let sites = Sites::new();
+    let writer = sites.writer(Duration::from_micros(300));
+    let (spec, context) = (sites.spec(""), sites.context());
+    let state = sites.jobs().start(&spec, Until::Ready, &context);
+    assert_eq!(state.expect("ready"), State::Ready);
+    sites
+        .jobs()
+        .complete("web1", None, &context)
+        .expect("cut over");
+    let stood_still = writer.stop();
+
+    let state = sites.jobs().rollback("web1", &context);
+
+    assert_eq!(
+        state.expect("rolled back"),
+        State::RolledBack,
+        "{}",
+        sites.told()
+    );
+    assert!(
+        sites.replicas()[0] == sites.old[0],
+        "the point before the job"
+    );
+    assert_eq!(sites.leftovers(), Vec::<String>::new());
+    // The source goes on where it stood.
+    let writer = sites.writer(Duration::from_micros(100));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(writer.stop().content != stood_still.content);
+}
+
+#[test]
+fn a_run_waits_ready_refreshes_and_cuts_over_when_another_process_asks() {
+    if is_missing() {
+        return;
+    }
+    let sites = Sites::new();
+    let writer = sites.writer(Duration::from_millis(1));
+    let (spec, context) = (sites.spec(""), sites.context());
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| sites.jobs().start(&spec, Until::Cutover, &context));
+        let end = std::time::Instant::now() + Duration::from_secs(30);
+        // It is refreshed more than once while it waits.
+        while sites
+            .jobs()
+            .status("web1", &context.targets)
+            .map_or(0, |s| s.passes.len())
+            < 5
+        {
+            assert!(std::time::Instant::now() < end, "{}", sites.told());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(sites.status().running);
+        let held = sites
+            .jobs()
+            .rollback("web1", &context)
+            .expect_err("somebody works on it");
+        assert_eq!(held.kind(), ErrorKind::Busy, "{held}");
+
+        let state = sites.jobs().complete("web1", None, &context);
+
+        assert_eq!(
+            state.expect("cut over"),
+            State::CommitPending,
+            "{}",
+            sites.told()
+        );
+        let ended = running.join().expect("no panic");
+        assert_eq!(ended.expect("cut over"), State::CommitPending);
+    });
+    assert!(writer.stop().is_on(&sites.replicas()));
+}
