@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::lab::output;
 
 /// The shipped crates from the bottom up. Crates on one level never name each other.
-const LEVELS: [&[&str]; 7] = [
+const LEVELS: [&[&str]; 8] = [
     &["blockferry-core"],
     &["blockferry-device"],
     &[
@@ -22,6 +22,7 @@ const LEVELS: [&[&str]; 7] = [
     ],
     &["blockferry-delta-sync", "blockferry-full-download"],
     &["blockferry-engine"],
+    &["blockferry-failover"],
     &["blockferry"],
     &["blockferry-cli"],
 ];

@@ -62,6 +62,9 @@ fn perform(verb: &Verb, session: &Session) -> Result<Exit, Failure> {
         Verb::Verify(arguments) => verbs::verify::run(arguments, session),
         Verb::Serve(arguments) => verbs::serve::run(arguments, session),
         Verb::Certs(arguments) => verbs::certs::run(arguments, session),
+        Verb::Failover(arguments) => verbs::failover::run(arguments, session),
+        Verb::Jobs(arguments) => verbs::jobs::run(arguments, session),
+        Verb::FreezeGuard(arguments) => verbs::failover::guard(arguments),
         Verb::Completions(arguments) => Ok(verbs::generate::completions(arguments, session)),
         Verb::Man(arguments) => verbs::generate::man(arguments, session),
     }

@@ -1,13 +1,18 @@
 //! What can be typed: the verbs and their options. Values are checked here, so that a verb never sees a wrong one.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use crate::address::{Address, Location, Readable};
+use crate::engine::failover::{State, parse_duration};
 use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
 use crate::export::PORT;
 use crate::file_url;
@@ -85,11 +90,18 @@ pub(crate) enum Verb {
     Serve(ServeArguments),
     /// Make certificates for hosts that are to trust each other
     Certs(CertsArguments),
+    /// Bring a running machine over to its replica, pass by pass, with a pause of seconds at the end
+    Failover(FailoverArguments),
+    /// List the jobs of this host, the newest first
+    Jobs(JobsArguments),
     /// Print a completion script for a shell
     Completions(CompletionsArguments),
     /// Write the manual pages into a directory
     #[command(hide = true)]
     Man(ManArguments),
+    /// Freeze a guest, and thaw it when told, at the deadline, or when whoever began it is gone
+    #[command(hide = true)]
+    FreezeGuard(FreezeGuardArguments),
 }
 
 impl Verb {
@@ -108,8 +120,11 @@ impl Verb {
             Self::Verify(_) => "verify",
             Self::Serve(_) => "serve",
             Self::Certs(_) => "certs",
+            Self::Failover(_) => "failover",
+            Self::Jobs(_) => "jobs",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
+            Self::FreezeGuard(_) => "freeze-guard",
         }
     }
 }
@@ -335,6 +350,68 @@ pub(crate) struct VerifyArguments {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct FailoverArguments {
+    /// What to do with the job
+    #[arg(value_enum)]
+    pub(crate) action: FailoverAction,
+    /// The job by its name; to start one, the file that describes it
+    #[arg(value_name = "JOB")]
+    pub(crate) job: OsString,
+    /// complete: not before TIME, as 2026-11-28T02:00:00Z, or +30m
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) at: Option<i64>,
+    /// start: end once the job is ready, instead of refreshing the target until it is cut over
+    #[arg(long, value_enum, value_name = "STATE")]
+    pub(crate) until: Option<UntilArgument>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FailoverAction {
+    /// Copy what changed, pass by pass, and go on doing so
+    Start,
+    /// Tell where the job stands and what leads on and back
+    Status,
+    /// Stop the source, copy the last changes, start the replica
+    Complete,
+    /// Copy no more; the target stays at its last pass
+    Cancel,
+    /// Return the target to the point before the job, and let the source run
+    Rollback,
+    /// Keep what the replica wrote, and let the old point go
+    Commit,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum UntilArgument {
+    /// The last pass would fit the budget, or more passes bring nothing
+    Ready,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct JobsArguments {
+    /// Only jobs in this state, as ready or committed
+    #[arg(long, value_name = "STATE")]
+    pub(crate) state: Option<State>,
+    /// Only jobs of this operation: failover
+    #[arg(long, value_name = "OPERATION")]
+    pub(crate) operation: Option<String>,
+    /// Only jobs that something happened to at TIME or later
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) from: Option<i64>,
+    /// Only jobs that were created at TIME or before
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub(crate) to: Option<i64>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct FreezeGuardArguments {
+    /// The socket of the guest's agent
+    pub(crate) agent: PathBuf,
+    /// Longest time, in milliseconds
+    pub(crate) deadline_ms: u64,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct CompletionsArguments {
     /// The shell
     #[arg(value_enum)]
@@ -466,6 +543,30 @@ fn listening(text: &str) -> Result<String, String> {
     Ok(format!("{host}:{port}"))
 }
 
+/// Milliseconds since 1970 of a time in UTC or with its offset, or of one that is so far from now.
+fn moment(text: &str) -> Result<i64, String> {
+    let since_1970 = match (text.strip_prefix('+'), text.strip_prefix('-')) {
+        (None, None) => {
+            let parsed = OffsetDateTime::parse(text, &Rfc3339);
+            let expected = "expected a time as 2026-11-28T02:00:00Z, or +30m for one from now";
+            let parsed = parsed.map_err(|_no_time| expected.to_owned())?;
+            parsed.unix_timestamp_nanos() / 1_000_000
+        }
+        (after, before) => {
+            let distance = after.or(before).unwrap_or_default();
+            let distance = parse_duration(distance).map_err(|error| error.to_string())?;
+            let now = OffsetDateTime::from(SystemTime::now()).unix_timestamp_nanos() / 1_000_000;
+            let distance = i128::try_from(distance.as_millis()).unwrap_or(i128::MAX);
+            if after.is_some() {
+                now.saturating_add(distance)
+            } else {
+                now.saturating_sub(distance)
+            }
+        }
+    };
+    i64::try_from(since_1970).map_err(|_far| "it is too far away".to_owned())
+}
+
 fn positive_size(text: &str) -> Result<u64, String> {
     match parse_size(text) {
         Ok(0) => Err("it must be greater than zero".to_owned()),
@@ -504,6 +605,9 @@ mod tests {
             ("digest a", "digest"),
             ("verify t", "verify"),
             ("serve --stdio", "serve"),
+            ("failover start job.toml", "failover"),
+            ("jobs", "jobs"),
+            ("freeze-guard s 1", "freeze-guard"),
             ("completions bash", "completions"),
             ("man d", "man"),
         ] {
@@ -528,6 +632,17 @@ mod tests {
             let pace = parse(line);
 
             assert_eq!(parse(&format!("resume t{}", pace.words())), pace);
+        }
+    }
+
+    #[test]
+    fn moments_are_times_or_distances_from_now() {
+        assert_eq!(moment("1970-01-01T00:00:01Z"), Ok(1000));
+        assert_eq!(moment("1970-01-01T01:00:00+01:00"), Ok(0));
+        let (past, future) = (moment("-1h").unwrap(), moment("+1h").unwrap());
+        assert!((future - past - 7_200_000).abs() < 60_000);
+        for wrong in ["", "soon", "02:00", "+", "+1d", "2026-11-28"] {
+            assert!(moment(wrong).is_err(), "{wrong}");
         }
     }
 

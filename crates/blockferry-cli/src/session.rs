@@ -58,6 +58,16 @@ impl Session {
         context
     }
 
+    /// The token that a signal cancels.
+    pub(crate) fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// The signal that asked to stop.
+    pub(crate) fn signal(&self) -> Option<u8> {
+        self.received.signal()
+    }
+
     /// Whether a signal asked to stop.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()

@@ -17,8 +17,14 @@ pub use blockferry_transport::{Connection, Deadlines, Link};
 pub use blockferry_core as core;
 /// Devices: traits, files, block devices, decorators.
 pub use blockferry_device as device;
+/// Jobs: live passes of running machines, cutover, commit, roll back.
+#[cfg(feature = "failover")]
+pub use blockferry_failover as failover;
 /// Exports of NBD servers.
 pub use blockferry_nbd as nbd;
+/// Points of running QEMU machines.
+#[cfg(feature = "failover")]
+pub use blockferry_qemu as qemu;
 /// Sessions and decisions, for those who drive them themselves.
 pub use blockferry_transfer_log as transfer_log;
 /// Links, connections and messages between two machines.
