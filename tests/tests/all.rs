@@ -4,6 +4,7 @@ mod arrows;
 mod bounds;
 mod docs;
 mod failing_devices;
+mod failover;
 mod failures;
 mod fixtures;
 mod full_disks;

@@ -391,7 +391,7 @@ pub(crate) enum UntilArgument {
 pub(crate) struct JobsArguments {
     /// Only jobs in this state, as ready or committed
     #[arg(long, value_name = "STATE")]
-    pub(crate) state: Option<State>,
+    pub(crate) in_state: Option<State>,
     /// Only jobs of this operation: failover
     #[arg(long, value_name = "OPERATION")]
     pub(crate) operation: Option<String>,

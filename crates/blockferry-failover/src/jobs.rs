@@ -221,7 +221,7 @@ impl Jobs {
             }
             None => self.store.create(spec)?,
         };
-        self.runner(job, context)?.run(until)
+        self.runner(&job, context)?.run(until)
     }
 
     /// Goes on with a job by its name, as [`Self::start`].
@@ -230,7 +230,7 @@ impl Jobs {
     /// As [`Self::start`]; or there is no such job.
     pub fn go_on(&mut self, name: &str, until: Until, context: &JobContext) -> Result<State> {
         let job = self.find(name)?;
-        self.runner(job, context)?.run(until)
+        self.runner(&job, context)?.run(until)
     }
 
     /// Cuts over: at once, or at `at_ms` (milliseconds since 1970). Where another process works on the job it is asked to,
@@ -251,7 +251,7 @@ impl Jobs {
             self.store.ask(job.id, Request::Complete(at_ms))?;
             return self.wait_for(job.id, name, context, |state| state == State::CommitPending);
         }
-        self.runner(job, context)?.complete(at_ms)
+        self.runner(&job, context)?.complete(at_ms)
     }
 
     /// Copies no more; the targets stay at their last pass.
@@ -264,7 +264,7 @@ impl Jobs {
             self.store.ask(job.id, Request::Cancel)?;
             return self.wait_for(job.id, name, context, |state| state == State::Cancelled);
         }
-        self.runner(job, context)?.cancel()
+        self.runner(&job, context)?.cancel()
     }
 
     /// Returns the targets to the point before the job, and lets the source run.
@@ -273,7 +273,7 @@ impl Jobs {
     /// The state does not allow it, or a step failed: to be called again.
     pub fn rollback(&mut self, name: &str, context: &JobContext) -> Result<State> {
         let job = self.find(name)?;
-        self.runner(job, context)?.rollback()
+        self.runner(&job, context)?.rollback()
     }
 
     /// Merges what the replica wrote into the targets, and lets the old points go. The source stays as it was stopped.
@@ -282,7 +282,7 @@ impl Jobs {
     /// The state does not allow it, the replica still runs, or a step failed: to be called again.
     pub fn commit(&mut self, name: &str, context: &JobContext) -> Result<State> {
         let job = self.find(name)?;
-        self.runner(job, context)?.commit()
+        self.runner(&job, context)?.commit()
     }
 
     fn find(&self, name: &str) -> Result<JobRecord> {
@@ -296,7 +296,7 @@ impl Jobs {
         self.directory.join(name)
     }
 
-    fn runner(&mut self, job: JobRecord, context: &JobContext) -> Result<Runner<'_>> {
+    fn runner(&mut self, job: &JobRecord, context: &JobContext) -> Result<Runner<'_>> {
         let path = self.job_directory(&job.name);
         let failed = |cause: blockferry_device::Error| {
             let kind = match cause.kind() {

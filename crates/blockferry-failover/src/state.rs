@@ -89,21 +89,22 @@ impl State {
     /// The input does not fit the state: why, and what to do instead.
     pub fn after(self, input: Input) -> Result<Self, Refusal> {
         use Input as I;
-        use State as S;
         Ok(match (self, input) {
-            (S::Created | S::Syncing | S::Ready, I::PassBegins) => S::Syncing,
-            (S::Syncing, I::Converged) => S::Ready,
-            (S::Ready, I::CutoverBegins) => S::Quiescing,
-            (S::Quiescing, I::StepDone) => S::LastPass,
-            (S::LastPass, I::StepDone) => S::Fencing,
-            (S::Fencing, I::StepDone) => S::Starting,
-            (S::Starting, I::StepDone) => S::CommitPending,
-            (S::Quiescing | S::LastPass | S::Fencing | S::Starting, I::StepFailed) => S::Syncing,
-            (S::CommitPending | S::Cancelled, I::CommitBegins) => S::Committing,
-            (S::Committing, I::StepDone) => S::Committed,
-            (S::CommitPending | S::Cancelled, I::RollbackBegins) => S::RollingBack,
-            (S::RollingBack, I::StepDone) => S::RolledBack,
-            (S::Created | S::Syncing | S::Ready, I::Cancel) => S::Cancelled,
+            (Self::Created | Self::Syncing | Self::Ready, I::PassBegins) => Self::Syncing,
+            (Self::Syncing, I::Converged) => Self::Ready,
+            (Self::Ready, I::CutoverBegins) => Self::Quiescing,
+            (Self::Quiescing, I::StepDone) => Self::LastPass,
+            (Self::LastPass, I::StepDone) => Self::Fencing,
+            (Self::Fencing, I::StepDone) => Self::Starting,
+            (Self::Starting, I::StepDone) => Self::CommitPending,
+            (Self::Quiescing | Self::LastPass | Self::Fencing | Self::Starting, I::StepFailed) => {
+                Self::Syncing
+            }
+            (Self::CommitPending | Self::Cancelled, I::CommitBegins) => Self::Committing,
+            (Self::Committing, I::StepDone) => Self::Committed,
+            (Self::CommitPending | Self::Cancelled, I::RollbackBegins) => Self::RollingBack,
+            (Self::RollingBack, I::StepDone) => Self::RolledBack,
+            (Self::Created | Self::Syncing | Self::Ready, I::Cancel) => Self::Cancelled,
             _ => return Err(Refusal { state: self, input }),
         })
     }

@@ -70,7 +70,7 @@ pub fn open_image(format: ImageFormat, path: &Path, scratch: &Path) -> Result<Ar
         "--".as_ref(),
         path.as_os_str(),
     ];
-    serve(label, &image, scratch)
+    serve(&label, &image, scratch)
 }
 
 /// A qcow2 overlay to read, over a raw `backing` that is not locked for it: whoever reads it keeps others from writing the
@@ -91,7 +91,7 @@ pub fn open_overlay(path: &Path, backing: &Path, scratch: &Path) -> Result<Arc<N
     options.push(",backing.file.filename=");
     options.push(in_options(&absolute(backing)?));
     let image = ["--image-opts".as_ref(), "--".as_ref(), options.as_os_str()];
-    serve(label, &image, scratch)
+    serve(&label, &image, scratch)
 }
 
 /// A comma ends a value, two of them are one.
@@ -102,7 +102,7 @@ fn in_options(path: &Path) -> OsString {
 }
 
 /// What qemu-nbd serves when it is told of the image by `image`.
-fn serve(label: String, image: &[&OsStr], scratch: &Path) -> Result<Arc<NbdDevice>> {
+fn serve(label: &str, image: &[&OsStr], scratch: &Path) -> Result<Arc<NbdDevice>> {
     let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
     let place = tempfile::tempdir_in(scratch).map_err(failed)?;
     let socket = place.path().join("socket");
@@ -135,7 +135,7 @@ fn serve(label: String, image: &[&OsStr], scratch: &Path) -> Result<Arc<NbdDevic
             let text = format!("open {label}: {PROGRAM} does not serve it{complaint}");
             return Err(Error::new(ErrorKind::Unsuitable, text));
         }
-        match NbdDevice::open_as(&address, &NbdOptions::default(), label.clone()) {
+        match NbdDevice::open_as(&address, &NbdOptions::default(), label.to_owned()) {
             Ok(mut device) => {
                 device.keep(program);
                 return Ok(Arc::new(device));

@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError, mpsc};
@@ -127,6 +128,8 @@ impl Guarded {
             .arg(deadline.as_millis().to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // Who interrupts us at a terminal does not interrupt it.
+            .process_group(0)
             .spawn()
             .map_err(failed)?;
         match (child.stdin.take(), child.stdout.take()) {

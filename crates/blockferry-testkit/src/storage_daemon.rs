@@ -110,7 +110,8 @@ fn spawn(directory: &Path, format: &str, disks: usize) -> io::Result<Child> {
         let export = format!("type=nbd,id=w-{disk},node-name={disk},name=w-{disk},writable=on");
         command.args(["--blockdev", &node, "--export", &export]);
     }
-    let mut child = command.stdin(Stdio::null()).spawn()?;
+    // It complains of every writer that goes away.
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()?;
     let end = Instant::now() + STARTING;
     for socket in ["qmp", "nbd"] {
         while UnixStream::connect(directory.join(socket)).is_err() {

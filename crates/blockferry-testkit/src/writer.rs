@@ -1,6 +1,6 @@
 //! Somebody who keeps writing disks, and knows what they hold at any moment.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -19,9 +19,37 @@ pub struct Written {
     pub content: Vec<Vec<u8>>,
     /// Disk and first byte of the page whose write failed: it holds either content.
     pub unsure: Option<(usize, usize)>,
+    initial: Vec<Vec<u8>>,
+    seed: u64,
+    writes: u64,
 }
 
 impl Written {
+    /// After how many of the writes the disks held exactly this, all of them at one moment; `None` if they never did.
+    #[must_use]
+    pub fn moment_of(&self, disks: &[Vec<u8>]) -> Option<u64> {
+        let (mut content, mut random) = (self.initial.clone(), Random::new(self.seed));
+        let same = |content: &[Vec<u8>], disk: usize, start: usize| {
+            let found = disks.get(disk).and_then(|d| d.get(start..start + PAGE));
+            found == content[disk].get(start..start + PAGE)
+        };
+        let pages = |disk: usize| (0..content[disk].len() / PAGE).map(|page| page * PAGE);
+        let mut different = (0..content.len())
+            .map(|disk| pages(disk).filter(|at| !same(&content, disk, *at)).count())
+            .sum::<usize>();
+        // The write whose end nobody knows may count.
+        for number in 0..=self.writes + 1 {
+            if different == 0 {
+                return Some(number);
+            }
+            let (disk, start, page) = next_write(&content, &mut random);
+            different -= usize::from(!same(&content, disk, start));
+            content[disk][start..start + PAGE].copy_from_slice(&page);
+            different += usize::from(!same(&content, disk, start));
+        }
+        None
+    }
+
     /// Whether `disks` hold all that was acknowledged, and nothing else.
     #[must_use]
     pub fn is_on(&self, disks: &[Vec<u8>]) -> bool {
@@ -40,6 +68,8 @@ impl Written {
 pub struct Writer {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    initial: Vec<Vec<u8>>,
+    seed: u64,
 }
 
 #[derive(Debug)]
@@ -47,6 +77,7 @@ struct Shared {
     /// What was acknowledged; held during each write.
     content: Mutex<Vec<Vec<u8>>>,
     unsure: Mutex<Option<(usize, usize)>>,
+    writes: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -59,9 +90,11 @@ impl Writer {
         pause: Duration,
         seed: u64,
     ) -> Self {
+        let initial = content.clone();
         let shared = Arc::new(Shared {
             content: Mutex::new(content),
             unsure: Mutex::new(None),
+            writes: AtomicU64::new(0),
             stop: AtomicBool::new(false),
         });
         let writing = Arc::clone(&shared);
@@ -74,6 +107,8 @@ impl Writer {
         Self {
             shared,
             thread: Some(thread),
+            initial,
+            seed,
         }
     }
 
@@ -92,6 +127,9 @@ impl Writer {
         Written {
             content: self.shared.lock().clone(),
             unsure: *unsure.unwrap_or_else(PoisonError::into_inner),
+            initial: std::mem::take(&mut self.initial),
+            seed: self.seed,
+            writes: self.shared.writes.load(Ordering::SeqCst),
         }
     }
 
@@ -116,21 +154,25 @@ impl Shared {
 
     /// Writes one page; `false` if that failed, after which nobody knows what it holds.
     fn write(&self, devices: &[Arc<dyn BlockTarget>], random: &mut Random) -> bool {
-        let below = |random: &mut Random, bound: usize| {
-            usize::try_from(random.below(bound as u64)).unwrap_or(0)
-        };
         let mut content = self.lock();
-        let disk = below(random, devices.len());
-        let pages = content[disk].len() / PAGE;
-        let start = below(random, pages) * PAGE;
-        let mut page = [0; PAGE];
-        random.fill(&mut page);
+        let (disk, start, page) = next_write(&content, random);
         if devices[disk].write_at(start as u64, &page).is_err() {
             let mut unsure = self.unsure.lock().unwrap_or_else(PoisonError::into_inner);
             *unsure = Some((disk, start));
             return false;
         }
         content[disk][start..start + PAGE].copy_from_slice(&page);
+        self.writes.fetch_add(1, Ordering::SeqCst);
         true
     }
+}
+
+/// Disk, first byte, and the new page.
+fn next_write(content: &[Vec<u8>], random: &mut Random) -> (usize, usize, [u8; PAGE]) {
+    let mut below = |bound: usize| usize::try_from(random.below(bound as u64)).unwrap_or_default();
+    let disk = below(content.len());
+    let start = below(content[disk].len() / PAGE) * PAGE;
+    let mut page = [0; PAGE];
+    random.fill(&mut page);
+    (disk, start, page)
 }

@@ -12,7 +12,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use blockferry_testkit::{Random, images};
 
 pub(crate) use places::{LoopDevice, MountedFileSystem, skipped};
-pub(crate) use run::{Answer, Child, command, command_of, output, tool, with_files};
+pub(crate) use run::{
+    Answer, Child, command, command_of, output, tool, while_starting, with_files,
+};
 pub(crate) use traced::{Position, all_positions, some_positions};
 
 pub(crate) const MIB: u64 = 1 << 20;

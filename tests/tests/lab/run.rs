@@ -87,6 +87,12 @@ pub(crate) fn with_files<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Starts programs otherwise than through [`Child`].
+pub(crate) fn while_starting<T>(start: impl FnOnce() -> T) -> T {
+    let _starting = FILES.write().unwrap_or_else(PoisonError::into_inner);
+    start()
+}
+
 fn spawn(command: &mut Command) -> std::io::Result<Process> {
     let _starting = FILES.write().unwrap_or_else(PoisonError::into_inner);
     command.spawn()

@@ -17,7 +17,7 @@ struct Listing<'a> {
 
 pub(crate) fn run(arguments: &JobsArguments, session: &Session) -> Result<Exit, Failure> {
     let mut filter = Filter::default();
-    filter.state = arguments.state;
+    filter.state = arguments.in_state;
     filter.operation.clone_from(&arguments.operation);
     filter.from_ms = arguments.from;
     filter.to_ms = arguments.to;

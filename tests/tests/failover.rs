@@ -1,0 +1,256 @@
+//! Jobs as the real command runs them, killed at random moments, over a qemu-storage-daemon that is written all the while
+//! and killed itself: whatever dies, the replicas are at one moment of all disks, and the job goes on.
+
+use std::fs;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use blockferry::BlockTarget;
+use blockferry::nbd::{NbdAddress, NbdDevice, NbdOptions};
+use blockferry_testkit::{StorageDaemon, Writer};
+use serde_json::Value;
+
+use crate::lab::{Answer, Lab, MIB, seeded, skipped, while_starting, with_files};
+
+const BYTES: u64 = 12 * MIB;
+
+/// Two sites in one directory: a machine with two disks, and their replicas.
+struct Sites {
+    daemon: StorageDaemon,
+    lab: Lab,
+}
+
+impl Sites {
+    /// `None` if there is no qemu-storage-daemon.
+    fn new(test: &str) -> Option<Self> {
+        if !StorageDaemon::is_installed() {
+            skipped(test, "qemu-storage-daemon");
+            return None;
+        }
+        let lab = Lab::new();
+        for (disk, seed) in [("disk0", 1), ("disk1", 2)] {
+            lab.disk(disk, seed, BYTES);
+        }
+        // One replica begins with something older, the other with nothing.
+        lab.disk("replica0", 3, BYTES);
+        let daemon = while_starting(|| StorageDaemon::start(lab.root(), "raw")).expect("a daemon");
+        let path = |name: &str| lab.path(name).display().to_string();
+        let job = format!(
+            "name = \"web\"\ndowntime-budget = \"5s\"\nrefresh = \"50ms\"\n\
+             [machine]\nqmp = \"{}\"\nnbd = \"{}\"\n\
+             [[disk]]\nnode = \"disk0\"\ntarget = \"{}\"\nwriters = [\"w-disk0\"]\n\
+             [[disk]]\nnode = \"disk1\"\ntarget = \"{}\"\nwriters = [\"w-disk1\"]\n",
+            path("qmp"),
+            path("nbd"),
+            path("replica0"),
+            path("replica1")
+        );
+        fs::write(lab.path("web.toml"), job).expect("written");
+        Some(Self { daemon, lab })
+    }
+
+    fn contents(&self, names: [&str; 2]) -> Vec<Vec<u8>> {
+        let read = |name: &str| with_files(|| fs::read(self.lab.path(name))).expect("read");
+        names.map(read).to_vec()
+    }
+
+    fn replicas(&self) -> Vec<Vec<u8>> {
+        self.contents(["replica0", "replica1"])
+    }
+
+    fn writer(&self, seed: u64) -> Writer {
+        let devices = ["w-disk0", "w-disk1"].map(|export| {
+            let address = NbdAddress::unix(self.daemon.path("nbd"), export).expect("fits");
+            let opened = NbdDevice::open_target(&address, &NbdOptions::default());
+            opened.expect("an export") as Arc<dyn BlockTarget>
+        });
+        let content = self.contents(["disk0", "disk1"]);
+        Writer::start(devices.to_vec(), content, Duration::from_micros(500), seed)
+    }
+
+    fn state(&self) -> String {
+        let status = self.lab.must("failover status web");
+        let state = status.summary()["state"].as_str();
+        state.expect("a state").to_owned()
+    }
+
+    /// Runs a command and kills it after a while; its exit code if it came first.
+    fn killed(&self, line: &str, after: Duration) -> Option<i32> {
+        let child = self.lab.start(line);
+        thread::sleep(after);
+        child.kill().code
+    }
+}
+
+fn warnings(answer: &Answer) -> Vec<&str> {
+    let warnings = answer.lines.iter().filter(|line| line["type"] == "warning");
+    warnings.filter_map(|line| line["code"].as_str()).collect()
+}
+
+const START: &str = "failover start web.toml";
+const READY: &str = "failover start web.toml --until ready";
+
+#[test]
+fn a_job_that_is_killed_at_random_moments_goes_on_and_its_replicas_are_at_one_moment() {
+    let name = "a_job_that_is_killed_at_random_moments_goes_on_and_its_replicas_are_at_one_moment";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    let mut random = seeded(name);
+    let writer = sites.writer(random.next_u64());
+    let mut moments = Vec::new();
+    for _ in 0..6 {
+        let after = Duration::from_millis(random.below(900));
+        assert_eq!(
+            sites.killed(START, after),
+            None,
+            "it runs until its cutover"
+        );
+
+        let answer = sites.lab.must(READY);
+
+        let (_, replicas) = writer.at(|| sites.replicas());
+        moments.push((replicas, format!("{:?}", warnings(&answer))));
+    }
+    sites.lab.must("failover complete web");
+
+    let written = writer.stop();
+    assert!(
+        written.is_on(&sites.replicas()),
+        "an acknowledged write is missing"
+    );
+    let mut last = 0;
+    for (replicas, warnings) in moments {
+        let moment = written.moment_of(&replicas).expect("the replicas are torn");
+        assert!(moment > last, "moment {moment} after {last}");
+        assert!(!warnings.contains("bitmap_lost"), "{warnings}");
+        last = moment;
+    }
+    sites.lab.must("failover commit web");
+    assert!(written.is_on(&sites.replicas()));
+}
+
+#[test]
+fn a_cutover_that_is_killed_at_random_moments_ends_on_one_side_with_every_acknowledged_write() {
+    let name =
+        "a_cutover_that_is_killed_at_random_moments_ends_on_one_side_with_every_acknowledged_write";
+    let mut random = seeded(name);
+    let mut states = Vec::new();
+    for _ in 0..5 {
+        let Some(sites) = Sites::new(name) else {
+            return;
+        };
+        let before = sites.lab.path("replica0");
+        let before = with_files(|| fs::read(before)).expect("read");
+        sites.lab.must(READY);
+        let writer = sites.writer(random.next_u64());
+        sites.killed(
+            "failover complete web",
+            Duration::from_millis(random.below(260)),
+        );
+
+        let state = sites.state();
+        // Where the source was stopped and the targets do not hold its last cut it is let go, else it goes on.
+        if ["syncing", "ready", "quiescing", "last-pass"].contains(&state.as_str()) {
+            sites.lab.must(READY);
+        }
+        sites.lab.must("failover complete web");
+
+        let written = writer.stop();
+        assert!(
+            written.is_on(&sites.replicas()),
+            "{state}: an acknowledged write is missing"
+        );
+        // The way back is killed as well, and finished.
+        sites.killed(
+            "failover rollback web",
+            Duration::from_millis(random.below(120)),
+        );
+        if sites.state() != "rolled-back" {
+            sites.lab.must("failover rollback web");
+        }
+        let back = with_files(|| fs::read(sites.lab.path("replica0"))).expect("read");
+        assert!(back == before, "{state}: not the point before the job");
+        let writer = sites.writer(1);
+        thread::sleep(Duration::from_millis(20));
+        assert!(
+            writer.stop().unsure.is_none(),
+            "{state}: the source does not run"
+        );
+        states.push(state);
+    }
+    #[expect(clippy::print_stderr, reason = "where the kills landed")]
+    {
+        eprintln!("killed at {states:?}");
+    }
+}
+
+#[test]
+fn a_machine_that_is_killed_loses_its_bitmaps_which_is_said_and_its_disks_are_compared_in_full() {
+    let name = "a_machine_that_is_killed_loses_its_bitmaps_which_is_said_and_its_disks_are_compared_in_full";
+    let Some(mut sites) = Sites::new(name) else {
+        return;
+    };
+    let mut random = seeded(name);
+    sites.lab.must(READY);
+    let writer = sites.writer(random.next_u64());
+    let child = sites.lab.start(START);
+    thread::sleep(Duration::from_millis(150 + random.below(300)));
+    sites.daemon.kill().expect("killed");
+
+    let failed = child.finish();
+
+    assert_eq!(failed.code, Some(3), "{failed:#?}");
+    drop(writer.stop());
+    while_starting(|| sites.daemon.kill_and_restart()).expect("restarted");
+    let writer = sites.writer(random.next_u64());
+    let answer = sites.lab.must(READY);
+    assert!(warnings(&answer).contains(&"bitmap_lost"), "{answer:#?}");
+    let passes = answer.lines.iter().filter(|line| line["event"] == "pass");
+    let changed: Vec<&Value> = passes.map(|pass| &pass["changed_bytes"]).collect();
+    assert!(!changed.is_empty());
+    sites.lab.must("failover complete web");
+    let written = writer.stop();
+    assert!(
+        written.is_on(&sites.replicas()),
+        "an acknowledged write is missing"
+    );
+}
+
+#[test]
+fn what_a_job_cannot_do_is_refused_with_what_it_can() {
+    let Some(sites) = Sites::new("what_a_job_cannot_do_is_refused_with_what_it_can") else {
+        return;
+    };
+    let refused = |line: &str, code: i32, said: &str| {
+        let answer = sites.lab.run(line);
+        let complaint = answer.complaint();
+        assert_eq!(answer.code, Some(code), "{line}: {complaint}");
+        assert!(complaint.contains(said), "{line}: {complaint}");
+    };
+    refused("failover status web", 2, "no job \"web\"");
+    refused("failover start nowhere.toml", 2, "nowhere.toml");
+    refused("failover commit web --at +1m", 2, "--at");
+    sites.lab.must(READY);
+    refused("failover commit web", 4, "expected complete or cancel");
+    refused("failover rollback web", 4, "expected complete or cancel");
+    let job = fs::read_to_string(sites.lab.path("web.toml")).expect("read");
+    let other = job.replace("5s", "1ms");
+    fs::write(sites.lab.path("other.toml"), &other).expect("written");
+    refused("failover start other.toml", 4, "described otherwise");
+
+    sites.lab.must("failover cancel web");
+    refused("failover complete web", 4, "expected commit or rollback");
+    sites.lab.must("failover commit web");
+
+    // A budget that cannot be kept: nothing is stopped.
+    fs::write(sites.lab.path("web.toml"), other).expect("written");
+    sites.lab.must(READY);
+    refused("failover complete web", 4, "nothing was stopped");
+    let writer = sites.writer(3);
+    thread::sleep(Duration::from_millis(20));
+    assert!(writer.stop().unsure.is_none(), "the source runs");
+    let jobs = sites.lab.must("jobs --in-state committed --to +1h");
+    assert_eq!(jobs.summary()["jobs"].as_array().map(Vec::len), Some(1));
+}
