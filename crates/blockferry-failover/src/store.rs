@@ -161,7 +161,7 @@ impl Store {
     }
 
     /// Its own log ahead of the database. To begin with that takes a moment in which nobody else has it open, and for that
-    /// SQLite does not wait by itself.
+    /// `SQLite` does not wait by itself.
     fn use_log(&self) -> rusqlite::Result<()> {
         let end = Instant::now() + BUSY;
         loop {
@@ -199,7 +199,7 @@ impl Store {
         };
         made.and_then(|()| self.database.execute_batch("COMMIT"))
             .map_err(failed)?;
-        if version > SCHEMA_VERSION || version < 0 {
+        if !(0..=SCHEMA_VERSION).contains(&version) {
             let text = format!(
                 "the database of jobs in {} has version {version}; this build knows {SCHEMA_VERSION}",
                 self.directory.display()

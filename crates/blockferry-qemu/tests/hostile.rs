@@ -93,7 +93,8 @@ fn answers_are_told_from_events_and_refusals_keep_their_words() {
 
 #[test]
 fn lies_are_errors_that_say_what_was_expected() {
-    let lies: [(&str, fn(&Value) -> Vec<u8>); 6] = [
+    type Lie = fn(&Value) -> Vec<u8>;
+    let lies: [(&str, Lie); 6] = [
         ("expected a JSON value", |_| b"nonsense\n".to_vec()),
         ("expected a JSON value", |_| {
             vec![0x80, 0xFF, 0x00, b'{', b'\n']
