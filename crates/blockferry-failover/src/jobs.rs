@@ -246,7 +246,7 @@ impl Jobs {
         context: &JobContext,
     ) -> Result<State> {
         let job = self.find(name)?;
-        let at_ms = at_ms.unwrap_or(0);
+        let at_ms = at_ms.unwrap_or_else(now_ms);
         if self.is_running(name) && job.state.is_live() {
             self.store.ask(job.id, Request::Complete(at_ms))?;
             return self.wait_for(job.id, name, context, |state| state == State::CommitPending);
@@ -347,7 +347,8 @@ impl Jobs {
             if wanted(job.state) {
                 return Ok(job.state);
             }
-            if let Some(problem) = job.problem.filter(|_| job.state.is_live()) {
+            let answered = job.state.is_live() && !self.store.has_request(id)?;
+            if let Some(problem) = job.problem.filter(|_| answered) {
                 return Err(Error::new(ErrorKind::Refused, problem));
             }
             if !self.is_running(name) {

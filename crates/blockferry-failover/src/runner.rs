@@ -26,6 +26,8 @@ use crate::store::{JobRecord, Request, Store, now_ms};
 /// How often requests of other processes are looked for.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 const SCHEME: &str = "failover://";
+/// A time at which only requests without one are due.
+const CANCELS_ONLY: i64 = 0;
 
 /// A job that this process works on.
 #[derive(Debug)]
@@ -70,14 +72,18 @@ impl<'s> Runner<'s> {
     pub(crate) fn run(mut self, until: Until) -> Result<State> {
         self.recover()?;
         refused(&self.job, Input::PassBegins)?;
-        self.store.note_problem(self.job.id, None)?;
         self.keep_anchors()?;
         loop {
             self.live_pass()?;
-            let passes = self.passes()?;
-            match next(&passes, self.job.spec.downtime_budget) {
-                Next::Again => continue,
+            match next(&self.passes()?, self.job.spec.downtime_budget) {
+                Next::Again => {
+                    if self.is_cancelled_by_request()? {
+                        return self.cancel_now();
+                    }
+                    continue;
+                }
                 Next::Ready => {
+                    self.store.note_problem(self.job.id, None)?;
                     self.step(Input::Converged, "the last pass would fit the budget")?;
                 }
                 Next::Diverging(why) => {
@@ -95,33 +101,26 @@ impl<'s> Runner<'s> {
         }
     }
 
+    /// What is to be cut over waits until the job is ready.
+    fn is_cancelled_by_request(&mut self) -> Result<bool> {
+        let taken = self.store.take_request(self.job.id, CANCELS_ONLY)?;
+        Ok(taken == Some(Request::Cancel))
+    }
+
     /// Waits for the time of the next pass; a request may come first, after which the job may be at an end.
     fn wait_until_refresh(&mut self) -> Result<Option<State>> {
         self.source.release();
         let end = Instant::now() + self.job.spec.refresh;
-        let mut due: Option<i64> = None;
-        while Instant::now() < end || due.is_some() {
+        while Instant::now() < end {
             self.check_cancelled()?;
-            match self.store.take_request(self.job.id)? {
+            match self.store.take_request(self.job.id, now_ms())? {
                 Some(Request::Cancel) => return self.cancel_now().map(Some),
-                Some(Request::Complete(at_ms)) => due = Some(at_ms),
-                None => {}
-            }
-            let refreshes = due.is_some_and(|at_ms| at_ms > now_ms());
-            if due.is_some_and(|at_ms| at_ms <= now_ms()) {
-                self.store.note_problem(self.job.id, None)?;
-                match self.cut_over() {
+                Some(Request::Complete(_)) => match self.cut_over() {
                     Ok(state) => return Ok(Some(state)),
                     Err(error) => self.outlive(&error)?,
-                }
-                due = None;
-            } else if refreshes && Instant::now() >= end {
-                // The window is not here yet: fresh passes keep the last one small.
-                let at_ms = due.unwrap_or_default();
-                self.store.ask(self.job.id, Request::Complete(at_ms))?;
-                return Ok(None);
+                },
+                None => std::thread::sleep(TICK),
             }
-            std::thread::sleep(TICK);
         }
         Ok(None)
     }
@@ -297,7 +296,10 @@ impl<'s> Runner<'s> {
     fn cancel_now(&mut self) -> Result<State> {
         refused(&self.job, Input::Cancel)?;
         self.targets.clear();
-        self.source.leave()?;
+        if self.reaches_source("it has to be tidied up by hand") {
+            self.source.leave()?;
+        }
+        self.store.drop_requests(self.job.id)?;
         self.step(
             Input::Cancel,
             "no more passes; the targets stay at their last one",
@@ -363,9 +365,8 @@ impl<'s> Runner<'s> {
         if on_trial {
             self.hook("start-target", &hooks.start_target)?;
         }
-        // The source is stopped, and may be gone for good.
-        if let Err(error) = self.source.leave() {
-            self.warn("source_not_left", error.in_full());
+        if self.reaches_source("there is nothing of ours to take away") {
+            self.source.leave()?;
         }
         self.step(Input::StepDone, "the targets are what counts")?;
         Ok(self.job.state)
@@ -397,6 +398,16 @@ impl<'s> Runner<'s> {
             self.targets.clear();
             Error::engine("merge what the replica wrote", e)
         })
+    }
+
+    /// A source that is gone for good keeps nobody from deciding about the targets: it is said.
+    fn reaches_source(&mut self, otherwise: &str) -> bool {
+        let reached = self.source.reach();
+        if let Err(error) = &reached {
+            let why = error.in_full();
+            self.warn("source_not_reached", format!("{why}: {otherwise}"));
+        }
+        reached.is_ok()
     }
 
     fn remove_overlays(&self) -> Result<()> {
@@ -444,7 +455,7 @@ impl<'s> Runner<'s> {
             self.warn("not_frozen", warning.clone());
         }
         let (consistency, held_up) = (cut.consistency, cut.held_up);
-        let changed = self.copy(cut, number, cancel)?;
+        let changed = self.copy(cut, &held, number, cancel)?;
         let seconds = began.elapsed().as_secs_f64();
         let pass = Pass::new(number, changed, seconds, since);
         self.record(&pass, consistency, held_up)?;
@@ -468,7 +479,13 @@ impl<'s> Runner<'s> {
     }
 
     /// Brings all targets to a cut; returns the bytes that differed.
-    fn copy(&mut self, cut: Cut, number: u64, cancel: &CancelToken) -> Result<u64> {
+    fn copy(
+        &mut self,
+        cut: Cut,
+        held: &[Option<u64>],
+        number: u64,
+        cancel: &CancelToken,
+    ) -> Result<u64> {
         let addresses: Vec<String> = (0..cut.disks.len())
             .map(|index| self.address(index, number))
             .collect();
@@ -477,12 +494,12 @@ impl<'s> Runner<'s> {
             .collect();
         let mode = self.job.spec.mode;
         let mut members = Vec::new();
-        let disks = cut.disks.into_iter().zip(&mut self.targets);
-        for (((disk, target), address), context) in disks.zip(addresses).zip(contexts) {
+        let disks = cut.disks.into_iter().zip(&mut self.targets).zip(held);
+        for ((((disk, target), held), address), context) in disks.zip(addresses).zip(contexts) {
             let since = target.replica().point().map(|point| point.id.to_string());
             let mut options = SyncOptions::default();
             // Only the first pass has something to choose.
-            options.mode = if since.is_some() { Mode::Delta } else { mode };
+            options.mode = if held.is_some() { Mode::Delta } else { mode };
             options.source_address = address;
             options.changes = since
                 .zip(disk.changes)

@@ -75,6 +75,12 @@ impl Source {
         self.machine = None;
     }
 
+    /// Makes sure that the machine is there.
+    pub(crate) fn reach(&mut self) -> Result<()> {
+        self.machine = None;
+        self.machine().map(drop)
+    }
+
     fn machine(&mut self) -> Result<&mut Machine> {
         let machine = match self.machine.take() {
             Some(machine) => machine,

@@ -404,7 +404,7 @@ impl Store {
             .collect()
     }
 
-    /// Leaves a request for whoever works on the job.
+    /// Leaves a request for whoever works on the job. A problem that is noted from now on is the answer to it.
     ///
     /// # Errors
     /// The database failed.
@@ -419,25 +419,56 @@ impl Store {
             .map_err(|cause| Error::store("leave a request", cause))
     }
 
-    /// Takes the oldest request; nobody else gets it.
+    /// Whether a request waits to be taken.
     ///
     /// # Errors
     /// The database failed.
-    pub(crate) fn take_request(&mut self, job: i64) -> Result<Option<Request>> {
+    pub(crate) fn has_request(&self, job: i64) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM requests WHERE job = ?1)";
+        let found = self.database.query_row(sql, [job], |row| row.get(0));
+        found.map_err(|cause| Error::store("look for requests", cause))
+    }
+
+    /// Takes the oldest request whose time has come; nobody else gets it. What was noted before is no answer to it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) fn take_request(&mut self, job: i64, now_ms: i64) -> Result<Option<Request>> {
+        let failed = |cause| Error::store("take a request", cause);
         let sql = "DELETE FROM requests WHERE rowid =
-                     (SELECT rowid FROM requests WHERE job = ?1 ORDER BY rowid LIMIT 1)
+                     (SELECT rowid FROM requests WHERE job = ?1 AND at_ms <= ?2 ORDER BY rowid LIMIT 1)
                    RETURNING verb, at_ms";
-        let taken = self.database.query_row(sql, [job], |row| {
-            let (verb, at_ms): (String, i64) = (row.get(0)?, row.get(1)?);
-            Ok(match verb.as_str() {
-                "complete" => Some(Request::Complete(at_ms)),
-                "cancel" => Some(Request::Cancel),
-                _ => None,
+        let transaction = self.database.transaction().map_err(failed)?;
+        let taken = transaction
+            .query_row(sql, [job, now_ms], |row| {
+                let (verb, at_ms): (String, i64) = (row.get(0)?, row.get(1)?);
+                Ok(match verb.as_str() {
+                    "complete" => Some(Request::Complete(at_ms)),
+                    "cancel" => Some(Request::Cancel),
+                    _ => None,
+                })
             })
-        });
-        let taken = taken.optional();
-        let taken = taken.map_err(|cause| Error::store("take a request", cause))?;
+            .optional()
+            .map_err(failed)?;
+        if taken.is_some() {
+            let sql = "UPDATE jobs SET problem = NULL WHERE id = ?1";
+            transaction.execute(sql, [job]).map_err(failed)?;
+        }
+        transaction.commit().map_err(failed)?;
         Ok(taken.flatten())
+    }
+
+    /// Forgets all requests: the job does not run any more.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) fn drop_requests(&mut self, job: i64) -> Result<()> {
+        let dropped = self
+            .database
+            .execute("DELETE FROM requests WHERE job = ?1", [job]);
+        dropped
+            .map(drop)
+            .map_err(|cause| Error::store("forget requests", cause))
     }
 }
 
@@ -544,13 +575,17 @@ mod tests {
         asking.ask(one, Request::Complete(77)).unwrap();
         asking.ask(one, Request::Cancel).unwrap();
 
-        assert_eq!(store.take_request(other).unwrap(), None);
-        assert_eq!(
-            store.take_request(one).unwrap(),
-            Some(Request::Complete(77))
-        );
-        assert_eq!(store.take_request(one).unwrap(), Some(Request::Cancel));
-        assert_eq!(store.take_request(one).unwrap(), None);
+        let later = 1_000_000;
+        assert_eq!(store.take_request(other, later).unwrap(), None);
+        // The time of the first has not come.
+        assert_eq!(store.take_request(one, 76).unwrap(), Some(Request::Cancel));
+        assert_eq!(store.take_request(one, 76).unwrap(), None);
+        assert!(store.has_request(one).unwrap());
+        store.note_problem(one, Some("old")).unwrap();
+        let taken = store.take_request(one, 77).unwrap();
+        assert_eq!(taken, Some(Request::Complete(77)));
+        assert_eq!(store.load(one).unwrap().problem, None);
+        assert!(!store.has_request(one).unwrap());
     }
 
     #[test]

@@ -537,11 +537,15 @@ impl Machine {
         self.qmp.execute("stop", json!({})).map(drop)
     }
 
-    /// Lets the guest go on.
+    /// Lets the guest go on; one that shut down boots.
     ///
     /// # Errors
     /// The machine refused.
     pub fn resume(&mut self) -> Result<()> {
+        let status = self.qmp.execute("query-status", json!({}))?;
+        if status.get("status").and_then(Value::as_str) == Some("shutdown") {
+            self.qmp.execute("system_reset", json!({}))?;
+        }
         self.qmp.execute("cont", json!({})).map(drop)
     }
 
