@@ -39,6 +39,22 @@ pub(crate) fn create(overlay: &Path, target: &Path) -> Result<()> {
     Err(failed(said.trim()))
 }
 
+/// Where an overlay is once the target has what it holds.
+pub(crate) fn merged(overlay: &Path) -> PathBuf {
+    overlay.with_extension("merged")
+}
+
+/// The target has what the overlay holds.
+pub(crate) fn mark_merged(overlay: &Path) -> Result<()> {
+    match std::fs::rename(overlay, merged(overlay)) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
+            let text = format!("put the overlay {} aside", overlay.display());
+            Err(Error::because(ErrorKind::Target, text, cause))
+        }
+        _ => Ok(()),
+    }
+}
+
 pub(crate) fn remove(overlay: &Path) -> Result<()> {
     match std::fs::remove_file(overlay) {
         Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {

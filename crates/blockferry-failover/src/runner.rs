@@ -245,7 +245,12 @@ impl<'s> Runner<'s> {
     /// Lets the source go on; the targets are at a consistent point, the last cut or the one before.
     fn abort(&mut self, error: Error) -> Error {
         let state = self.job.state;
-        let undone = self.back_to_the_source();
+        let undone = self
+            .step(
+                Input::StepFailed,
+                "the cutover failed: the source is let go",
+            )
+            .and_then(|()| self.back_to_the_source());
         match undone {
             Ok(()) => Error::because(
                 error.kind(),
@@ -264,28 +269,54 @@ impl<'s> Runner<'s> {
         }
     }
 
+    /// From a state in which nothing but this may follow: the source runs before that is recorded.
     fn back_to_the_source(&mut self) -> Result<()> {
         self.targets.clear();
         let hooks = self.job.spec.hooks.clone();
-        if self.job.state == State::Starting {
+        if overlay::path(&self.path, 0).exists() {
             self.hook("stop-target", &hooks.stop_target)?;
             self.remove_overlays()?;
         }
-        if matches!(self.job.state, State::Fencing | State::Starting) {
-            self.hook("unfence-source", &hooks.unfence_source)?;
-        }
+        self.hook("unfence-source", &hooks.unfence_source)?;
         self.source.resume()?;
-        self.step(Input::StepFailed, "the source goes on")
+        self.step(Input::StepDone, "the source goes on")
     }
 
     /// What a crash left is finished or undone.
     fn recover(&mut self) -> Result<()> {
         match (self.job.state.after_a_crash(), self.job.state) {
-            (Recovery::ResumeSource, _) => self.back_to_the_source(),
-            (Recovery::GoForward, State::Fencing | State::Starting) => self.go_forward(),
+            (Recovery::ResumeSource, state) => {
+                if state != State::Aborting {
+                    self.step(Input::StepFailed, "the cutover was cut short")?;
+                }
+                self.back_to_the_source()
+            }
+            (Recovery::GoForward, State::Fencing | State::Starting) => {
+                let reached = self.source.reach();
+                // A fence may have ended the machine: then it cannot have gone on.
+                if reached.is_err() && self.job.spec.hooks.fence_source.is_empty() {
+                    return reached;
+                }
+                if reached.is_ok()
+                    && let Err(error) = self.stood_still()
+                {
+                    return Err(self.abort(error));
+                }
+                self.go_forward()
+            }
             // Those are finished by their own verbs.
             _ => Ok(()),
         }
+    }
+
+    /// Nobody let the source go on, and nothing wrote its disks, since the cut that the targets hold.
+    fn stood_still(&mut self) -> Result<()> {
+        let held = self.open_targets()?;
+        let Some(number) = held.iter().flatten().max() else {
+            let text = format!("job {}: its targets hold none of its cuts", self.job.name);
+            return Err(Error::new(ErrorKind::Target, text));
+        };
+        self.source.stood_still(*number)
     }
 
     pub(crate) fn cancel(mut self) -> Result<State> {
@@ -345,12 +376,13 @@ impl<'s> Runner<'s> {
             self.step(Input::CommitBegins, "the targets become what counts")?;
         }
         let hooks = self.job.spec.hooks.clone();
-        let on_trial = overlay::path(&self.path, 0).exists();
-        if on_trial {
+        let first = overlay::path(&self.path, 0);
+        let on_trial = first.exists() || overlay::merged(&first).exists();
+        if first.exists() {
             self.hook("stop-target", &hooks.stop_target)?;
         }
         self.open_targets()?;
-        if on_trial {
+        if first.exists() {
             self.merge()?;
         }
         for index in 0..self.targets.len() {
@@ -361,10 +393,10 @@ impl<'s> Runner<'s> {
                 .map_err(|e| Error::engine("let the old point of a target go", e))?;
         }
         self.targets.clear();
-        self.remove_overlays()?;
         if on_trial {
             self.hook("start-target", &hooks.start_target)?;
         }
+        self.remove_overlays()?;
         if self.reaches_source("there is nothing of ours to take away") {
             self.source.leave()?;
         }
@@ -379,6 +411,10 @@ impl<'s> Runner<'s> {
         let mut members = Vec::new();
         for (index, disk) in self.job.spec.disk.iter().enumerate() {
             let overlay = overlay::path(&self.path, index);
+            let overlay = match overlay.exists() {
+                true => overlay,
+                false => overlay::merged(&overlay),
+            };
             // The target is locked already, by us.
             let opened = open_overlay(&overlay, &disk.target, &std::env::temp_dir());
             let source = opened.map_err(|cause| {
@@ -394,10 +430,14 @@ impl<'s> Runner<'s> {
             })
             .collect();
         let merged = sync_group(members, &self.groups);
-        merged.map(drop).map_err(|e| {
+        merged.map_err(|e| {
             self.targets.clear();
             Error::engine("merge what the replica wrote", e)
-        })
+        })?;
+        // The first one last: while it is there, all of them are merged again.
+        (0..self.job.spec.disk.len())
+            .rev()
+            .try_for_each(|index| overlay::mark_merged(&overlay::path(&self.path, index)))
     }
 
     /// A source that is gone for good keeps nobody from deciding about the targets: it is said.
@@ -411,8 +451,11 @@ impl<'s> Runner<'s> {
     }
 
     fn remove_overlays(&self) -> Result<()> {
-        (0..self.job.spec.disk.len())
-            .try_for_each(|index| overlay::remove(&overlay::path(&self.path, index)))
+        (0..self.job.spec.disk.len()).try_for_each(|index| {
+            let overlay = overlay::path(&self.path, index);
+            overlay::remove(&overlay)?;
+            overlay::remove(&overlay::merged(&overlay))
+        })
     }
 
     /// The points before the job can be returned to, however many passes follow.

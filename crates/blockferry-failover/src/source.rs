@@ -214,6 +214,22 @@ impl Source {
         Ok((consistency, warnings))
     }
 
+    /// The machine is stopped, and its disks were not written since cut `number`.
+    pub(crate) fn stood_still(&mut self, number: u64) -> Result<()> {
+        let disks = self.disks.clone();
+        let running = self.with("look at the machine", Machine::is_running)?;
+        let writers = self.with("look for writers", |m| m.writable_exports(&disks))?;
+        let written = self.with("look at the bitmaps", |m| m.written_since(number, &disks))?;
+        let text = match (running, writers.first(), written.first()) {
+            (Some(true), ..) => "the machine runs".to_owned(),
+            (_, Some(writer), _) => format!("export {writer:?} may be written"),
+            (.., Some(disk)) => format!("disk {disk:?} was written"),
+            _ => return Ok(()),
+        };
+        let text = format!("the source did not stand still since its last cut: {text}");
+        Err(Error::new(ErrorKind::Source, text))
+    }
+
     fn take_writers_away(&mut self) -> Result<()> {
         let disks = self.disks.clone();
         let found = self.with("look for writers", |m| m.writable_exports(&disks))?;

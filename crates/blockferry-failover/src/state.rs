@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! created ─> syncing <─> ready ─> cutting over ─> commit pending ─> committing ─> committed
-//!               │          │           │ failed: back, the source runs    │
+//!               │          │           │ failed: aborting, back to syncing │
 //!               └──────────┴─> cancelled ──────> rolling back <───────────┘
 //!                                                     └─> rolled back
 //! ```
@@ -33,6 +33,8 @@ pub enum State {
     Fencing,
     /// The replica is being started.
     Starting,
+    /// The cutover failed: the source is being let go.
+    Aborting,
     /// The replica may run, on overlays; to be committed or rolled back.
     CommitPending,
     /// What the replica wrote is being merged into the targets.
@@ -49,7 +51,7 @@ pub enum State {
 
 impl State {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Created,
         Self::Syncing,
         Self::Ready,
@@ -57,6 +59,7 @@ impl State {
         Self::LastPass,
         Self::Fencing,
         Self::Starting,
+        Self::Aborting,
         Self::CommitPending,
         Self::Committing,
         Self::Committed,
@@ -74,6 +77,7 @@ impl State {
             Self::LastPass => "last-pass",
             Self::Fencing => "fencing",
             Self::Starting => "starting",
+            Self::Aborting => "aborting",
             Self::CommitPending => "commit-pending",
             Self::Committing => "committing",
             Self::Committed => "committed",
@@ -98,8 +102,9 @@ impl State {
             (Self::Fencing, I::StepDone) => Self::Starting,
             (Self::Starting, I::StepDone) => Self::CommitPending,
             (Self::Quiescing | Self::LastPass | Self::Fencing | Self::Starting, I::StepFailed) => {
-                Self::Syncing
+                Self::Aborting
             }
+            (Self::Aborting, I::StepDone) => Self::Syncing,
             (Self::CommitPending | Self::Cancelled, I::CommitBegins) => Self::Committing,
             (Self::Committing, I::StepDone) => Self::Committed,
             (Self::CommitPending | Self::Cancelled, I::RollbackBegins) => Self::RollingBack,
@@ -113,9 +118,9 @@ impl State {
     #[must_use]
     pub fn after_a_crash(self) -> Recovery {
         match self {
-            // Whatever was copied is in the transfer logs; the source may be stopped.
-            Self::Quiescing | Self::LastPass => Recovery::ResumeSource,
-            // All targets hold the last cut, and the source is stopped: on to the end.
+            // Whatever was copied is in the transfer logs; the source may be stopped, or let go already.
+            Self::Quiescing | Self::LastPass | Self::Aborting => Recovery::ResumeSource,
+            // All targets hold the last cut: on to the end, if the source stood still since.
             Self::Fencing | Self::Starting | Self::Committing | Self::RollingBack => {
                 Recovery::GoForward
             }
@@ -153,7 +158,7 @@ impl State {
                 ),
                 cancel,
             ],
-            Self::Quiescing | Self::LastPass => {
+            Self::Quiescing | Self::LastPass | Self::Aborting => {
                 vec![("start", "let the source run, and copy on")]
             }
             Self::Fencing | Self::Starting => vec![("complete", "go on with the cutover")],
@@ -202,7 +207,7 @@ pub enum Input {
     CutoverBegins,
     /// What the state names is done.
     StepDone,
-    /// What the state names failed, and the source runs again.
+    /// What the state names failed.
     StepFailed,
     /// What the replica wrote is about to be merged.
     CommitBegins,
@@ -273,7 +278,7 @@ mod tests {
     use super::*;
 
     /// All that is allowed. Whatever is not here is refused.
-    const TABLE: [(State, Input, State); 22] = {
+    const TABLE: [(State, Input, State); 23] = {
         use Input as I;
         use State as S;
         [
@@ -286,13 +291,14 @@ mod tests {
             (S::Ready, I::CutoverBegins, S::Quiescing),
             (S::Ready, I::Cancel, S::Cancelled),
             (S::Quiescing, I::StepDone, S::LastPass),
-            (S::Quiescing, I::StepFailed, S::Syncing),
+            (S::Quiescing, I::StepFailed, S::Aborting),
             (S::LastPass, I::StepDone, S::Fencing),
-            (S::LastPass, I::StepFailed, S::Syncing),
+            (S::LastPass, I::StepFailed, S::Aborting),
             (S::Fencing, I::StepDone, S::Starting),
-            (S::Fencing, I::StepFailed, S::Syncing),
+            (S::Fencing, I::StepFailed, S::Aborting),
             (S::Starting, I::StepDone, S::CommitPending),
-            (S::Starting, I::StepFailed, S::Syncing),
+            (S::Aborting, I::StepDone, S::Syncing),
+            (S::Starting, I::StepFailed, S::Aborting),
             (S::CommitPending, I::CommitBegins, S::Committing),
             (S::CommitPending, I::RollbackBegins, S::RollingBack),
             (S::Committing, I::StepDone, S::Committed),
@@ -341,7 +347,7 @@ mod tests {
     fn a_source_that_may_be_stopped_is_let_go_until_the_targets_hold_its_last_cut() {
         for state in State::ALL {
             let expected = match state {
-                State::Quiescing | State::LastPass => Recovery::ResumeSource,
+                State::Quiescing | State::LastPass | State::Aborting => Recovery::ResumeSource,
                 State::Fencing | State::Starting | State::Committing | State::RollingBack => {
                     Recovery::GoForward
                 }

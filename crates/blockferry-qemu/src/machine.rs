@@ -528,6 +528,27 @@ impl Machine {
         Ok(())
     }
 
+    /// The disks that were written since cut `number`, or of which that is not known.
+    ///
+    /// # Errors
+    /// A disk is not there, or the machine did not answer.
+    pub fn written_since(&mut self, number: u64, disks: &[String]) -> Result<Vec<String>> {
+        let found = nodes::nodes(&mut self.qmp)?;
+        let bitmap = self.tag.bitmap(number);
+        let mut written = Vec::new();
+        for disk in disks {
+            let bitmaps = &node_of(&found, disk)?.bitmaps;
+            let of_the_cut = bitmaps.iter().find(|found| found.name == bitmap);
+            let is_clean = of_the_cut.is_some_and(|bitmap| {
+                bitmap.is_recording && !bitmap.is_inconsistent && bitmap.dirty_bytes == 0
+            });
+            if !is_clean {
+                written.push(disk.clone());
+            }
+        }
+        Ok(written)
+    }
+
     /// Stops the guest's processors: nothing is written any more once this returns. A qemu-storage-daemon has none, see
     /// [`Self::writable_exports`].
     ///

@@ -23,6 +23,8 @@ pub(crate) struct Bitmap {
     pub(crate) is_recording: bool,
     /// QEMU died while it was in use: what it says is worth nothing.
     pub(crate) is_inconsistent: bool,
+    /// What it calls dirty.
+    pub(crate) dirty_bytes: u64,
 }
 
 pub(crate) fn nodes(qmp: &mut Qmp) -> Result<Vec<Node>> {
@@ -58,6 +60,7 @@ fn bitmap(value: &Value) -> Result<Bitmap> {
         name: text(value, "name")?,
         is_recording: is("recording"),
         is_inconsistent: is("inconsistent"),
+        dirty_bytes: value.get("count").and_then(Value::as_u64).unwrap_or(0),
     })
 }
 
