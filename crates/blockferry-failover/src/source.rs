@@ -2,11 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockferry_core::ChangeMap;
-use blockferry_device::{BlockSource, Consistency, Quiesce};
+use blockferry_device::{
+    BlockSource, Consistency, ErrorKind as ErrorKindOfDevice, Evidence, Quiesce, ReadRequest,
+    Status,
+};
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::freeze::Guarded;
 use blockferry_qemu::{Agent, Held, Lost, Machine, MachineOptions, PointExport};
@@ -46,7 +49,8 @@ pub(crate) struct CutDisk {
 pub(crate) struct Source {
     spec: JobSpec,
     options: MachineOptions,
-    machine: Option<Machine>,
+    /// Points that are read ask it as well.
+    machine: Arc<Mutex<Option<Machine>>>,
     /// What freezes the guest; without it no freeze is guarded, so none is made.
     guard: Option<Vec<OsString>>,
     disks: Vec<String>,
@@ -63,7 +67,7 @@ impl Source {
         Self {
             spec: spec.clone(),
             options,
-            machine: None,
+            machine: Arc::default(),
             guard,
             disks: spec.disk.iter().map(|disk| disk.node.clone()).collect(),
             frozen: None,
@@ -72,35 +76,34 @@ impl Source {
 
     /// Lets the connection go.
     pub(crate) fn release(&mut self) {
-        self.machine = None;
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Machine>> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes sure that the machine is there.
     pub(crate) fn reach(&mut self) -> Result<()> {
-        self.machine = None;
-        self.machine().map(drop)
-    }
-
-    fn machine(&mut self) -> Result<&mut Machine> {
-        let machine = match self.machine.take() {
-            Some(machine) => machine,
-            None => Machine::open(&self.options)
-                .map_err(|cause| Error::source("reach the machine", cause))?,
-        };
-        Ok(self.machine.insert(machine))
+        self.release();
+        self.with("reach the machine", |_machine| Ok(()))
     }
 
     /// Runs `act`; a machine that failed is connected to afresh the next time.
     fn with<T>(
-        &mut self,
+        &self,
         what: &str,
         act: impl FnOnce(&mut Machine) -> blockferry_device::Result<T>,
     ) -> Result<T> {
-        let done = act(self.machine()?);
-        done.map_err(|cause| {
-            self.machine = None;
-            Error::source(what.to_owned(), cause)
-        })
+        let mut connected = self.lock();
+        let mut machine = match connected.take() {
+            Some(machine) => machine,
+            None => Machine::open(&self.options)
+                .map_err(|cause| Error::source("reach the machine", cause))?,
+        };
+        let done = act(&mut machine).map_err(|cause| Error::source(what.to_owned(), cause))?;
+        *connected = Some(machine);
+        Ok(done)
     }
 
     /// Ends what is under way and makes the bitmaps say what changed since the cuts that the targets hold.
@@ -137,7 +140,7 @@ impl Source {
             None => Consistency::Crash,
         };
         let points = self.with("export a cut", |machine| machine.publish(number, &disks))?;
-        Self::opened(&points, consistency, held_up, warnings)
+        self.opened(number, &points, consistency, held_up, warnings)
     }
 
     /// The last cut, once the machine is stopped.
@@ -147,21 +150,46 @@ impl Source {
             machine.cut_at_rest(number, &disks)?;
             machine.publish_at_rest(number, &disks)
         })?;
-        Self::opened(&points, consistency, Duration::ZERO, Vec::new())
+        self.opened(number, &points, consistency, Duration::ZERO, Vec::new())
     }
 
     fn opened(
+        &self,
+        number: u64,
         points: &[PointExport],
         consistency: Consistency,
         held_up: Duration,
         warnings: Vec<String>,
     ) -> Result<Cut> {
-        let disks = points.iter().map(open_point).collect::<Result<_>>()?;
+        let open = |point| self.open_point(number, point);
+        let disks = points.iter().map(open).collect::<Result<_>>()?;
         Ok(Cut {
             consistency,
             disks,
             held_up,
             warnings,
+        })
+    }
+
+    fn open_point(&self, number: u64, point: &PointExport) -> Result<CutDisk> {
+        let failed = |cause| Error::source(format!("open the point of {}", point.disk), cause);
+        let address = NbdAddress::unix(&point.socket, &point.export).map_err(failed)?;
+        let mut options = NbdOptions::default();
+        options.bitmap.clone_from(&point.bitmap);
+        let source = NbdDevice::open_source(&address, &options).map_err(failed)?;
+        let changes = match point.bitmap {
+            Some(_) => source.changes().map_err(failed)?,
+            None => None,
+        };
+        let source = Point {
+            export: source,
+            machine: Arc::clone(&self.machine),
+            number,
+            disks: self.disks.clone(),
+        };
+        Ok(CutDisk {
+            source: Arc::new(source),
+            changes: changes.map(Arc::new),
         })
     }
 
@@ -288,20 +316,52 @@ impl Source {
     }
 }
 
-fn open_point(point: &PointExport) -> Result<CutDisk> {
-    let failed = |cause| Error::source(format!("open the point of {}", point.disk), cause);
-    let address = NbdAddress::unix(&point.socket, &point.export).map_err(failed)?;
-    let mut options = NbdOptions::default();
-    options.bitmap.clone_from(&point.bitmap);
-    let source = NbdDevice::open_source(&address, &options).map_err(failed)?;
-    let changes = match point.bitmap {
-        Some(_) => source.changes().map_err(failed)?,
-        None => None,
-    };
-    Ok(CutDisk {
-        source,
-        changes: changes.map(Arc::new),
-    })
+/// The point of a disk. It is asked whether it still is one whenever the sync asks for evidence that it did not change:
+/// at its beginning, and before it commits.
+#[derive(Debug)]
+struct Point {
+    export: Arc<NbdDevice>,
+    machine: Arc<Mutex<Option<Machine>>>,
+    number: u64,
+    disks: Vec<String>,
+}
+
+impl BlockSource for Point {
+    fn label(&self) -> &str {
+        self.export.label()
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.export.size_bytes()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> blockferry_device::Result<()> {
+        self.export.read_at(offset, buffer)
+    }
+
+    fn read_batch(&self, requests: &mut [ReadRequest<'_>]) -> blockferry_device::Result<()> {
+        self.export.read_batch(requests)
+    }
+
+    fn preferred_depth(&self) -> usize {
+        self.export.preferred_depth()
+    }
+
+    fn status_at(&self, offset: u64) -> blockferry_device::Result<(Status, u64)> {
+        self.export.status_at(offset)
+    }
+
+    fn evidence(&self) -> blockferry_device::Result<Evidence> {
+        let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+        match machine.as_mut() {
+            Some(machine) => machine.check(self.number, &self.disks)?,
+            None => {
+                let text = "the machine of a point that is read was let go";
+                return Err(blockferry_device::Error::new(ErrorKindOfDevice::Io, text));
+            }
+        }
+        Ok(Evidence::unknown())
+    }
 }
 
 /// A guest that we, or somebody before us, left frozen.

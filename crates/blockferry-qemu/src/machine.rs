@@ -329,6 +329,32 @@ impl Machine {
         Ok(points)
     }
 
+    /// Whether the points of a cut are still what they were: to be asked once they were read, before that counts. If
+    /// somebody ended the job that keeps what is overwritten, or wrote a disk that was cut at rest, whoever reads does not
+    /// notice.
+    ///
+    /// # Errors
+    /// They are not, or the machine does not tell.
+    pub fn check(&mut self, number: u64, disks: &[String]) -> Result<()> {
+        let (jobs, found) = (
+            nodes::running_jobs(&mut self.qmp)?,
+            nodes::nodes(&mut self.qmp)?,
+        );
+        for (index, disk) in disks.iter().enumerate() {
+            let overlay = self.tag.of(Kind::Overlay, number, index);
+            let is_fleeced = found.iter().any(|node| node.name == overlay);
+            let why = match is_fleeced {
+                true if jobs.contains(&self.tag.of(Kind::Job, number, index)) => continue,
+                true => "the job that kept what is overwritten has ended, so it is a mixture",
+                false if self.is_clean(number, node_of(&found, disk)?) => continue,
+                false => "it was cut at rest, and written since",
+            };
+            let text = format!("cut {number} of disk {disk:?}: {why}");
+            return Err(Error::new(ErrorKind::Io, text));
+        }
+        Ok(())
+    }
+
     /// The newest bitmap of ours on a disk before this cut. [`Self::settle`] leaves one at most, that of the cut which
     /// the target holds.
     fn bitmap_before(&self, number: u64, node: &Node) -> Option<String> {
@@ -534,19 +560,22 @@ impl Machine {
     /// A disk is not there, or the machine did not answer.
     pub fn written_since(&mut self, number: u64, disks: &[String]) -> Result<Vec<String>> {
         let found = nodes::nodes(&mut self.qmp)?;
-        let bitmap = self.tag.bitmap(number);
         let mut written = Vec::new();
         for disk in disks {
-            let bitmaps = &node_of(&found, disk)?.bitmaps;
-            let of_the_cut = bitmaps.iter().find(|found| found.name == bitmap);
-            let is_clean = of_the_cut.is_some_and(|bitmap| {
-                bitmap.is_recording && !bitmap.is_inconsistent && bitmap.dirty_bytes == 0
-            });
-            if !is_clean {
+            if !self.is_clean(number, node_of(&found, disk)?) {
                 written.push(disk.clone());
             }
         }
         Ok(written)
+    }
+
+    /// The bitmap of cut `number` records, and nothing was written since it was begun.
+    fn is_clean(&self, number: u64, node: &Node) -> bool {
+        let bitmap = self.tag.bitmap(number);
+        let of_the_cut = node.bitmaps.iter().find(|found| found.name == bitmap);
+        of_the_cut.is_some_and(|bitmap| {
+            bitmap.is_recording && !bitmap.is_inconsistent && bitmap.dirty_bytes == 0
+        })
     }
 
     /// Stops the guest's processors: nothing is written any more once this returns. A qemu-storage-daemon has none, see

@@ -78,6 +78,16 @@ pub(crate) fn jobs(qmp: &mut Qmp) -> Result<Vec<String>> {
     all.iter().map(|job| text(job, "id")).collect()
 }
 
+/// The ids of the jobs that do what they are for.
+pub(crate) fn running_jobs(qmp: &mut Qmp) -> Result<Vec<String>> {
+    let found = qmp.execute("query-jobs", json!({}))?;
+    let running = list(&found, "query-jobs")?.iter().filter(|job| {
+        let status = job.get("status").and_then(Value::as_str);
+        status == Some("running") && job.get("error").is_none()
+    });
+    running.map(|job| text(job, "id")).collect()
+}
+
 fn list<'v>(value: &'v Value, command: &str) -> Result<&'v Vec<Value>> {
     value.as_array().ok_or_else(|| {
         let text = format!("QMP command {command}: expected a list, found something else");

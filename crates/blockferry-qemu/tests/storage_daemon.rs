@@ -340,6 +340,38 @@ fn disks_that_nobody_writes_are_cut_without_an_overlay() {
 }
 
 #[test]
+fn a_point_that_somebody_spoiled_is_noticed_before_it_counts() {
+    if is_missing() {
+        return;
+    }
+    let daemon = Daemon::start("raw");
+    let mut machine = daemon.machine();
+    machine.settle(&nothing_held()).expect("settled");
+    machine.prepare(1, &disks()).expect("prepared");
+    machine.cut(1, &disks()).expect("cut");
+    machine.publish(1, &disks()).expect("published");
+    let writer = daemon.target("disk0");
+    writer.write_at(0, &[7; PAGE]).expect("written");
+    machine
+        .check(1, &disks())
+        .expect("what is overwritten is kept");
+    let job = json!({"id": "bf-job-1-j1-1"});
+    machine.qmp().execute("job-cancel", job).expect("cancelled");
+
+    let error = machine.check(1, &disks()).expect_err("a mixture");
+
+    let text = error.to_string();
+    assert!(text.contains("disk1") && text.contains("mixture"), "{text}");
+    machine.settle(&held(1)).expect("settled");
+    machine.cut_at_rest(2, &disks()).expect("cut");
+    machine.check(2, &disks()).expect("nobody wrote");
+    writer.write_at(0, &[8; PAGE]).expect("written");
+    let error = machine.check(2, &disks()).expect_err("written");
+    assert!(error.to_string().contains("written since"), "{error}");
+    assert_eq!(machine.written_since(2, &disks()).expect("told"), ["disk0"]);
+}
+
+#[test]
 fn what_is_not_there_is_named_with_what_is() {
     if is_missing() {
         return;
