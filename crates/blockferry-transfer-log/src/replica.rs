@@ -3,6 +3,7 @@
 mod files;
 mod publishing;
 mod recovery;
+mod views;
 
 pub(crate) use files::{held_bytes, sessions_in};
 use recovery::{LoadedSession, zeroed_extents};
