@@ -26,9 +26,14 @@ mod connection;
 mod device;
 mod handshake;
 mod image;
+mod server;
+mod stream;
 mod transfer;
 mod wire;
 
 pub use address::NbdAddress;
 pub use device::{NbdDevice, NbdOptions};
 pub use image::open_image;
+pub use server::{
+    MOST_CLIENTS, NbdExport, NbdListener, NbdServer, NbdServerOptions, Served, ServerEvent,
+};
