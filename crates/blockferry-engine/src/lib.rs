@@ -2,12 +2,13 @@
 //!
 //! [`sync`] brings a [`Target`] to the content of a source; [`SyncOptions`] say how, [`Context`] carries observer,
 //! cancel token and clock, the [`Receipt`] is the proof. [`rollback`], [`accept`] and [`cancel`] decide what
-//! becomes of the points; [`status`] looks; [`digest`], [`compare`] and [`verify_target`] only read.
+//! becomes of the points; [`status`] looks, [`export`] gives a point to read; [`digest`], [`compare`] and [`verify_target`] only read.
 
 mod clone_probe;
 mod compare;
 mod data_blocks;
 mod error;
+mod export;
 mod fence;
 mod handle;
 mod job;
@@ -29,6 +30,7 @@ mod verbs;
 pub use blockferry_transfer_log::{Place, Proof, Recovered, SessionId, Strategy, Undo};
 pub use compare::{compare, digest};
 pub use error::{Error, ErrorKind, Result};
+pub use export::{ExportPoint, Exported, export};
 pub use fence::Attempt;
 pub use options::{ChangesSince, Context, Mode, SyncOptions};
 pub use points::sync_from;

@@ -10,8 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use blockferry_device::BlockSource;
-use blockferry_device::{BlockTarget, CopyOnWrite, MemoryDevice};
+use blockferry_device::{BlockSource, BlockTarget, CopyOnWrite, MemoryDevice};
 use blockferry_nbd::{
     NbdAddress, NbdDevice, NbdExport, NbdOptions, NbdServer, NbdServerOptions, ServerEvent,
 };
@@ -326,7 +325,7 @@ fn who_stops_in_the_middle_is_cut_off_and_who_waits_between_requests_is_not() {
     let mut read = [1; 16 + 512];
     patient.read_exact(&mut read).expect("read");
 
-    // A write that was cut off has not happened, and nothing of it shows in others.
+    // A write of which not all came has not happened, as long as it was one piece.
     assert_eq!(read[4..8], [0; 4]);
     assert_eq!(read[16..], [0; 512]);
 }

@@ -265,6 +265,9 @@ fn clients_of_qemu_convert_compare_and_write() {
 /// A client that knows the oldest way only.
 fn old_client(serving: &Serving) -> (UnixStream, u64) {
     let mut stream = serving.connect();
+    // Less than the server's patience: who is to be cut off is cut off at once.
+    let patience = Some(std::time::Duration::from_secs(20));
+    stream.set_read_timeout(patience).expect("set");
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting).expect("greeted");
     let asks = [
@@ -501,7 +504,7 @@ fn a_failure_of_the_disk_is_told_to_who_runs_the_server_and_a_failed_flush_is_fi
     }
     // What was said to be good already ends with the connection where it is not.
     stream
-        .write_all(&request(0, 0, 3, 3 * MIB as u64, 2 * MIB as u32))
+        .write_all(&request(0, 0, 3, 3 * MIB as u64, 2 << 20))
         .expect("asked");
     assert_eq!(simple(&mut stream), (0, 3));
     let mut rest = Vec::new();
