@@ -62,13 +62,25 @@ fn the_old_and_the_current_point_are_served_and_the_target_stays_as_it_is() {
             let words = format!("target --point {point} --socket {SOCKET}");
             let (run, told) = export(&lab, &words);
 
-            assert_eq!(told["address"], format!("nbd+unix:///?socket={}", lab.path(SOCKET).display()));
-            assert_eq!((&told["point"], &told["size_bytes"]), (&point.into(), &content.len().into()));
-            let mode = fs::metadata(lab.path(SOCKET)).expect("there").permissions().mode();
+            assert_eq!(
+                told["address"],
+                format!("nbd+unix:///?socket={}", lab.path(SOCKET).display())
+            );
+            assert_eq!(
+                (&told["point"], &told["size_bytes"]),
+                (&point.into(), &content.len().into())
+            );
+            let mode = fs::metadata(lab.path(SOCKET))
+                .expect("there")
+                .permissions()
+                .mode();
             assert_eq!(mode & 0o777, 0o600);
             let equal = lab.must(&format!("verify {EXPORT} {image}"));
             assert_eq!(equal.summary()["equal"], true, "{equal:#?}");
-            assert_eq!(lab.run(&format!("diff {EXPORT} target")).code, Some(i32::from(point == "old")));
+            assert_eq!(
+                lab.run(&format!("diff {EXPORT} target")).code,
+                Some(i32::from(point == "old"))
+            );
 
             let ended = end(run, "-TERM");
             assert!(ended.count("read_bytes") > 0);
@@ -89,7 +101,17 @@ fn clients_of_qemu_read_every_point_and_write_only_to_a_copy() {
     let address = format!("nbd+unix:///disk?socket={}", lab.path(SOCKET).display());
     let path = |name: &str| lab.path(name).display().to_string();
     let is_equal = |image: &str| {
-        tool(&["qemu-img", "compare", "-f", "raw", "-F", "raw", &address, &path(image)]).is_some()
+        tool(&[
+            "qemu-img",
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            &address,
+            &path(image),
+        ])
+        .is_some()
     };
     if tool(&["qemu-io", "--version"]).is_none() {
         return skipped(name, "qemu-img and qemu-io");
@@ -131,7 +153,12 @@ fn nothing_else_is_done_with_a_target_that_is_exported_and_its_holder_is_named()
     let (run, told) = export(&lab, "target");
     let holder = format!("process {}", run.id());
 
-    for line in ["sync other target", "rollback target", "accept target", "export target"] {
+    for line in [
+        "sync other target",
+        "rollback target",
+        "accept target",
+        "export target",
+    ] {
         let refused = lab.run(line);
 
         assert_eq!(refused.code, Some(4), "{line}: {refused:#?}");
@@ -143,9 +170,16 @@ fn nothing_else_is_done_with_a_target_that_is_exported_and_its_holder_is_named()
     assert_eq!(status.summary()["running"], true, "{status:#?}");
     let address = told["address"].as_str().expect("text").to_owned();
     lab.must(&format!("verify {address} source"));
-    let socket = PathBuf::from(address.strip_prefix("nbd+unix:///?socket=").expect("a socket"));
+    let socket = PathBuf::from(
+        address
+            .strip_prefix("nbd+unix:///?socket=")
+            .expect("a socket"),
+    );
     let place = socket.parent().expect("a directory").to_owned();
-    assert_eq!(fs::metadata(&place).expect("there").permissions().mode() & 0o777, 0o700);
+    assert_eq!(
+        fs::metadata(&place).expect("there").permissions().mode() & 0o777,
+        0o700
+    );
     end(run, "-TERM");
     assert!(!place.exists(), "the private directory is gone");
     lab.assert_holds("target", &new);
@@ -167,7 +201,10 @@ fn an_id_names_a_point_and_its_target() {
         let id = id.as_str().expect("text");
         let (run, told) = export(&lab, &format!("{id} --socket {SOCKET}"));
 
-        assert_eq!((&told["point"], &told["sync_point"]), (&point.into(), &id.into()));
+        assert_eq!(
+            (&told["point"], &told["sync_point"]),
+            (&point.into(), &id.into())
+        );
         lab.must(&format!("verify {EXPORT} {image}"));
 
         end(run, "-TERM");
@@ -191,16 +228,40 @@ fn what_cannot_be_served_is_refused_and_says_why() {
     for (line, code, told) in [
         ("export stranger", 4, "was never synced here"),
         ("export absent", 4, "was never synced here"),
-        ("export target --point new", 4, "the current one is the newest"),
+        (
+            "export target --point new",
+            4,
+            "the current one is the newest",
+        ),
         ("export fresh --point new", 4, "is not complete"),
         ("export fresh", 4, "is not there"),
         ("export fresh --point old", 4, "keeps no old point"),
-        ("export target --socket export.socket", 2, "cannot listen at"),
-        ("export target --socket absent/socket", 2, "cannot listen at"),
-        ("export target --listen 203.0.113.1:1", 2, "cannot listen at 203.0.113.1:1"),
-        ("export target --listen a --socket b", 2, "cannot be used with"),
+        (
+            "export target --socket export.socket",
+            2,
+            "cannot listen at",
+        ),
+        (
+            "export target --socket absent/socket",
+            2,
+            "cannot listen at",
+        ),
+        (
+            "export target --listen 203.0.113.1:1",
+            2,
+            "cannot listen at 203.0.113.1:1",
+        ),
+        (
+            "export target --listen a --socket b",
+            2,
+            "cannot be used with",
+        ),
         ("export target --scratch .", 2, "--copy-on-write"),
-        ("export target --copy-on-write --scratch absent", 4, "cannot keep changes in absent"),
+        (
+            "export target --copy-on-write --scratch absent",
+            4,
+            "cannot keep changes in absent",
+        ),
         ("export nbd://host/disk", 2, "not be a target yet"),
     ] {
         let refused = lab.run(line);
@@ -210,7 +271,10 @@ fn what_cannot_be_served_is_refused_and_says_why() {
     }
     lab.must("accept target");
     let accepted = lab.run("export target --point old");
-    assert!(accepted.complaint().contains("keeps no old point"), "{accepted:#?}");
+    assert!(
+        accepted.complaint().contains("keeps no old point"),
+        "{accepted:#?}"
+    );
     lab.assert_holds("target", &new);
 }
 
@@ -218,7 +282,10 @@ fn what_cannot_be_served_is_refused_and_says_why() {
 fn an_export_that_is_killed_leaves_the_target_as_it_was() {
     let lab = Lab::new();
     let [old, new] = synced(&lab, "redo");
-    let (run, told) = export(&lab, "target --point old --copy-on-write --listen 127.0.0.1:0");
+    let (run, told) = export(
+        &lab,
+        "target --point old --copy-on-write --listen 127.0.0.1:0",
+    );
     let address = told["address"].as_str().expect("text").to_owned();
     assert!(address.starts_with("nbd://127.0.0.1:"), "{address}");
     lab.must(&format!("verify {address} old"));
@@ -246,5 +313,8 @@ fn the_old_point_is_not_served_once_somebody_wrote_the_target() {
     assert!(warning.contains("somebody wrote the target"), "{warning}");
     let refused = lab.run("export target --point old");
     assert_eq!(refused.code, Some(4), "{refused:#?}");
-    assert!(refused.complaint().contains("not provably unwritten"), "{refused:#?}");
+    assert!(
+        refused.complaint().contains("not provably unwritten"),
+        "{refused:#?}"
+    );
 }

@@ -198,7 +198,11 @@ impl Entrance {
                 None,
             ),
             None => {
-                let made = tempfile::Builder::new().prefix("blockferry-").tempdir();
+                // Nobody else is to reach the socket, whatever its own mode is for a moment.
+                let made = tempfile::Builder::new()
+                    .prefix("blockferry-")
+                    .permissions(fs::Permissions::from_mode(0o700))
+                    .tempdir();
                 let directory = made.map_err(|error| {
                     let message = format!("cannot make a directory for a socket: {error}");
                     Failure::new(Exit::Usage, message)
