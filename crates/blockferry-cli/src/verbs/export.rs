@@ -50,6 +50,13 @@ pub(crate) fn run(arguments: &ExportArguments, session: &Session) -> Result<Exit
     let export = disk(arguments, source)?;
     let mut options = NbdServerOptions::default();
     options.observer = observer(&session.output);
+    if !entrance.is_local {
+        let message = format!(
+            "whoever reaches {} can read the disk: there is neither password nor encryption",
+            told.address
+        );
+        warn(&session.output, "open_to_network", &message);
+    }
     let Entrance {
         listeners, _place, ..
     } = entrance;
@@ -167,6 +174,8 @@ fn scratch(dir: Option<&Path>, size_bytes: u64) -> Result<Arc<dyn BlockTarget>, 
 struct Entrance {
     listeners: Vec<NbdListener>,
     address: NbdAddress,
+    /// Only who is on this host can come in.
+    is_local: bool,
     /// Removed with what is in it.
     _place: Option<Socket>,
 }
@@ -231,6 +240,7 @@ impl Entrance {
         Ok(Self {
             listeners: vec![listener.into()],
             address,
+            is_local: true,
             _place: Some(socket),
         })
     }
@@ -241,6 +251,7 @@ impl Entrance {
             Failure::new(Exit::Usage, format!("cannot listen at {address}: {error}"))
         };
         let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(failed)?.collect();
+        let is_local = addresses.iter().all(|address| address.ip().is_loopback());
         let listeners = addresses.into_iter().map(TcpListener::bind);
         let listeners: Vec<TcpListener> = listeners.collect::<io::Result<_>>().map_err(failed)?;
         let first = listeners
@@ -252,6 +263,7 @@ impl Entrance {
         Ok(Self {
             listeners: listeners.into_iter().map(NbdListener::from).collect(),
             address,
+            is_local,
             _place: None,
         })
     }
