@@ -3,6 +3,7 @@
 mod arrows;
 mod bounds;
 mod docs;
+mod export;
 mod failing_devices;
 mod failover;
 mod failures;

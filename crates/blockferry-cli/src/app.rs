@@ -60,6 +60,7 @@ fn perform(verb: &Verb, session: &Session) -> Result<Exit, Failure> {
         Verb::Diff(arguments) => verbs::diff::run(arguments, session),
         Verb::Digest(arguments) => verbs::digest::run(arguments, session),
         Verb::Verify(arguments) => verbs::verify::run(arguments, session),
+        Verb::Export(arguments) => verbs::export::run(arguments, session),
         Verb::Serve(arguments) => verbs::serve::run(arguments, session),
         Verb::Certs(arguments) => verbs::certs::run(arguments, session),
         Verb::Failover(arguments) => verbs::failover::run(arguments, session),

@@ -13,7 +13,7 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::address::{Address, Location, Readable};
 use crate::engine::failover::{State, parse_duration};
-use crate::engine::{BlockSize, Mode, Strategy, Undo, parse_size};
+use crate::engine::{BlockSize, ExportPoint, Mode, Strategy, Undo, nbd, parse_size};
 use crate::export::PORT;
 use crate::file_url;
 use crate::quote::{quoted, quoted_path};
@@ -86,6 +86,8 @@ pub(crate) enum Verb {
     Digest(DigestArguments),
     /// Compare two disks, or check a target against its recorded point
     Verify(VerifyArguments),
+    /// Serve a point of a target over NBD, to look inside, to try it, or to boot from it
+    Export(ExportArguments),
     /// Be the far end of syncs that other hosts begin: what ssh starts there, or a server
     Serve(ServeArguments),
     /// Make certificates for hosts that are to trust each other
@@ -118,6 +120,7 @@ impl Verb {
             Self::Diff(_) => "diff",
             Self::Digest(_) => "digest",
             Self::Verify(_) => "verify",
+            Self::Export(_) => "export",
             Self::Serve(_) => "serve",
             Self::Certs(_) => "certs",
             Self::Failover(_) => "failover",
@@ -260,6 +263,36 @@ impl Reach {
         }
         words
     }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ExportArguments {
+    /// The target, or the id of one of its points
+    #[arg(value_name = "TARGET|ID", value_parser = address())]
+    pub(crate) target: Address,
+    /// Which of its points [default: current, or the one that has the id]
+    #[arg(long, value_enum)]
+    pub(crate) point: Option<PointArgument>,
+    /// Let clients write: what they write is kept aside, and forgotten when the export ends
+    #[arg(long)]
+    pub(crate) copy_on_write: bool,
+    /// Keep what clients write in DIR, in a file without a name [default: $TMPDIR, or /var/tmp]
+    #[arg(long, value_name = "DIR", requires = "copy_on_write", value_parser = directory())]
+    pub(crate) scratch: Option<PathBuf>,
+    /// Listen at a Unix socket, which must not exist [default: one in a private directory]
+    #[arg(long, value_name = "PATH", value_parser = directory())]
+    pub(crate) socket: Option<PathBuf>,
+    /// Listen at ADDRESS, a name or number with or without a port: who reaches it can read the disk
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "socket", value_parser = listening_nbd)]
+    pub(crate) listen: Option<String>,
+    /// The name of the export [default: the empty one]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) name: String,
 }
 
 #[derive(Args, Debug)]
@@ -489,6 +522,26 @@ impl From<StrategyArgument> for Strategy {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PointArgument {
+    /// What `rollback` would return to
+    Old,
+    /// What a prepared run will bring once its group of disks decides
+    New,
+    /// What the target holds
+    Current,
+}
+
+impl From<PointArgument> for ExportPoint {
+    fn from(argument: PointArgument) -> Self {
+        match argument {
+            PointArgument::Old => Self::Old,
+            PointArgument::New => Self::New,
+            PointArgument::Current => Self::Current,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum ShellArgument {
     Bash,
@@ -529,12 +582,20 @@ fn directory() -> ValueParser {
 
 /// With the usual port, unless it names one; 0 is any that is free.
 fn listening(text: &str) -> Result<String, String> {
+    listening_with(text, PORT)
+}
+
+fn listening_nbd(text: &str) -> Result<String, String> {
+    listening_with(text, nbd::PORT)
+}
+
+fn listening_with(text: &str, usual_port: u16) -> Result<String, String> {
     let (host, port) = match text.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => {
             let port = port.parse::<u16>();
             (host, port.map_err(|error| format!("port: {error}"))?)
         }
-        _ => (text, PORT),
+        _ => (text, usual_port),
     };
     let is_number = host.starts_with('[') && host.ends_with(']');
     if host.is_empty() || (host.contains(':') && !is_number) {
@@ -604,6 +665,7 @@ mod tests {
             ("diff a b", "diff"),
             ("digest a", "digest"),
             ("verify t", "verify"),
+            ("export t", "export"),
             ("serve --stdio", "serve"),
             ("failover start job.toml", "failover"),
             ("jobs", "jobs"),

@@ -5,6 +5,7 @@ pub(crate) mod decide;
 pub(crate) mod diff;
 pub(crate) mod digest;
 pub(crate) mod dry_run;
+pub(crate) mod export;
 pub(crate) mod failover;
 pub(crate) mod generate;
 pub(crate) mod jobs;

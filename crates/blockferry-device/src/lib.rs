@@ -45,7 +45,7 @@ pub use cancel::CancelToken;
 pub use clock::{Clock, SystemClock};
 pub use data_path::WriteMode;
 pub use decorators::{
-    Cancellable, Counting, Counts, FromMedium, RateLimited, RateLimiter, ReadOnly,
+    Cancellable, CopyOnWrite, Counting, Counts, FromMedium, RateLimited, RateLimiter, ReadOnly,
 };
 pub use directory::OsDirectory;
 pub use error::{Error, ErrorKind, Result};

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use blockferry_device::{
-    Access, BlockTarget, Identity, MemoryDevice, OsBlockDevice, OsDirectory, OsFile, WriteMode,
+    Access, BlockTarget, CopyOnWrite, Identity, MemoryDevice, OsBlockDevice, OsDirectory, OsFile,
+    WriteMode,
 };
 use blockferry_testkit::conformance::{
     source_conformance, storage_conformance, target_conformance,
@@ -32,6 +33,19 @@ fn a_file_is_a_target_in_both_write_modes() {
         for length in [2 << 20, (1 << 20) + 12_345] {
             target_conformance(&|| file(directory.path(), mode, &noise(length)));
         }
+    }
+}
+
+#[test]
+fn a_base_with_changes_in_a_sparse_file_is_a_target() {
+    let directory = disk_directory();
+    for length in [2 << 20, (1 << 20) + 12_345] {
+        target_conformance(&|| {
+            let scratch = file(directory.path(), WriteMode::Buffered, &[]);
+            scratch.resize(length as u64).expect("sized");
+            let base = MemoryDevice::from_bytes("base", noise(length));
+            Arc::new(CopyOnWrite::new(Arc::new(base), scratch).expect("large enough"))
+        });
     }
 }
 

@@ -2,13 +2,14 @@
 //!
 //! [`sync`] brings a [`Target`] to the content of a source; [`SyncOptions`] say how, [`Context`] carries observer,
 //! cancel token and clock, the [`Receipt`] is the proof. [`rollback`], [`accept`] and [`cancel`] decide what
-//! becomes of the points; [`status`] looks; [`digest`], [`compare`] and [`verify_target`] only read.
+//! becomes of the points; [`status`] looks, [`export`] gives a point to read; [`digest`], [`compare`] and [`verify_target`] only read.
 
 mod anchor;
 mod clone_probe;
 mod compare;
 mod data_blocks;
 mod error;
+mod export;
 mod fence;
 mod group;
 mod handle;
@@ -34,6 +35,7 @@ pub use blockferry_transfer_log::{
 };
 pub use compare::{compare, digest};
 pub use error::{Error, ErrorKind, Result};
+pub use export::{ExportPoint, Exported, export};
 pub use fence::Attempt;
 pub use group::{Member, sync_group};
 pub use options::{ChangesSince, Context, Mode, SyncOptions};

@@ -282,7 +282,7 @@ fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
     }
 }
 
-fn point_status(point: &Point) -> PointStatus {
+pub(crate) fn point_status(point: &Point) -> PointStatus {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| d.as_secs());

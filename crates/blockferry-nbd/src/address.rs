@@ -8,7 +8,8 @@ use blockferry_device::{Error, ErrorKind, Result};
 
 use crate::wire::MAX_TEXT_BYTES;
 
-const PORT: u16 = 10_809;
+/// The port of NBD.
+pub const PORT: u16 = 10_809;
 
 /// Where an export is. Equal for equal places, however they were written.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +33,19 @@ impl NbdAddress {
     pub fn unix(socket: impl AsRef<Path>, export: &str) -> Result<Self> {
         let place = Place::Unix(socket.as_ref().to_owned());
         Self::new(place, export.to_owned())
+    }
+
+    /// An export of a server that listens at a port of a host, which is a name or a number.
+    ///
+    /// # Errors
+    /// The name is longer than the protocol allows, or the host is none.
+    pub fn tcp(host: &str, port: u16, export: &str) -> Result<Self> {
+        if host.is_empty() || !host.chars().all(may_be_in_host) {
+            let text = format!("address of an NBD export: expected a host, found {host:?}");
+            return Err(Error::new(ErrorKind::Unsuitable, text));
+        }
+        let host = host.to_owned();
+        Self::new(Place::Tcp { host, port }, export.to_owned())
     }
 
     fn new(place: Place, export: String) -> Result<Self> {
@@ -118,8 +132,7 @@ fn host_and_port(authority: &str) -> Option<(String, u16)> {
             None => (authority, None),
         },
     };
-    let may_be_host = |c: char| c.is_ascii_alphanumeric() || ".-_:%".contains(c);
-    if host.is_empty() || !host.chars().all(may_be_host) {
+    if host.is_empty() || !host.chars().all(may_be_in_host) {
         return None;
     }
     let port = match port {
@@ -128,6 +141,10 @@ fn host_and_port(authority: &str) -> Option<(String, u16)> {
         None => PORT,
     };
     Some((host.to_owned(), port))
+}
+
+fn may_be_in_host(c: char) -> bool {
+    c.is_ascii_alphanumeric() || ".-_:%".contains(c)
 }
 
 /// Takes percent signs with two digits for the bytes that they mean.
@@ -213,6 +230,22 @@ mod tests {
             assert_eq!(address.export(), export, "{text}");
             assert_eq!(address.to_string(), written, "{text}");
             assert_eq!(parsed(written), address);
+        }
+    }
+
+    #[test]
+    fn addresses_that_are_put_together_are_those_that_are_read() {
+        for (host, port, written) in [
+            ("::1", 10_809, "nbd://[::1]/a%20b"),
+            ("127.0.0.1", 99, "nbd://127.0.0.1:99/a%20b"),
+        ] {
+            let address = NbdAddress::tcp(host, port, "a b").expect(host);
+
+            assert_eq!(address.to_string(), written);
+            assert_eq!(parsed(written), address);
+        }
+        for host in ["", "a/b", "a b"] {
+            NbdAddress::tcp(host, 1, "").expect_err(host);
         }
     }
 

@@ -1,14 +1,13 @@
 //! One connection to a server: a socket, the export that was agreed on, and whether it still works.
 
-use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 use std::time::Duration;
 
 use blockferry_device::{Error, ErrorKind, Result};
 
-use crate::address::{NbdAddress, Place};
+use crate::address::NbdAddress;
 use crate::handshake::{Export, Wanted, negotiate};
+use crate::stream::Stream;
 use crate::transfer::{Failure, Outcome, Transfer};
 use crate::wire::Command;
 
@@ -25,12 +24,6 @@ pub(crate) struct Connection {
     broken: bool,
 }
 
-#[derive(Debug)]
-pub(crate) enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
 impl Connection {
     /// Connects to a server that may be silent for so long, and comes to an agreement with it.
     ///
@@ -43,7 +36,7 @@ impl Connection {
     ) -> Result<Self> {
         let label = address.to_string();
         let failed = |cause| Error::from_io(format!("connect to {label}"), cause);
-        let mut stream = Stream::connect(&address.place).map_err(failed)?;
+        let mut stream = Stream::connect(&address.place, CONNECTING).map_err(failed)?;
         stream.set_timeout(CONNECTING).map_err(failed)?;
         let wanted = Wanted {
             export: &address.export,
@@ -95,61 +88,5 @@ impl Drop for Connection {
             let leave = crate::wire::request(Command::Disconnect, self.next_cookie, 0, 0);
             let _it_ends_anyhow = self.stream.write_all(&leave);
         }
-    }
-}
-
-impl Stream {
-    fn connect(place: &Place) -> io::Result<Self> {
-        match place {
-            Place::Unix(socket) => UnixStream::connect(socket).map(Self::Unix),
-            Place::Tcp { host, port } => {
-                let mut last = None;
-                for address in (host.as_str(), *port).to_socket_addrs()? {
-                    match TcpStream::connect_timeout(&address, CONNECTING) {
-                        Ok(stream) => {
-                            // A request waits for nothing that may come after it.
-                            stream.set_nodelay(true)?;
-                            return Ok(Self::Tcp(stream));
-                        }
-                        Err(error) => last = Some(error),
-                    }
-                }
-                Err(last.unwrap_or_else(|| io::Error::other("the host has no address")))
-            }
-        }
-    }
-
-    fn set_timeout(&self, silence: Duration) -> io::Result<()> {
-        let silence = Some(silence);
-        match self {
-            Self::Tcp(stream) => stream
-                .set_read_timeout(silence)
-                .and_then(|()| stream.set_write_timeout(silence)),
-            Self::Unix(stream) => stream
-                .set_read_timeout(silence)
-                .and_then(|()| stream.set_write_timeout(silence)),
-        }
-    }
-}
-
-impl Read for Stream {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.read(buffer),
-            Self::Unix(stream) => stream.read(buffer),
-        }
-    }
-}
-
-impl Write for Stream {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.write(bytes),
-            Self::Unix(stream) => stream.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

@@ -12,16 +12,14 @@ use blockferry_device::{
 };
 
 use crate::address::NbdAddress;
-use crate::connection::{Connection, Stream};
+use crate::connection::Connection;
 use crate::handshake::Export;
 use crate::image::Program;
+use crate::stream::Stream;
 use crate::transfer::{DEPTH, Outcome, Transfer};
-use crate::wire::{Command, flag};
+use crate::wire::allocation::IS_ZERO;
+use crate::wire::{ALLOCATION, Command, flag};
 
-/// Where a server says which runs read zero.
-const ALLOCATION: &str = "base:allocation";
-/// Of it: the run reads zero.
-const IS_ZERO: u32 = 1 << 1;
 /// Of a dirty bitmap: the run was written.
 const IS_DIRTY: u32 = 1;
 /// How much block status is asked for at once.

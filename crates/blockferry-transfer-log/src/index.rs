@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use blockferry_core::{Extent, ExtentSet};
 
-use crate::format::{NewContent, PAGE, RecordHeader, usize_of};
+use crate::format::{BatchExtent, NewContent, OldContent, PAGE, RecordHeader, usize_of};
 
 /// A run of staged bytes that lie together in one record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,13 @@ pub(crate) enum RunContent {
     Zero,
 }
 
+/// How one side of a record holds an extent.
+enum Held {
+    /// In its payload.
+    Pages,
+    Zero,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     end: u64,
@@ -43,18 +50,40 @@ pub(crate) struct Index {
 impl Index {
     /// Takes a record in; what it holds replaces what was there.
     pub(crate) fn insert_record(&mut self, record: u32, header: &RecordHeader) {
+        self.insert_side(record, header, |entry| match entry.new {
+            NewContent::Data => Some(Held::Pages),
+            NewContent::Zero => Some(Held::Zero),
+            NewContent::None | NewContent::Reserve => None,
+        });
+    }
+
+    /// Takes in what a record holds of the old point instead.
+    pub(crate) fn insert_pre_images(&mut self, record: u32, header: &RecordHeader) {
+        self.insert_side(record, header, |entry| match entry.old {
+            OldContent::Data => Some(Held::Pages),
+            OldContent::Zero => Some(Held::Zero),
+            OldContent::None => None,
+        });
+    }
+
+    fn insert_side(
+        &mut self,
+        record: u32,
+        header: &RecordHeader,
+        held: impl Fn(&BatchExtent) -> Option<Held>,
+    ) {
         let mut payload = 0u64;
         for entry in &header.extents {
-            match entry.new {
-                NewContent::Data => {
+            match held(entry) {
+                Some(Held::Pages) => {
                     let content = RunContent::Data {
                         payload: narrow(payload),
                     };
                     self.insert(entry.extent, record, content);
                     payload += entry.extent.length().next_multiple_of(PAGE as u64);
                 }
-                NewContent::Zero => self.insert(entry.extent, record, RunContent::Zero),
-                NewContent::None | NewContent::Reserve => {}
+                Some(Held::Zero) => self.insert(entry.extent, record, RunContent::Zero),
+                None => {}
             }
         }
     }

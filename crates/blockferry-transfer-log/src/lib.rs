@@ -22,6 +22,7 @@ mod ledger;
 mod log;
 mod manifest;
 mod outcome;
+mod overlay;
 mod place;
 mod plan;
 mod readback;

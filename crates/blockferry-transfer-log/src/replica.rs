@@ -4,6 +4,7 @@ mod anchoring;
 mod files;
 mod publishing;
 mod recovery;
+mod views;
 
 use anchoring::Anchored;
 pub use anchoring::AnchoredPoint;

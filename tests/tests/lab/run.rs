@@ -218,8 +218,12 @@ impl Child {
         line.filter(|_| length > 0)
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn signal(&self, name: &str) {
-        let id = self.process.id().to_string();
+        let id = self.id().to_string();
         tool(&["kill", name, &id]).expect("kill runs");
     }
 

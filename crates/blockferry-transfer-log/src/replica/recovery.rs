@@ -286,7 +286,7 @@ impl Replica {
 
 /// A decision says how many records count; fewer, or others, mean that the log lost some after they were read
 /// back.
-fn keep_decided(found: &mut Scan, decision: &Decision) -> Result<()> {
+pub(super) fn keep_decided(found: &mut Scan, decision: &Decision) -> Result<()> {
     found.check_epoch(decision)?;
     if found.header.strategy == Strategy::Redo {
         found.keep_decided(decision)

@@ -24,3 +24,4 @@ mod sessions;
 mod settled;
 mod stories;
 mod story;
+mod views;
