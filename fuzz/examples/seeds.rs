@@ -55,6 +55,9 @@ fn main() -> std::io::Result<()> {
     for (name, bytes) in conversations() {
         seeds.write("wire", name, &bytes)?;
     }
+    for (name, bytes) in nbd_clients() {
+        seeds.write("nbd_server", name, &bytes)?;
+    }
     for (name, bytes) in nbd_servers() {
         seeds.write("nbd", name, &bytes)?;
     }
@@ -179,6 +182,69 @@ const COMMAND_LINES: [(&str, &str); 12] = [
         "sync -e ssh --remote-path bf me@[::1]:rel ssh://me@h:22/a%20b serve --stdio pushed://h/a",
     ),
 ];
+
+/// What a client of NBD says, behind a byte that tells whether it may write.
+fn nbd_clients() -> Vec<(&'static str, Vec<u8>)> {
+    let be = |number: u64, bytes: usize| number.to_be_bytes()[8 - bytes..].to_vec();
+    let option = |number: u64, body: &[u8]| {
+        let head = [
+            b"IHAVEOPT".to_vec(),
+            be(number, 4),
+            be(body.len() as u64, 4),
+        ]
+        .concat();
+        [head, body.to_vec()].concat()
+    };
+    let text = |text: &[u8]| [be(text.len() as u64, 4), text.to_vec()].concat();
+    let request = |flags: u64, kind: u64, cookie: u64, offset: u64, length: u64| {
+        let head = [be(0x2560_9513, 4), be(flags, 2), be(kind, 2), be(cookie, 8)].concat();
+        [head, be(offset, 8), be(length, 4)].concat()
+    };
+    let go = option(7, &[text(b"disk"), be(1, 2), be(3, 2)].concat());
+    let context = [text(b"disk"), be(1, 4), text(b"base:allocation")].concat();
+    let new = [be(3, 4), option(8, &[]), option(10, &context), go.clone()].concat();
+    let old = [be(1, 4), option(3, &[]), option(1, b"disk")].concat();
+    let read = [
+        request(0, 0, 1, 0, 12_988),
+        request(0, 0, 2, 4095, 3),
+        request(0, 0, 3, 12_900, 200),
+        request(0, 2, 4, 0, 0),
+    ]
+    .concat();
+    let write = [
+        request(0, 1, 1, 100, 20),
+        vec![9; 20],
+        request(1, 1, 2, 4000, 300),
+        vec![8; 300],
+        request(0, 6, 3, 5000, 6000),
+        request(2, 6, 4, 0, 50),
+        request(0, 4, 5, 12_288, 700),
+        request(0, 3, 6, 0, 0),
+        request(0, 0, 7, 0, 12_988),
+    ]
+    .concat();
+    let status = [request(0, 7, 1, 0, 12_988), request(8, 7, 2, 5, 9000)].concat();
+    let said = |how: u8, parts: &[&[u8]]| [&[how], parts.concat().as_slice()].concat();
+    vec![
+        ("read", said(0, &[&new, &read])),
+        ("read-old", said(0, &[&old, &read])),
+        ("write", said(1, &[&new, &write])),
+        ("write-old", said(1, &[&old, &write])),
+        ("denied", said(0, &[&new, &write])),
+        ("status", said(1, &[&new, &write, &status])),
+        (
+            "leave",
+            said(
+                0,
+                &[
+                    &be(3, 4),
+                    &option(6, &[text(b""), be(0, 2)].concat()),
+                    &option(2, &[]),
+                ],
+            ),
+        ),
+    ]
+}
 
 /// What a server of NBD says to someone who wants something, by the choice in the first byte.
 fn nbd_servers() -> Vec<(&'static str, Vec<u8>)> {
