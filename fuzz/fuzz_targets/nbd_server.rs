@@ -112,7 +112,11 @@ fn check(said: &[u8], heard: &[u8], agreed: Agreed, model: &mut [u8]) {
             }
         }
     }
-    assert!(heard.0.is_empty(), "{} bytes that nobody asked for", heard.0.len());
+    assert!(
+        heard.0.is_empty(),
+        "{} bytes that nobody asked for",
+        heard.0.len()
+    );
 }
 
 /// Reads one answer; whether it says that all is well. `held` is what the disk holds there, if it is within.

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use blockferry_device::{Error, ErrorKind, Result};
 use serde_json::Value;
 
-/// Longest line that is taken in. A machine with hundreds of disks answers in less.
-const MAX_LINE_BYTES: usize = 16 << 20;
+/// Longest line that is taken in. A machine with hundreds of disks answers in less, and a value takes some twenty times
+/// the space of its text.
+const MAX_LINE_BYTES: usize = 4 << 20;
 const READ_BYTES: usize = 64 << 10;
 /// Most of a foreign text that an error shows.
 const SHOWN_CHARS: usize = 200;

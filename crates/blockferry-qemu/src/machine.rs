@@ -258,7 +258,16 @@ impl Machine {
         check(number, disks)?;
         let found = nodes::nodes(&mut self.qmp)?;
         let mut actions = Vec::new();
-        for (index, disk) in disks.iter().enumerate() {
+        // These first: each holds its disk still from here to the end of the transaction, once what was under way there is
+        // written. A write that ends between the end of one bitmap and the cut would be in the point and in no bitmap.
+        for (index, disk) in disks.iter().enumerate().filter(|_| fleeces) {
+            let data = json!({
+                "job-id": self.tag.of(Kind::Job, number, index), "device": disk,
+                "target": self.tag.of(Kind::Overlay, number, index), "sync": "none",
+            });
+            actions.push(action("blockdev-backup", data));
+        }
+        for disk in disks {
             let node = node_of(&found, disk)?;
             for bitmap in self.bitmaps_of(node).filter(|bitmap| bitmap.is_recording) {
                 let data = json!({"node": disk, "name": bitmap.name});
@@ -270,13 +279,6 @@ impl Machine {
                 "persistent": node.driver == "qcow2",
             });
             actions.push(action("block-dirty-bitmap-add", data));
-            if fleeces {
-                let data = json!({
-                    "job-id": self.tag.of(Kind::Job, number, index), "device": disk,
-                    "target": self.tag.of(Kind::Overlay, number, index), "sync": "none",
-                });
-                actions.push(action("blockdev-backup", data));
-            }
         }
         let arguments = json!({"actions": actions});
         self.qmp.execute("transaction", arguments).map(drop)
@@ -599,13 +601,15 @@ impl Machine {
         self.qmp.execute("cont", json!({})).map(drop)
     }
 
-    /// Presses the guest's power button and waits until it shut down. The machine has to have been started with
-    /// `-no-shutdown`, else it is gone with its guest.
+    /// Presses the guest's power button and waits until it shut down. The machine stays.
     ///
     /// # Errors
     /// The guest did not shut down within `patience`, or the machine failed.
     pub fn power_down(&mut self, patience: Duration) -> Result<()> {
         self.qmp.forget_events();
+        // As if it had been started with -no-shutdown.
+        let stays = json!({"shutdown": "pause"});
+        self.qmp.execute("set-action", stays)?;
         self.qmp.execute("system_powerdown", json!({}))?;
         let down = |event: &crate::Event| event.name == "SHUTDOWN";
         self.qmp.wait_event(patience, down).map(drop)

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use blockferry_device::{SourceOptions, open_source};
 use blockferry_engine::{
-    Context, ErrorKind, Mode, Strategy, SyncOptions, Target, TargetOptions, list_targets, predict,
-    resume_source, rollback, status, sync,
+    Context, ErrorKind, ExportPoint, Mode, Strategy, SyncOptions, Target, TargetOptions, export,
+    list_targets, predict, resume_source, rollback, status, sync,
 };
 use blockferry_testkit::FaultySource;
 
@@ -81,6 +81,38 @@ impl Place {
         walk(self.directory.path(), &mut found);
         found.sort();
         found
+    }
+}
+
+#[test]
+fn a_point_that_is_exported_keeps_its_target_locked_until_it_is_let_go() {
+    for strategy in [Strategy::Redo, Strategy::Shadow] {
+        let place = Place::new(77, 60);
+        let receipt = place.sync(&options(|o| {
+            o.mode = Mode::Delta;
+            o.strategy = Some(strategy);
+        }));
+        let whole = |source: &dyn blockferry_device::BlockSource| {
+            let mut bytes = vec![0; usize::try_from(source.size_bytes()).unwrap()];
+            source.read_at(0, &mut bytes).unwrap();
+            bytes
+        };
+        let before = place.everything();
+
+        let old = export(place.open(), ExportPoint::Old).unwrap();
+
+        assert!(whole(&*old.source) == place.old, "{strategy}");
+        assert!(old.point.is_none(), "the first sync knew no name for it");
+        let held = Target::open(&place.path("old.raw"), &place.options()).unwrap_err();
+        assert!(held.is_busy(), "{held}");
+        drop(old);
+        let current = export(place.open(), ExportPoint::Current).unwrap();
+        assert!(whole(&*current.source) == place.new, "{strategy}");
+        assert_eq!(Some(&current.point.unwrap().id), Some(&receipt.sync_point));
+        drop(current.source);
+        assert!(place.everything() == before, "{strategy}");
+        let refused = export(place.open(), ExportPoint::New).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Target);
     }
 }
 
