@@ -219,6 +219,28 @@ fn a_machine_that_is_killed_loses_its_bitmaps_which_is_said_and_its_disks_are_co
 }
 
 #[test]
+fn a_source_that_is_gone_keeps_nobody_from_rolling_back() {
+    let name = "a_source_that_is_gone_keeps_nobody_from_rolling_back";
+    let Some(mut sites) = Sites::new(name) else {
+        return;
+    };
+    let before = with_files(|| fs::read(sites.lab.path("replica0"))).expect("read");
+    sites.lab.must(READY);
+    sites.lab.must("failover complete web");
+    sites.daemon.kill().expect("killed");
+
+    let answer = sites.lab.must("failover rollback web");
+
+    assert!(
+        warnings(&answer).contains(&"source_not_reached"),
+        "{answer:#?}"
+    );
+    assert_eq!(sites.state(), "rolled-back");
+    let back = with_files(|| fs::read(sites.lab.path("replica0"))).expect("read");
+    assert!(back == before, "not the point before the job");
+}
+
+#[test]
 fn what_a_job_cannot_do_is_refused_with_what_it_can() {
     let Some(sites) = Sites::new("what_a_job_cannot_do_is_refused_with_what_it_can") else {
         return;

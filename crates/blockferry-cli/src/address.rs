@@ -57,11 +57,15 @@ pub(crate) enum AddressError {
     Nbd { why: String },
     ReadOnly,
     Pushed { from: String },
+    Job { name: String },
     Elsewhere,
 }
 
 /// What was synced from here to another host is recorded there with this scheme: the path means nothing there.
 const PUSHED: &str = "pushed://";
+
+/// What a job brings up to date records with this scheme; the name of the job follows, its number, and the disk.
+const JOB: &str = "failover://";
 
 impl Location<Readable> {
     /// Parses what the user typed; only the shape is looked at, never the file system or the network.
@@ -92,6 +96,11 @@ impl Location<Readable> {
         if let Some(from) = behind(PUSHED) {
             let from = from.to_owned();
             return Err(AddressError::Pushed { from });
+        }
+        if let Some(disk) = behind(JOB) {
+            let name = disk.split(['.', '/']).next().unwrap_or_default();
+            let name = name.to_owned();
+            return Err(AddressError::Job { name });
         }
         let Some((head, rest)) = head_of(text.as_bytes()) else {
             return Ok(Self::Here(Readable::Path(Address(PathBuf::from(text)))));
@@ -402,6 +411,10 @@ impl fmt::Display for AddressError {
                 f,
                 "it was pushed from another host, where its path was {from}: run the sync there again, it goes on"
             ),
+            Self::Job { name } => write!(
+                f,
+                "a job brings it up to date: blockferry failover start {name} goes on with it"
+            ),
             Self::Elsewhere => f.write_str(
                 "only sync reaches disks of other hosts: log in there to ask for this (write ./NAME for a file whose \
                  name contains a colon)",
@@ -440,6 +453,16 @@ mod tests {
             let address = Address::parse(text.into()).expect(text);
             assert_eq!(address.path(), Path::new(text));
         }
+    }
+
+    #[test]
+    fn what_a_job_recorded_names_the_job_that_goes_on() {
+        let refused = parse("failover://web-1.12/disk0#7").expect_err("no disk");
+
+        let name = "web-1".to_owned();
+        assert_eq!(refused, AddressError::Job { name });
+        let text = refused.to_string();
+        assert!(text.contains("failover start web-1"), "{text}");
     }
 
     #[test]

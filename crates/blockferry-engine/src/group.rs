@@ -122,8 +122,6 @@ pub(crate) struct Cut<'a> {
 struct State {
     /// Members that are complete or have nothing to commit.
     arrived: usize,
-    /// Members whose thread ended.
-    ended: usize,
     prepared: Vec<SessionId>,
     decision: Decision,
 }
@@ -199,8 +197,7 @@ impl<'a> Cut<'a> {
     /// A member that ends before it arrived takes the decision with it.
     fn end(&self) {
         let mut state = self.lock();
-        state.ended += 1;
-        if matches!(state.decision, Decision::Open) && state.ended > 0 {
+        if matches!(state.decision, Decision::Open) {
             state.decision = Decision::Failed;
             self.changed.notify_all();
         }

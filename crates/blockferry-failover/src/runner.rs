@@ -361,8 +361,10 @@ impl<'s> Runner<'s> {
         }
         self.targets.clear();
         self.hook("unfence-source", &hooks.unfence_source)?;
-        self.source.resume()?;
-        self.source.leave()?;
+        if self.reaches_source("start it by hand") {
+            self.source.resume()?;
+            self.source.leave()?;
+        }
         self.step(
             Input::StepDone,
             "the targets are at the point before the job",

@@ -93,6 +93,14 @@ pub struct JobRecord {
     pub spec: JobSpec,
 }
 
+impl JobRecord {
+    /// Seconds since something happened to it, by this host's clock.
+    #[must_use]
+    pub fn age_seconds(&self) -> u64 {
+        (now_ms() - self.updated_ms).max(0).unsigned_abs() / 1000
+    }
+}
+
 /// Something that happened to a job.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]

@@ -132,6 +132,14 @@ impl Sites {
             .to_vec()
     }
 
+    /// Copies passes until the job is ready, while the disks are written.
+    fn ready(&self, context: &JobContext) -> Writer {
+        let writer = self.writer(Duration::from_micros(300));
+        let state = self.jobs().start(&self.spec(""), Until::Ready, context);
+        assert_eq!(state.expect("ready"), State::Ready, "{}", self.told());
+        writer
+    }
+
     /// What is left of us in the machine's directory.
     fn leftovers(&self) -> Vec<String> {
         let names = fs::read_dir(self.place.path()).expect("a directory");
@@ -159,11 +167,8 @@ fn a_machine_that_is_written_comes_over_and_what_it_acknowledged_is_there() {
         return;
     }
     let sites = Sites::new();
-    let writer = sites.writer(Duration::from_micros(300));
-    let (spec, context) = (sites.spec(""), sites.context());
-
-    let state = sites.jobs().start(&spec, Until::Ready, &context);
-    assert_eq!(state.expect("ready"), State::Ready, "{}", sites.told());
+    let context = sites.context();
+    let writer = sites.ready(&context);
     let status = sites.status();
     assert!(status.passes.len() >= 2, "{}", sites.told());
     assert!(status.passes[1].changed_bytes < status.passes[0].changed_bytes);
@@ -230,10 +235,8 @@ fn a_job_that_is_rolled_back_leaves_the_old_point_and_a_source_that_runs() {
         return;
     }
     let sites = Sites::new();
-    let writer = sites.writer(Duration::from_micros(300));
-    let (spec, context) = (sites.spec(""), sites.context());
-    let state = sites.jobs().start(&spec, Until::Ready, &context);
-    assert_eq!(state.expect("ready"), State::Ready);
+    let context = sites.context();
+    let writer = sites.ready(&context);
     sites
         .jobs()
         .complete("web1", None, &context)

@@ -225,12 +225,9 @@ impl Machine {
         self.qmp.execute("blockdev-create", arguments)?;
         let concluded = |event: &crate::Event| status_of(event, job) == Some("concluded");
         self.qmp.wait_event(ENDING, concluded)?;
-        let all = self.qmp.execute("query-jobs", json!({}))?;
-        let ours = all.as_array().into_iter().flatten();
-        let failure = ours
-            .filter(|found| found.get("id").and_then(Value::as_str) == Some(job))
-            .find_map(|found| found.get("error").and_then(Value::as_str))
-            .map(crate::lines::shown);
+        let jobs = nodes::jobs(&mut self.qmp)?;
+        let ours = jobs.into_iter().find(|found| found.id == job);
+        let failure = ours.and_then(|job| job.error);
         self.qmp.execute("job-dismiss", json!({"id": job}))?;
         failure.map_or(Ok(()), |why| {
             let text = format!("make an overlay in {}: {why}", self.scratch.display());
@@ -338,15 +335,16 @@ impl Machine {
     /// # Errors
     /// They are not, or the machine does not tell.
     pub fn check(&mut self, number: u64, disks: &[String]) -> Result<()> {
-        let (jobs, found) = (
-            nodes::running_jobs(&mut self.qmp)?,
-            nodes::nodes(&mut self.qmp)?,
-        );
+        let (jobs, found) = (nodes::jobs(&mut self.qmp)?, nodes::nodes(&mut self.qmp)?);
+        let runs = |id: &str| {
+            let mut of_this_id = jobs.iter().filter(|job| job.id == id);
+            of_this_id.any(|job| job.status == "running" && job.error.is_none())
+        };
         for (index, disk) in disks.iter().enumerate() {
             let overlay = self.tag.of(Kind::Overlay, number, index);
             let is_fleeced = found.iter().any(|node| node.name == overlay);
             let why = match is_fleeced {
-                true if jobs.contains(&self.tag.of(Kind::Job, number, index)) => continue,
+                true if runs(&self.tag.of(Kind::Job, number, index)) => continue,
                 true => "the job that kept what is overwritten has ended, so it is a mixture",
                 false if self.is_clean(number, node_of(&found, disk)?) => continue,
                 false => "it was cut at rest, and written since",
@@ -471,12 +469,12 @@ impl Machine {
     fn end_points(&mut self) -> Result<()> {
         self.qmp.forget_events();
         for export in nodes::exports(&mut self.qmp)? {
-            if self.tag.owns(Kind::Export, &export) {
-                self.end_export(&export)?;
+            if self.tag.owns(Kind::Export, &export.id) {
+                self.end_export(&export.id)?;
             }
         }
         for job in nodes::jobs(&mut self.qmp)? {
-            if self.tag.owns(Kind::Job, &job) {
+            if self.tag.owns(Kind::Job, &job.id) {
                 self.end_job(&job)?;
             }
         }
@@ -500,27 +498,15 @@ impl Machine {
         self.qmp.wait_event(ENDING, gone).map(drop)
     }
 
-    fn end_job(&mut self, job: &str) -> Result<()> {
-        let all = self.qmp.execute("query-jobs", json!({}))?;
-        let status = all
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|found| found.get("id").and_then(Value::as_str) == Some(job))
-            .and_then(|found| found.get("status").and_then(Value::as_str));
-        match status {
-            // A job that makes an overlay waits to be dismissed.
-            Some("concluded") => self
-                .qmp
-                .execute("job-dismiss", json!({"id": job}))
-                .map(drop),
-            Some(_) => {
-                self.qmp.execute("job-cancel", json!({"id": job}))?;
-                let gone = |event: &crate::Event| status_of(event, job) == Some("null");
-                self.qmp.wait_event(ENDING, gone).map(drop)
-            }
-            None => Ok(()),
+    fn end_job(&mut self, job: &nodes::Job) -> Result<()> {
+        let id = json!({"id": job.id});
+        // A job that makes an overlay waits to be dismissed.
+        if job.status == "concluded" {
+            return self.qmp.execute("job-dismiss", id).map(drop);
         }
+        self.qmp.execute("job-cancel", id)?;
+        let gone = |event: &crate::Event| status_of(event, &job.id) == Some("null");
+        self.qmp.wait_event(ENDING, gone).map(drop)
     }
 
     fn remove_files(&self) -> Result<()> {
@@ -647,18 +633,10 @@ impl Machine {
     /// # Errors
     /// The machine did not answer.
     pub fn writable_exports(&mut self, disks: &[String]) -> Result<Vec<String>> {
-        let found = self.qmp.execute("query-block-exports", json!({}))?;
-        let all = found.as_array().into_iter().flatten();
-        let of = |export: &Value, field: &str| {
-            export
-                .get(field)
-                .and_then(Value::as_str)
-                .unwrap_or_default()
-                .to_owned()
-        };
+        let all = nodes::exports(&mut self.qmp)?.into_iter();
         Ok(all
-            .filter(|export| disks.contains(&of(export, "node-name")))
-            .map(|export| of(export, "id"))
+            .filter(|export| disks.contains(&export.node))
+            .map(|export| export.id)
             .filter(|id| !self.tag.owns(Kind::Export, id))
             .collect())
     }

@@ -64,28 +64,46 @@ fn bitmap(value: &Value) -> Result<Bitmap> {
     })
 }
 
-/// The ids of all exports.
-pub(crate) fn exports(qmp: &mut Qmp) -> Result<Vec<String>> {
+/// What serves a node to others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Export {
+    pub(crate) id: String,
+    pub(crate) node: String,
+}
+
+pub(crate) fn exports(qmp: &mut Qmp) -> Result<Vec<Export>> {
     let found = qmp.execute("query-block-exports", json!({}))?;
+    let export = |value: &Value| {
+        Ok(Export {
+            id: text(value, "id")?,
+            node: text(value, "node-name")?,
+        })
+    };
     let all = list(&found, "query-block-exports")?;
-    all.iter().map(|export| text(export, "id")).collect()
+    all.iter().map(export).collect()
 }
 
-/// The ids of all jobs.
-pub(crate) fn jobs(qmp: &mut Qmp) -> Result<Vec<String>> {
+/// Something that QEMU does in the background.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Job {
+    pub(crate) id: String,
+    /// As `running` or `concluded`.
+    pub(crate) status: String,
+    pub(crate) error: Option<String>,
+}
+
+pub(crate) fn jobs(qmp: &mut Qmp) -> Result<Vec<Job>> {
     let found = qmp.execute("query-jobs", json!({}))?;
+    let job = |value: &Value| {
+        let error = value.get("error").and_then(Value::as_str);
+        Ok(Job {
+            id: text(value, "id")?,
+            status: text(value, "status")?,
+            error: error.map(crate::lines::shown),
+        })
+    };
     let all = list(&found, "query-jobs")?;
-    all.iter().map(|job| text(job, "id")).collect()
-}
-
-/// The ids of the jobs that do what they are for.
-pub(crate) fn running_jobs(qmp: &mut Qmp) -> Result<Vec<String>> {
-    let found = qmp.execute("query-jobs", json!({}))?;
-    let running = list(&found, "query-jobs")?.iter().filter(|job| {
-        let status = job.get("status").and_then(Value::as_str);
-        status == Some("running") && job.get("error").is_none()
-    });
-    running.map(|job| text(job, "id")).collect()
+    all.iter().map(job).collect()
 }
 
 fn list<'v>(value: &'v Value, command: &str) -> Result<&'v Vec<Value>> {

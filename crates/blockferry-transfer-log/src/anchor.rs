@@ -11,17 +11,18 @@
 //! Order of durability, before the COMMIT of a session: records, flush, slot, flush. What lies behind the last record
 //! that counts was never relied on and is written over.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use blockferry_core::{Digest, Extent, ExtentSet, block_digest, is_zero};
-use blockferry_device::{AlignedBuffer, BlockSource, ReadRequest, Status, StorageDir, StorageFile};
+use blockferry_device::{AlignedBuffer, BlockSource, ReadRequest, StorageDir, StorageFile};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     ANCHOR_EXTENTS, ANCHOR_HEADER_BYTES, ANCHOR_PAYLOAD_BYTES, AnchorExtent, AnchorRecord,
     AnchorSlot, PAGE, Point, usize_of,
 };
+use crate::index::{Index, RunContent};
+use crate::overlay::{Overlay, RecordPages};
 use crate::stats::Stats;
 
 /// Name of the anchor in the state directory.
@@ -39,45 +40,37 @@ pub(crate) struct Anchor {
     slot_page: u64,
     /// Where the next record goes.
     end: u64,
-    kept: Arc<Kept>,
+    kept: Kept,
     /// Set while it is written: after a failure nothing more is kept through this handle.
     dead: bool,
 }
 
-/// Where the old pages are.
-#[derive(Clone, Debug, Default)]
+/// What is kept, and where.
+#[derive(Debug, Default)]
 struct Kept {
     extents: ExtentSet,
-    /// By start. Memory: about 60 bytes for each extent.
-    places: BTreeMap<u64, KeptExtent>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct KeptExtent {
-    end: u64,
-    /// Offset of its record, and of its bytes in the payload; zeros have none.
-    stored: Option<(u64, usize)>,
+    index: Arc<Index>,
+    /// Where each record begins.
+    records: Arc<Vec<u64>>,
 }
 
 impl Kept {
-    fn add(&mut self, record: u64, extents: &[AnchorExtent]) {
+    fn add(&mut self, offset: u64, extents: &[AnchorExtent]) {
+        let records = Arc::make_mut(&mut self.records);
+        // More than any memory holds.
+        let record = u32::try_from(records.len()).unwrap_or(u32::MAX);
+        records.push(offset);
+        let index = Arc::make_mut(&mut self.index);
         let mut payload = 0;
         for entry in extents {
-            let stored = (!entry.is_zero).then_some((record, payload));
-            let end = entry.extent.end();
+            let content = match entry.is_zero {
+                true => RunContent::Zero,
+                false => RunContent::Data { payload },
+            };
+            index.insert(entry.extent, record, content);
             self.extents.insert(entry.extent);
-            self.places
-                .insert(entry.extent.start(), KeptExtent { end, stored });
-            payload += usize_of(entry.stored_bytes());
+            payload += u32::try_from(entry.stored_bytes()).unwrap_or(u32::MAX);
         }
-    }
-
-    /// The kept extent at `offset`, or the first one behind it.
-    fn from(&self, offset: u64) -> Option<(u64, KeptExtent)> {
-        let before = self.places.range(..=offset).next_back();
-        let holds = before.filter(|(_, kept)| kept.end > offset);
-        let found = holds.or_else(|| self.places.range(offset..).next())?;
-        Some((*found.0, *found.1))
     }
 }
 
@@ -112,7 +105,7 @@ impl Anchor {
             slot,
             slot_page: 0,
             end: FIRST_RECORD,
-            kept: Arc::default(),
+            kept: Kept::default(),
             dead: false,
         })
     }
@@ -153,7 +146,7 @@ impl Anchor {
             slot,
             slot_page,
             end,
-            kept: Arc::new(kept),
+            kept,
             dead: false,
         }))
     }
@@ -230,23 +223,21 @@ impl Anchor {
         self.file.flush().map_err(failed)?;
         (0..2).for_each(|_| stats.count_flush());
         (self.slot, self.slot_page, self.end) = (slot, slot_page, written.end);
-        let kept = Arc::make_mut(&mut self.kept);
-        for (record, extents) in &written.extents {
-            kept.add(*record, extents);
+        for (offset, extents) in &written.extents {
+            self.kept.add(*offset, extents);
         }
         Ok(())
     }
 
-    /// The point, as a source: what is kept, over the target.
-    pub(crate) fn view(&self, target: Arc<dyn BlockSource>) -> AnchorView {
-        AnchorView {
-            label: format!("the anchor of {}", target.label()),
-            target,
+    /// The point, as a source: what is kept, over the target. Whether somebody wrote the target meanwhile is not asked:
+    /// whoever relies on this point knows its root.
+    pub(crate) fn view(&self, target: Arc<dyn BlockSource>) -> Arc<dyn BlockSource> {
+        let pages = AnchorPages {
             file: Arc::clone(&self.file),
-            size_bytes: self.slot.old_bytes,
-            kept: Arc::clone(&self.kept),
-            recent: Mutex::new(None),
-        }
+            records: Arc::clone(&self.kept.records),
+        };
+        let (bytes, index) = (self.slot.old_bytes, Arc::clone(&self.kept.index));
+        Arc::new(Overlay::new("anchor", bytes, target, None, index, pages))
     }
 }
 
@@ -388,110 +379,26 @@ fn read_if_whole(
     }
 }
 
-/// A point that a target was at, read from what was kept of it and from the target.
+/// The payloads of an anchor's records.
 #[derive(Debug)]
-pub(crate) struct AnchorView {
-    label: String,
-    target: Arc<dyn BlockSource>,
+struct AnchorPages {
     file: Arc<dyn StorageFile>,
-    size_bytes: u64,
-    kept: Arc<Kept>,
-    /// The payload read last, by the offset of its record.
-    recent: Mutex<Option<(u64, Arc<AlignedBuffer>)>>,
+    records: Arc<Vec<u64>>,
 }
 
-impl AnchorView {
-    /// The payload of a record, checked.
-    fn payload(&self, record: u64) -> blockferry_device::Result<Arc<AlignedBuffer>> {
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, payload)) = recent.as_ref().filter(|(held, _)| *held == record) {
-            return Ok(Arc::clone(payload));
-        }
-        let damaged = || {
-            let text = format!("{}: what is kept at offset {record} is damaged", self.label);
-            blockferry_device::Error::new(blockferry_device::ErrorKind::Io, text)
-        };
-        let (header, _) = read_header(&*self.file, record)?.ok_or_else(damaged)?;
-        let (at, length) = (record + ANCHOR_HEADER_BYTES as u64, header.payload_bytes());
-        let payload = read_if_whole(&*self.file, at, usize_of(length))?.ok_or_else(damaged)?;
-        if block_digest(&payload) != header.payload_digest {
-            return Err(damaged());
-        }
-        let payload = Arc::new(payload);
-        *recent = Some((record, Arc::clone(&payload)));
-        Ok(payload)
-    }
+impl RecordPages for AnchorPages {
+    type Pages = AlignedBuffer;
 
-    /// The run at `offset`: a kept extent, or what lies before the next one.
-    fn run_at(&self, offset: u64) -> (u64, Option<(u64, KeptExtent)>) {
-        match self.kept.from(offset) {
-            Some((start, kept)) if start <= offset => (kept.end, Some((start, kept))),
-            Some((start, _)) => (start.min(self.size_bytes), None),
-            None => (self.size_bytes, None),
-        }
-    }
-
-    fn read_run(
-        &self,
-        offset: u64,
-        run: Option<(u64, KeptExtent)>,
-        bytes: &mut [u8],
-    ) -> blockferry_device::Result<()> {
-        let Some((start, kept)) = run else {
-            return self.target.read_at(offset, bytes);
-        };
-        let Some((record, place)) = kept.stored else {
-            bytes.fill(0);
-            return Ok(());
-        };
-        let from = place + usize_of(offset - start);
-        bytes.copy_from_slice(&self.payload(record)?[from..from + bytes.len()]);
-        Ok(())
-    }
-}
-
-impl BlockSource for AnchorView {
-    fn label(&self) -> &str {
-        &self.label
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> blockferry_device::Result<()> {
-        let past_the_end = offset
-            .checked_add(buffer.len() as u64)
-            .is_none_or(|end| end > self.size_bytes);
-        if past_the_end {
-            let text = format!(
-                "read {} bytes at {offset} of {}: it has {}",
-                buffer.len(),
-                self.label,
-                self.size_bytes
-            );
-            let kind = blockferry_device::ErrorKind::OutOfRange;
-            return Err(blockferry_device::Error::new(kind, text));
-        }
-        let (mut at, mut rest) = (offset, buffer);
-        while !rest.is_empty() {
-            let (end, run) = self.run_at(at);
-            let length = rest.len().min(usize_of(end - at));
-            let (part, behind) = rest.split_at_mut(length);
-            self.read_run(at, run, part)?;
-            (at, rest) = (at + length as u64, behind);
-        }
-        Ok(())
-    }
-
-    fn status_at(&self, offset: u64) -> blockferry_device::Result<(Status, u64)> {
-        match self.run_at(offset) {
-            (end, Some((_, kept))) if kept.stored.is_none() => Ok((Status::Zero, end)),
-            (end, Some(_)) => Ok((Status::Data, end)),
-            (end, None) => {
-                let (status, run_end) = self.target.status_at(offset)?;
-                Ok((status, run_end.min(end)))
-            }
-        }
+    fn load(&self, record: u32) -> Result<AlignedBuffer> {
+        let offset = self.records[record as usize];
+        let damaged = || Error::corrupt(format!("{ANCHOR_NAME} record at offset {offset}"));
+        let failed = |e| Error::log(format!("read {ANCHOR_NAME}"), e);
+        let header = read_header(&*self.file, offset).map_err(failed)?;
+        let (header, _) = header.ok_or_else(damaged)?;
+        let (at, length) = (offset + ANCHOR_HEADER_BYTES as u64, header.payload_bytes());
+        let payload = read_if_whole(&*self.file, at, usize_of(length)).map_err(failed)?;
+        payload
+            .filter(|payload| block_digest(payload) == header.payload_digest)
+            .ok_or_else(damaged)
     }
 }

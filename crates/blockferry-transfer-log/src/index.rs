@@ -88,7 +88,7 @@ impl Index {
         }
     }
 
-    fn insert(&mut self, extent: Extent, record: u32, content: RunContent) {
+    pub(crate) fn insert(&mut self, extent: Extent, record: u32, content: RunContent) {
         self.remove(extent);
         self.entries.insert(
             extent.start(),

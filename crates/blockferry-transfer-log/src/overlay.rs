@@ -1,4 +1,5 @@
-//! A point that the target is not at, shown without changing anything: pages of the log laid over the target.
+//! A point that the target is not at, shown without changing anything: pages of records, of the log or of the anchor, laid
+//! over the target.
 //!
 //! ```text
 //! log      ──pre-images──┐            ┌──staged pages──  log
@@ -8,11 +9,13 @@
 //! ```
 
 use std::collections::HashMap;
+use std::fmt;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use blockferry_core::Extent;
 use blockferry_device::{
-    BlockSource, BlockTarget, Error as DeviceError, ErrorKind as DeviceErrorKind, Evidence, Status,
+    BlockSource, Error as DeviceError, ErrorKind as DeviceErrorKind, Evidence, Status,
 };
 
 use crate::error::Result;
@@ -32,34 +35,26 @@ pub(crate) enum Side {
     New,
 }
 
-/// A target with pages of the log laid over it. Every page of the log is checked against its digest before it is shown,
-/// and nothing is shown once somebody wrote the target: what is not in the log would be of another point.
-#[derive(Debug)]
-pub(crate) struct Overlay {
-    label: String,
-    side: Side,
-    size_bytes: u64,
-    base: Arc<dyn BlockTarget>,
-    /// Of the base: what lies beyond reads as zeros.
-    base_bytes: u64,
-    /// What proves that the base is still what the pages belong to.
-    evidence: Evidence,
-    files: LogFiles,
-    places: Vec<RecordPlace>,
-    // Invariant: its runs lie in records of `places`.
-    index: Index,
-    recent: Mutex<HashMap<u32, Arc<Pages>>>,
+/// Where the pages of records are.
+pub(crate) trait RecordPages: fmt::Debug + Send + Sync {
+    /// The pages of one record.
+    type Pages: Deref<Target = [u8]> + fmt::Debug + Send + Sync;
+
+    /// The pages of a record, checked against its digest.
+    fn load(&self, record: u32) -> Result<Self::Pages>;
 }
 
-impl Overlay {
-    /// Lays one side of the records of `scan` over `base`, which is provably at the other point and has this evidence.
-    pub(crate) fn new(
-        side: Side,
-        scan: &Scan,
-        size_bytes: u64,
-        base: Arc<dyn BlockTarget>,
-        evidence: Evidence,
-    ) -> Self {
+/// One side of the records of a log.
+#[derive(Debug)]
+pub(crate) struct LogPages {
+    side: Side,
+    files: LogFiles,
+    places: Vec<RecordPlace>,
+}
+
+impl LogPages {
+    /// One side of the records of `scan`, and where each page of it is.
+    pub(crate) fn of(side: Side, scan: &Scan) -> (Self, Index) {
         let mut index = Index::default();
         for ((_, header), number) in scan.records.iter().zip(0u32..) {
             match side {
@@ -67,24 +62,66 @@ impl Overlay {
                 Side::New => index.insert_record(number, header),
             }
         }
-        let point = match side {
-            Side::Old => "old",
-            Side::New => "new",
-        };
-        Self {
-            label: format!("{point} point of {}", base.label()),
+        let places = scan.records.iter().map(|(place, _)| place.clone());
+        let pages = Self {
             side,
+            files: scan.files.clone(),
+            places: places.collect(),
+        };
+        (pages, index)
+    }
+}
+
+impl RecordPages for LogPages {
+    type Pages = Pages;
+
+    fn load(&self, record: u32) -> Result<Pages> {
+        let place = &self.places[record as usize];
+        match self.side {
+            Side::New => Ok(self.files.load(place)?.new),
+            Side::Old => {
+                let header: RecordHeader = self.files.header(place)?;
+                self.files.old_pages(place, &header)
+            }
+        }
+    }
+}
+
+/// A target with pages of records laid over it. Every such page is checked before it is shown. Where evidence says what
+/// the pages belong to, nothing is shown once somebody wrote the target: the rest would be of another point.
+#[derive(Debug)]
+pub(crate) struct Overlay<P: RecordPages> {
+    label: String,
+    size_bytes: u64,
+    base: Arc<dyn BlockSource>,
+    /// Of the base: what lies beyond reads as zeros.
+    base_bytes: u64,
+    /// What proves that the base is still what the pages belong to.
+    evidence: Option<Evidence>,
+    // Invariant: its runs lie in records that `pages` has.
+    index: Arc<Index>,
+    pages: P,
+    recent: Mutex<HashMap<u32, Arc<P::Pages>>>,
+}
+
+impl<P: RecordPages> Overlay<P> {
+    /// Lays what `index` names over `base`. `point` says what that shows, for messages.
+    pub(crate) fn new(
+        point: &str,
+        size_bytes: u64,
+        base: Arc<dyn BlockSource>,
+        evidence: Option<Evidence>,
+        index: Arc<Index>,
+        pages: P,
+    ) -> Self {
+        Self {
+            label: format!("{point} of {}", base.label()),
             size_bytes,
             base_bytes: base.size_bytes(),
             base,
             evidence,
-            files: scan.files.clone(),
-            places: scan
-                .records
-                .iter()
-                .map(|(place, _)| place.clone())
-                .collect(),
             index,
+            pages,
             recent: Mutex::default(),
         }
     }
@@ -114,19 +151,12 @@ impl Overlay {
         Ok(())
     }
 
-    fn pages(&self, record: u32) -> Result<Arc<Pages>> {
+    fn pages(&self, record: u32) -> Result<Arc<P::Pages>> {
         let locked = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pages) = locked().get(&record) {
             return Ok(Arc::clone(pages));
         }
-        let place = &self.places[record as usize];
-        let pages = Arc::new(match self.side {
-            Side::New => self.files.load(place)?.new,
-            Side::Old => {
-                let header: RecordHeader = self.files.header(place)?;
-                self.files.old_pages(place, &header)?
-            }
-        });
+        let pages = Arc::new(self.pages.load(record)?);
         let mut recent = locked();
         if recent.len() >= RECENT {
             recent.clear();
@@ -137,7 +167,10 @@ impl Overlay {
 
     /// Asked after the base was read: what was read before somebody wrote is good.
     fn check_unwritten(&self) -> blockferry_device::Result<()> {
-        if self.base.evidence()?.proves_same(&self.evidence) {
+        let Some(evidence) = &self.evidence else {
+            return Ok(());
+        };
+        if self.base.evidence()?.proves_same(evidence) {
             return Ok(());
         }
         let text = format!(
@@ -162,7 +195,7 @@ impl Overlay {
     }
 }
 
-impl BlockSource for Overlay {
+impl<P: RecordPages> BlockSource for Overlay<P> {
     fn label(&self) -> &str {
         &self.label
     }
@@ -177,17 +210,20 @@ impl BlockSource for Overlay {
             return Ok(());
         }
         let extent = Extent::from_range(offset..offset + buffer.len() as u64);
-        self.read_base(offset, buffer)?;
-        self.check_unwritten()?;
+        let place = |at: u64| usize_of(at - offset);
+        let mut at = offset;
         for run in self.index.within(extent) {
-            let start = usize_of(run.extent.start() - offset);
-            let part = &mut buffer[start..start + usize_of(run.extent.length())];
+            let (start, end) = (run.extent.start(), run.extent.end());
+            self.read_base(at, &mut buffer[place(at)..place(start)])?;
+            let part = &mut buffer[place(start)..place(end)];
             self.lay_over(run, part).map_err(|error| {
                 let attempt = format!("read {} of the {}", run.extent, self.label);
                 DeviceError::from_io(attempt, std::io::Error::other(error))
             })?;
+            at = end;
         }
-        Ok(())
+        self.read_base(at, &mut buffer[place(at)..])?;
+        self.check_unwritten()
     }
 
     fn preferred_depth(&self) -> usize {

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -292,8 +292,7 @@ fn describe(status: &JobStatus, output: &Output) {
     };
     output.answer(format_args!("job {}: {}{running}", job.name, job.state));
     let mut facts = Facts::default();
-    let seconds = (now_ms() - job.updated_ms).max(0) / 1000;
-    facts.add("last change", age(seconds.unsigned_abs()));
+    facts.add("last change", age(job.age_seconds()));
     if let Some(pass) = status.passes.last() {
         facts.add(
             "last pass",
@@ -337,11 +336,4 @@ fn describe(status: &JobStatus, output: &Output) {
         let command = format!("blockferry failover {verb} {}", quoted(&job.name));
         output.answer(format_args!("  {command}   {effect}"));
     }
-}
-
-pub(crate) fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| {
-        i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-    })
 }

@@ -34,13 +34,12 @@ pub(crate) fn run(arguments: &JobsArguments, session: &Session) -> Result<Exit, 
 }
 
 fn line(job: &JobRecord) -> String {
-    let seconds = (super::failover::now_ms() - job.updated_ms).max(0) / 1000;
     let mut line = format!(
         "{:<16}  {:<14}  {:<8}  {}",
         job.name,
         job.state.to_string(),
         job.operation,
-        age(seconds.unsigned_abs())
+        age(job.age_seconds())
     );
     if let Some(seconds) = job.downtime_seconds {
         line.push_str(&format!(

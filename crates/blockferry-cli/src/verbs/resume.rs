@@ -18,8 +18,10 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
     let finished = finish_decided(target, session)?;
     let source = match Location::parse(recorded.clone().into()) {
         Ok(source) => source,
-        // Another host is to push again if there is more to come.
-        Err(AddressError::Pushed { .. }) if finished => return Ok(Exit::Done),
+        // Another host is to push again, or a job to go on, if there is more to come.
+        Err(AddressError::Pushed { .. } | AddressError::Job { .. }) if finished => {
+            return Ok(Exit::Done);
+        }
         Err(error) => return Err(gone(&recorded, &error)),
     };
     session.output.say(format_args!("continuing from {source}"));

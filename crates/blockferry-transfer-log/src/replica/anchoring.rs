@@ -87,7 +87,7 @@ impl Replica {
         };
         Ok(self.read_anchor()?.map(|anchor| AnchoredPoint {
             point: anchor.point().clone(),
-            source: Arc::new(anchor.view(target)),
+            source: anchor.view(target),
             replaced: anchor.extents().clone(),
         }))
     }

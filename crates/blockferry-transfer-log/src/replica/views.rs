@@ -9,7 +9,7 @@ use super::{Recovered, Replica, Unwritten};
 use crate::error::{Error, Result};
 use crate::format::{DecisionKind, SegmentHeader, SessionId};
 use crate::log::Scan;
-use crate::overlay::{Overlay, Side};
+use crate::overlay::{LogPages, Overlay, Side};
 use crate::plan::Strategy;
 
 impl Replica {
@@ -115,9 +115,20 @@ impl Replica {
         size_bytes: u64,
         evidence: Evidence,
     ) -> Result<Arc<dyn BlockSource>> {
-        let target = self.existing_target()?;
+        let target: Arc<dyn BlockSource> = self.existing_target()?;
+        let (pages, index) = LogPages::of(side, scan);
+        let point = match side {
+            Side::Old => "old point",
+            Side::New => "new point",
+        };
+        let evidence = Some(evidence);
         Ok(Arc::new(Overlay::new(
-            side, scan, size_bytes, target, evidence,
+            point,
+            size_bytes,
+            target,
+            evidence,
+            Arc::new(index),
+            pages,
         )))
     }
 
