@@ -2,6 +2,8 @@
 //! and killed itself: whatever dies, the replicas are at one moment of all disks, and the job goes on.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -9,7 +11,6 @@ use std::time::Duration;
 use blockferry::BlockTarget;
 use blockferry::nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_testkit::{StorageDaemon, Writer};
-use serde_json::Value;
 
 use crate::lab::{Answer, Lab, MIB, seeded, skipped, while_starting, with_files};
 
@@ -50,6 +51,42 @@ impl Sites {
         Some(Self { daemon, lab })
     }
 
+    /// The job says how to come back: its replica runs in a storage daemon of its own. `started_with` are arguments of it
+    /// besides its disks.
+    fn with_a_way_back(self, started_with: &str) -> Away {
+        let away = self.lab.path("away");
+        fs::create_dir(&away).expect("a directory");
+        let script = format!(
+            "#!/bin/sh\ncd {away}\n\
+             if [ -e pid ]; then kill -9 \"$(cat pid)\"; rm -f pid qmp nbd; fi\n\
+             # On trial nobody runs.\n\
+             if [ \"$1\" = stop ] || [ -n \"$BLOCKFERRY_DISK_0_OVERLAY\" ]; then exit 0; fi\n\
+             exec qemu-storage-daemon --daemonize --pidfile pid \
+             --chardev socket,path=qmp,server=on,wait=off,id=m --monitor chardev=m \
+             --nbd-server addr.type=unix,addr.path=nbd,max-connections=64 \
+             --blockdev driver=raw,node-name=root,file.driver=file,file.filename=$BLOCKFERRY_DISK_0_TARGET \
+             --blockdev driver=raw,node-name=data,file.driver=file,file.filename=$BLOCKFERRY_DISK_1_TARGET \
+             {started_with} 2>log\n",
+            away = away.display()
+        );
+        fs::write(self.lab.path("replica.sh"), script).expect("written");
+        let path = |name: &str| self.lab.path(name).display().to_string();
+        let mut job = fs::read_to_string(self.lab.path("web.toml")).expect("read");
+        job.push_str(&format!(
+            "[hooks]\nstart-target = [\"sh\", \"{script}\", \"start\"]\nstop-target = [\"sh\", \"{script}\", \"stop\"]\n\
+             [reverse.machine]\nqmp = \"{}\"\nnbd = \"{}\"\n\
+             [[reverse.disk]]\nnode = \"root\"\ntarget = \"{}\"\nwriters = [\"w-disk0\"]\n\
+             [[reverse.disk]]\nnode = \"data\"\ntarget = \"{}\"\nwriters = [\"w-disk1\"]\n",
+            path("away/qmp"),
+            path("away/nbd"),
+            path("disk0"),
+            path("disk1"),
+            script = path("replica.sh"),
+        ));
+        fs::write(self.lab.path("web.toml"), job).expect("written");
+        Away { sites: self }
+    }
+
     fn contents(&self, names: [&str; 2]) -> Vec<Vec<u8>> {
         let read = |name: &str| with_files(|| fs::read(self.lab.path(name))).expect("read");
         names.map(read).to_vec()
@@ -59,14 +96,12 @@ impl Sites {
         self.contents(["replica0", "replica1"])
     }
 
+    fn disks(&self) -> Vec<Vec<u8>> {
+        self.contents(["disk0", "disk1"])
+    }
+
     fn writer(&self, seed: u64) -> Writer {
-        let devices = ["w-disk0", "w-disk1"].map(|export| {
-            let address = NbdAddress::unix(self.daemon.path("nbd"), export).expect("fits");
-            let opened = NbdDevice::open_target(&address, &NbdOptions::default());
-            opened.expect("an export") as Arc<dyn BlockTarget>
-        });
-        let content = self.contents(["disk0", "disk1"]);
-        Writer::start(devices.to_vec(), content, Duration::from_micros(500), seed)
+        writer(&self.daemon.path("nbd"), self.disks(), seed)
     }
 
     fn state(&self) -> String {
@@ -81,6 +116,81 @@ impl Sites {
         thread::sleep(after);
         child.kill().code
     }
+}
+
+/// Writes the two disks of a machine, which hold `content`.
+fn writer(nbd: &Path, content: Vec<Vec<u8>>, seed: u64) -> Writer {
+    let devices = ["w-disk0", "w-disk1"].map(|export| {
+        let address = NbdAddress::unix(nbd, export).expect("fits");
+        let opened = NbdDevice::open_target(&address, &NbdOptions::default());
+        opened.expect("an export") as Arc<dyn BlockTarget>
+    });
+    Writer::start(devices.to_vec(), content, Duration::from_micros(500), seed)
+}
+
+/// The replica runs, at the other site, once it is committed.
+struct Away {
+    sites: Sites,
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Away {
+    fn stop(&self) {
+        let stopped = Command::new("sh")
+            .arg(self.sites.lab.path("replica.sh"))
+            .arg("stop")
+            .status();
+        assert!(stopped.expect("sh").success());
+    }
+
+    /// Over, on trial with something written, committed. Returns what was told.
+    fn go(&self, seed: u64) -> Answer {
+        self.sites.lab.must(READY);
+        let writer = self.sites.writer(seed);
+        self.sites.lab.must("failover complete web");
+        assert!(writer.stop().is_on(&self.sites.replicas()));
+        let status = self.sites.lab.must("failover status web");
+        let overlay = status.summary()["disks"][1]["overlay"].as_str();
+        let written = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", "write -P 0x5A 1M 64k"])
+            .arg(overlay.expect("an overlay"))
+            .output();
+        assert!(written.expect("qemu-io").status.success());
+        self.sites.lab.must("failover commit web --release-source")
+    }
+
+    fn writer(&self, seed: u64) -> Writer {
+        writer(
+            &self.sites.lab.path("away/nbd"),
+            self.sites.replicas(),
+            seed,
+        )
+    }
+
+    /// Back: what was acknowledged meanwhile is on the first disks.
+    fn come_back(&self, writer: Writer) {
+        self.sites.lab.must("failover complete web");
+        assert!(
+            writer.stop().is_on(&self.sites.disks()),
+            "an acknowledged write is missing"
+        );
+        self.stop();
+        self.sites.lab.must("failover commit web");
+        assert_eq!(self.sites.state(), "committed");
+        assert_eq!(self.sites.disks(), self.sites.replicas());
+    }
+}
+
+fn changed(answer: &Answer) -> Vec<u64> {
+    let passes = answer.lines.iter().filter(|line| line["event"] == "pass");
+    passes
+        .filter_map(|pass| pass["changed_bytes"].as_u64())
+        .collect()
 }
 
 fn warnings(answer: &Answer) -> Vec<&str> {
@@ -207,9 +317,7 @@ fn a_machine_that_is_killed_loses_its_bitmaps_which_is_said_and_its_disks_are_co
     let writer = sites.writer(random.next_u64());
     let answer = sites.lab.must(READY);
     assert!(warnings(&answer).contains(&"bitmap_lost"), "{answer:#?}");
-    let passes = answer.lines.iter().filter(|line| line["event"] == "pass");
-    let changed: Vec<&Value> = passes.map(|pass| &pass["changed_bytes"]).collect();
-    assert!(!changed.is_empty());
+    assert!(!changed(&answer).is_empty());
     sites.lab.must("failover complete web");
     let written = writer.stop();
     assert!(
@@ -238,6 +346,91 @@ fn a_source_that_is_gone_keeps_nobody_from_rolling_back() {
     assert_eq!(sites.state(), "rolled-back");
     let back = with_files(|| fs::read(sites.lab.path("replica0"))).expect("read");
     assert!(back == before, "not the point before the job");
+}
+
+#[test]
+fn what_was_committed_comes_back_with_no_more_than_what_changed_since() {
+    let name = "what_was_committed_comes_back_with_no_more_than_what_changed_since";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    let mut random = seeded(name);
+    let away = sites.with_a_way_back("");
+    let over = away.go(random.next_u64());
+    assert_eq!(warnings(&over), Vec::<&str>::new());
+    let writer = away.writer(random.next_u64());
+
+    // Killed as it begins, it goes on as what it is.
+    away.sites.killed(
+        "failover reverse web",
+        Duration::from_millis(random.below(300)),
+    );
+    let verb = match away.sites.state().as_str() {
+        "committed" => "reverse",
+        _ => "start",
+    };
+    let back = away
+        .sites
+        .lab
+        .must(&format!("failover {verb} web --until ready"));
+
+    assert_eq!(warnings(&back), Vec::<&str>::new());
+    assert!(changed(&back).iter().sum::<u64>() < BYTES, "{back:#?}");
+    away.come_back(writer);
+    let jobs = away.sites.lab.must("jobs --operation reverse");
+    assert_eq!(jobs.summary()["jobs"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn an_old_disk_that_was_written_is_compared_in_full_which_is_said() {
+    let name = "an_old_disk_that_was_written_is_compared_in_full_which_is_said";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    // Its machine runs before it can be watched, too.
+    let exports = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
+                   --export type=nbd,id=w-disk1,node-name=data,name=w-disk1,writable=on";
+    let away = sites.with_a_way_back(exports);
+    let over = away.go(1);
+    assert_eq!(warnings(&over), ["not_watched"]);
+    let disk = away.sites.lab.path("disk0");
+    let mut content = with_files(|| fs::read(&disk)).expect("read");
+    content[5 << 20..][..100].fill(7);
+    with_files(|| fs::write(&disk, &content)).expect("written");
+    let writer = away.writer(2);
+
+    let back = away.sites.lab.must("failover reverse web --until ready");
+
+    assert_eq!(warnings(&back), ["diverged", "bitmap_lost"], "{back:#?}");
+    away.come_back(writer);
+}
+
+#[test]
+fn a_way_back_that_is_not_there_is_refused_with_what_is_missing() {
+    let Some(sites) = Sites::new("a_way_back_that_is_not_there_is_refused_with_what_is_missing")
+    else {
+        return;
+    };
+    let refused = |line: &str, said: &str| {
+        let answer = sites.lab.run(line);
+        let complaint = answer.complaint();
+        assert_eq!(answer.code, Some(4), "{line}: {complaint}");
+        assert!(complaint.contains(said), "{line}: {complaint}");
+    };
+    sites.lab.must(READY);
+    refused("failover reverse web", "expected complete or cancel");
+    sites.lab.must("failover complete web");
+    sites.lab.must("failover commit web");
+    refused("failover reverse web", "[reverse]");
+    let status = sites.lab.must("failover status web");
+    assert_eq!(status.summary()["next"].as_array().map(Vec::len), Some(0));
+    // Its file may say so later; but the first machine still has the disks.
+    let away = sites.with_a_way_back("");
+    let refused = away.sites.lab.run("failover reverse web.toml");
+    assert!(
+        refused.complaint().contains("has its disks still"),
+        "{refused:#?}"
+    );
 }
 
 #[test]

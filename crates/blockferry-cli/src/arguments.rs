@@ -387,15 +387,18 @@ pub(crate) struct FailoverArguments {
     /// What to do with the job
     #[arg(value_enum)]
     pub(crate) action: FailoverAction,
-    /// The job by its name; to start one, the file that describes it
+    /// The job by its name; to start or reverse one, the file that describes it
     #[arg(value_name = "JOB")]
     pub(crate) job: OsString,
     /// complete: not before TIME, as 2026-11-28T02:00:00Z, or +30m
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub(crate) at: Option<i64>,
-    /// start: end once the job is ready, instead of refreshing the target until it is cut over
+    /// start, reverse: end once the job is ready, instead of refreshing the target until it is cut over
     #[arg(long, value_enum, value_name = "STATE")]
     pub(crate) until: Option<UntilArgument>,
+    /// commit, reverse: end the machine that the job came from, which is kept as it was stopped otherwise
+    #[arg(long)]
+    pub(crate) release_source: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -412,6 +415,8 @@ pub(crate) enum FailoverAction {
     Rollback,
     /// Keep what the replica wrote, and let the old point go
     Commit,
+    /// Copy back to where the job came from what the replica changed since, by a job the other way round
+    Reverse,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -425,7 +430,7 @@ pub(crate) struct JobsArguments {
     /// Only jobs in this state, as ready or committed
     #[arg(long, value_name = "STATE")]
     pub(crate) in_state: Option<State>,
-    /// Only jobs of this operation: failover
+    /// Only jobs of this operation: failover or reverse
     #[arg(long, value_name = "OPERATION")]
     pub(crate) operation: Option<String>,
     /// Only jobs that something happened to at TIME or later

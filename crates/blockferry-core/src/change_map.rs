@@ -49,6 +49,8 @@ pub enum Provenance {
     NbdBlockStatus,
     /// A dirty bitmap of QEMU.
     QemuDirtyBitmap,
+    /// What an overlay of QEMU holds over its backing.
+    QemuOverlay,
     /// A manifest saved by an earlier run.
     SavedManifest,
     /// What is kept of an earlier point of the target.

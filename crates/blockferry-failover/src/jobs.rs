@@ -13,9 +13,10 @@ use crate::convergence::{Pass, predicted_downtime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::overlay;
 use crate::runner::Runner;
-use crate::spec::JobSpec;
+use crate::source::Source;
+use crate::spec::{JobSpec, Reverse};
 use crate::state::{Input, State};
-use crate::store::{Filter, JobEvent, JobRecord, Request, Store, now_ms};
+use crate::store::{Filter, JobEvent, JobRecord, Operation, Request, Store, now_ms};
 
 const LOCK_NAME: &str = "lock";
 
@@ -63,6 +64,17 @@ pub enum Until {
     /// Never before it was cut over or cancelled: it is refreshed until then.
     #[default]
     Cutover,
+}
+
+/// What becomes of the machine that a job came from, once it is committed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "there is no third way")]
+pub enum OldSource {
+    /// It stays as it was stopped.
+    #[default]
+    Keep,
+    /// It is ended, so that its disks are nobody's.
+    End,
 }
 
 /// How jobs are worked on.
@@ -197,10 +209,18 @@ impl Jobs {
             downtime_budget_seconds: job.spec.downtime_budget.as_secs_f64(),
             disks: job.spec.disk.iter().enumerate().map(disk).collect(),
             events: self.store.events(job.id)?,
-            next: job.state.next_steps(),
+            next: self.next_steps(&job)?,
             passes,
             job,
         })
+    }
+
+    /// A way back is shown where there is one.
+    fn next_steps(&self, job: &JobRecord) -> Result<Vec<(&'static str, &'static str)>> {
+        let mut steps = job.state.next_steps();
+        let leads_back = job.spec.reverse.is_some() && !self.store.origins(job.id)?.is_empty();
+        steps.retain(|step| leads_back || !job.state.is_final() || step.0 != "reverse");
+        Ok(steps)
     }
 
     /// Copies passes until the job is ready, and refreshes it until it is cut over or cancelled: begins a job of this
@@ -219,7 +239,7 @@ impl Jobs {
                 );
                 return Err(Error::new(ErrorKind::Refused, text));
             }
-            None => self.store.create(spec)?,
+            None => self.store.create(spec, Operation::Failover)?,
         };
         self.runner(&job, context)?.run(until)
     }
@@ -276,13 +296,59 @@ impl Jobs {
         self.runner(&job, context)?.rollback()
     }
 
-    /// Merges what the replica wrote into the targets, and lets the old points go. The source stays as it was stopped.
+    /// Merges what the replica wrote into the targets, and lets the old points go. The source stays as it was stopped, or
+    /// its machine is ended if it is to be let go.
     ///
     /// # Errors
     /// The state does not allow it, the replica still runs, or a step failed: to be called again.
-    pub fn commit(&mut self, name: &str, context: &JobContext) -> Result<State> {
+    pub fn commit(&mut self, name: &str, source: OldSource, context: &JobContext) -> Result<State> {
         let job = self.find(name)?;
-        self.runner(&job, context)?.commit()
+        self.runner(&job, context)?.commit(source == OldSource::End)
+    }
+
+    /// Begins the way back of a committed job: a job of the same name from the machine of the replica, as `way` or else
+    /// the job itself says, to the disks that it came from, which then goes on as [`Self::start`]. Of a disk that is as
+    /// it was at the last cut no more travels than what the replica changed since; one that was written is compared.
+    ///
+    /// # Errors
+    /// The job is not committed, was not cut over, or says nothing of a way back; its first machine still has the disks
+    /// and is not to be ended; or as [`Self::start`].
+    pub fn reverse(
+        &mut self,
+        name: &str,
+        way: Option<Reverse>,
+        source: OldSource,
+        until: Until,
+        context: &JobContext,
+    ) -> Result<State> {
+        let mut job = self.find(name)?;
+        refused(&job, Input::Reverse)?;
+        job.spec.reverse = way.or(job.spec.reverse);
+        let not_now = |why: &str| {
+            let text = format!("job {name}: it cannot be reversed: {why}");
+            Err(Error::new(ErrorKind::Refused, text))
+        };
+        let Some(spec) = job.spec.reversed() else {
+            return not_now(
+                "it says nothing of the machine of the replica: expected [reverse] in its file",
+            );
+        };
+        if self.store.origins(job.id)?.is_empty() {
+            return not_now(
+                "its source was never stopped for it; a job of another name can copy the other way",
+            );
+        }
+        let mut first = Source::new(&job.spec, &self.job_directory(name), None);
+        if first.reach().is_ok() {
+            if source == OldSource::Keep {
+                return not_now(
+                    "the machine that it came from has its disks still: let it be ended, or end it",
+                );
+            }
+            first.end()?;
+        }
+        let job = self.store.create(&spec, Operation::Reverse(job.id))?;
+        self.runner(&job, context)?.run(until)
     }
 
     fn find(&self, name: &str) -> Result<JobRecord> {
@@ -309,14 +375,14 @@ impl Jobs {
         let lock = directory.lock(LOCK_NAME).map_err(failed)?;
         // What it was before the lock was taken may have been another process's state.
         let job = self.store.load(job.id)?;
-        Ok(Runner::new(
+        Runner::new(
             &mut self.store,
             job,
             path,
             Arc::new(directory),
             lock,
             context.clone(),
-        ))
+        )
     }
 
     fn is_running(&self, name: &str) -> bool {

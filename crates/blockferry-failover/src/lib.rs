@@ -14,7 +14,7 @@
 //! let mut jobs = Jobs::open("/var/lib/blockferry/jobs".as_ref())?;
 //! jobs.start(&spec, Until::Ready, &context)?;
 //! jobs.complete("web1", None, &context)?;
-//! jobs.commit("web1", &context)?;
+//! jobs.commit("web1", OldSource::Keep, &context)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -34,7 +34,9 @@ mod store;
 
 pub use convergence::{Next, Pass, next, predicted_downtime};
 pub use error::{Error, ErrorKind, Result};
-pub use jobs::{DiskStatus, JobContext, JobObserver, JobStatus, Jobs, Told, Until};
-pub use spec::{DiskSpec, HookTimeout, Hooks, JobSpec, MachineSpec, QuiesceBy, parse_duration};
+pub use jobs::{DiskStatus, JobContext, JobObserver, JobStatus, Jobs, OldSource, Told, Until};
+pub use spec::{
+    DiskSpec, HookTimeout, Hooks, JobSpec, MachineSpec, QuiesceBy, Reverse, parse_duration,
+};
 pub use state::{Input, Recovery, Refusal, State};
 pub use store::{Filter, JobEvent, JobRecord};

@@ -1,11 +1,12 @@
 //! Works on one job: passes, cutover, commit, roll back. Whatever it begins is durable in the job's state before.
 
+use std::iter;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use blockferry_core::BlockSize;
+use blockferry_core::{BlockSize, ChangeMap, Content, Extent, ExtentSet};
 use blockferry_device::{CancelToken, Consistency, LockGuard, OsDirectory};
 use blockferry_engine::{
     ChangesSince, Context, GroupDirectory, Member, Mode, SyncOptions, Target, accept, drop_anchor,
@@ -21,13 +22,17 @@ use crate::jobs::{JobContext, Told, Until, refused};
 use crate::overlay;
 use crate::source::{Cut, Source};
 use crate::state::{Input, Recovery, State};
-use crate::store::{JobRecord, Request, Store, now_ms};
+use crate::store::{JobRecord, Origin, Request, Store, now_ms};
 
 /// How often requests of other processes are looked for.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 const SCHEME: &str = "failover://";
 /// A time at which only requests without one are due.
 const CANCELS_ONLY: i64 = 0;
+
+/// Runs of what a replica wrote that are remembered; more of them are made coarser.
+const MOST_RUNS: usize = 1 << 16;
+const COARSE_BYTES: u64 = 1 << 16;
 
 /// A job that this process works on.
 #[derive(Debug)]
@@ -38,6 +43,8 @@ pub(crate) struct Runner<'s> {
     groups: GroupDirectory,
     context: JobContext,
     source: Source,
+    /// Of a job that leads back: what its targets are, unless somebody wrote them meanwhile.
+    origins: Vec<Origin>,
     /// Open while they are worked on; closed by any failure.
     targets: Vec<Target>,
     /// When the last cut was made.
@@ -53,19 +60,24 @@ impl<'s> Runner<'s> {
         directory: Arc<OsDirectory>,
         lock: Box<dyn LockGuard>,
         context: JobContext,
-    ) -> Self {
+    ) -> Result<Self> {
         let source = Source::new(&job.spec, &path, context.freeze_guard.clone());
-        Self {
+        let origins = match job.leads_back() {
+            true => store.origins(job.id)?,
+            false => Vec::new(),
+        };
+        Ok(Self {
             store,
             job,
             path,
             groups: GroupDirectory::new(directory),
             context,
             source,
+            origins,
             targets: Vec::new(),
             last_cut: None,
             _lock: lock,
-        }
+        })
     }
 
     /// Copies passes, and refreshes until the job is cut over or cancelled.
@@ -372,7 +384,8 @@ impl<'s> Runner<'s> {
         Ok(self.job.state)
     }
 
-    pub(crate) fn commit(mut self) -> Result<State> {
+    /// With `release` the source's machine is ended: it is kept as it was stopped otherwise.
+    pub(crate) fn commit(mut self, release: bool) -> Result<State> {
         self.recover()?;
         if self.job.state != State::Committing {
             self.step(Input::CommitBegins, "the targets become what counts")?;
@@ -397,10 +410,20 @@ impl<'s> Runner<'s> {
         self.targets.clear();
         if on_trial {
             self.hook("start-target", &hooks.start_target)?;
+            self.watch_replica()?;
         }
         self.remove_overlays()?;
         if self.reaches_source("there is nothing of ours to take away") {
             self.source.leave()?;
+            let was_stopped = !self.store.origins(self.job.id)?.is_empty();
+            match (release, was_stopped) {
+                (true, true) => self.source.end()?,
+                (true, false) => {
+                    let text = "the source was not stopped for this job, so it is not ended";
+                    self.warn("source_kept", text.to_owned());
+                }
+                (false, _) => {}
+            }
         }
         self.step(Input::StepDone, "the targets are what counts")?;
         Ok(self.job.state)
@@ -408,9 +431,7 @@ impl<'s> Runner<'s> {
 
     /// What the replica wrote goes to the targets, as any sync does.
     fn merge(&mut self) -> Result<()> {
-        let mut options = SyncOptions::default();
-        options.mode = Mode::Delta;
-        let mut members = Vec::new();
+        let (mut members, mut written) = (Vec::new(), Vec::new());
         for (index, disk) in self.job.spec.disk.iter().enumerate() {
             let overlay = overlay::path(&self.path, index);
             let overlay = match overlay.exists() {
@@ -423,12 +444,28 @@ impl<'s> Runner<'s> {
                 let text = format!("read what the replica wrote to {}", overlay.display());
                 Error::because(ErrorKind::Target, text, cause)
             })?;
-            members.push((source, self.engine_context(index, &self.context.cancel)));
+            let changes = source.changes().map_err(|cause| {
+                let text = format!("ask what {} holds", overlay.display());
+                Error::because(ErrorKind::Target, text, cause)
+            })?;
+            written.push(changes.clone());
+            members.push((
+                source,
+                changes,
+                self.engine_context(index, &self.context.cancel),
+            ));
         }
+        self.note_origins(&written)?;
         let targets = self.targets.iter_mut().zip(members);
         let members = targets
-            .map(|(target, (source, context))| {
-                Member::new(source, target, options.clone(), context)
+            .map(|(target, (source, changes, context))| {
+                let since = target.replica().point().map(|point| point.id.to_string());
+                let mut options = SyncOptions::default();
+                options.mode = Mode::Delta;
+                options.changes = since
+                    .zip(changes)
+                    .map(|(since, map)| ChangesSince::new(since, Arc::new(map)));
+                Member::new(source, target, options, context)
             })
             .collect();
         let merged = sync_group(members, &self.groups);
@@ -440,6 +477,47 @@ impl<'s> Runner<'s> {
         (0..self.job.spec.disk.len())
             .rev()
             .try_for_each(|index| overlay::mark_merged(&overlay::path(&self.path, index)))
+    }
+
+    /// What the targets hold before what the replica wrote is merged: the last cut, as the source's disks do.
+    fn note_origins(&mut self, written: &[Option<ChangeMap>]) -> Result<()> {
+        let number = self.store.take_number(self.job.id, 0)?;
+        let origins = self
+            .targets
+            .iter_mut()
+            .zip(written)
+            .map(|(target, written)| {
+                Some(Origin {
+                    number,
+                    root: target.replica().point()?.root.to_string(),
+                    changed: changed_extents(written.as_ref()?),
+                })
+            });
+        match origins.collect::<Option<Vec<_>>>() {
+            Some(origins) => self.store.note_origins(self.job.id, &origins),
+            // The way back compares then.
+            None => Ok(()),
+        }
+    }
+
+    /// From its first write on, the machine of the replica is to record what changes: no more than that travels back. What
+    /// keeps it from that is said; the way back compares then.
+    fn watch_replica(&mut self) -> Result<()> {
+        let origins = self.store.origins(self.job.id)?;
+        let (Some(way), Some(origin)) = (self.job.spec.reversed(), origins.first()) else {
+            return Ok(());
+        };
+        let mut replica = Source::new(&way, &self.path, None);
+        let unwatched = match replica.watch(origin.number) {
+            Ok(None) => return Ok(()),
+            Ok(Some(why)) => why,
+            Err(error) => error.in_full(),
+        };
+        let text = format!(
+            "a way back will compare whole disks: the replica was not watched from its start: {unwatched}"
+        );
+        self.warn("not_watched", text);
+        Ok(())
     }
 
     /// A source that is gone for good keeps nobody from deciding about the targets: it is said.
@@ -470,6 +548,16 @@ impl<'s> Runner<'s> {
             let context = self.engine_context(index, &self.context.cancel);
             keep_anchor(&mut self.targets[index], BlockSize::DEFAULT, &context)
                 .map_err(|e| Error::engine("keep the point before the job", e))?;
+        }
+        for (index, origin) in self.origins.iter().enumerate() {
+            let point = self.targets[index].replica().point();
+            let why = match point.map(|point| point.root.to_string()) {
+                Some(root) if root == origin.root => continue,
+                Some(_) => "was written since its machine was stopped, so it is compared in full",
+                None => "is gone, so it is copied in full",
+            };
+            let disk = self.job.spec.disk[index].target.display();
+            self.warn("diverged", format!("{disk} {why}"));
         }
         Ok(())
     }
@@ -539,15 +627,22 @@ impl<'s> Runner<'s> {
             .collect();
         let mode = self.job.spec.mode;
         let mut members = Vec::new();
+        let origins = self.origins.iter().map(Some).chain(iter::repeat(None));
         let disks = cut.disks.into_iter().zip(&mut self.targets).zip(held);
-        for ((((disk, target), held), address), context) in disks.zip(addresses).zip(contexts) {
+        let disks = disks.zip(origins).zip(addresses).zip(contexts);
+        for (((((disk, target), held), origin), address), context) in disks {
             let since = target.replica().point().map(|point| point.id.to_string());
             let mut options = SyncOptions::default();
             // Only the first pass has something to choose.
             options.mode = if held.is_some() { Mode::Delta } else { mode };
             options.source_address = address;
+            let mut changes = disk.changes;
+            if let Some(origin) = origin.filter(|origin| *held == Some(origin.number)) {
+                // The replica wrote before its machine recorded.
+                changes = changes.map(|map| with_extents(map, &origin.changed));
+            }
             options.changes = since
-                .zip(disk.changes)
+                .zip(changes)
                 .map(|(since, map)| ChangesSince::new(since, map));
             members.push(Member::new(disk.source, target, options, context));
         }
@@ -598,13 +693,19 @@ impl<'s> Runner<'s> {
         }
         let mut held = Vec::new();
         for index in 0..self.targets.len() {
-            let address = self.targets[index]
-                .replica()
-                .point()
-                .map(|point| point.source.address.clone());
-            held.push(address.and_then(|address| self.number_in(index, &address)));
+            let point = self.targets[index].replica().point();
+            let point = point.map(|point| (point.source.address.clone(), point.root.to_string()));
+            held.push(point.and_then(|(address, root)| self.number_of(index, &address, &root)));
         }
         Ok(held)
+    }
+
+    /// The cut that a target holds whose point came from `address` and has this root.
+    fn number_of(&self, index: usize, address: &str, root: &str) -> Option<u64> {
+        let origin = self.origins.get(index);
+        let origin = origin.filter(|origin| origin.root == root);
+        self.number_in(index, address)
+            .or_else(|| origin.map(|origin| origin.number))
     }
 
     /// What a target records of where its point came from.
@@ -695,6 +796,28 @@ impl<'s> Runner<'s> {
         }
         Ok(())
     }
+}
+
+/// What a map says to have changed, in at most [`MOST_RUNS`] runs.
+fn changed_extents(map: &ChangeMap) -> ExtentSet {
+    let whole = Extent::from_range(0..map.image_bytes());
+    let mut unit_bytes = 1;
+    loop {
+        let mut changed = ExtentSet::new();
+        for (extent, _) in map.runs(whole).filter(|(_, c)| *c != Content::Same) {
+            changed.insert(extent.widened(unit_bytes));
+        }
+        if changed.len() <= MOST_RUNS {
+            return changed;
+        }
+        unit_bytes = (unit_bytes * 2).max(COARSE_BYTES);
+    }
+}
+
+fn with_extents(mut map: Arc<ChangeMap>, changed: &ExtentSet) -> Arc<ChangeMap> {
+    let added = Arc::make_mut(&mut map);
+    changed.iter().for_each(|e| added.set(e, Content::Data));
+    map
 }
 
 /// Cancels a token at a moment, or when another one is cancelled, unless it is dropped before.

@@ -44,6 +44,9 @@ pub(crate) struct CutDisk {
     pub(crate) changes: Option<Arc<ChangeMap>>,
 }
 
+/// For a machine that was told to end.
+const ENDING: Duration = Duration::from_secs(30);
+
 /// The machine of a job. It is connected to when it is needed, and let go in between: its QMP socket serves one client.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -305,6 +308,35 @@ impl Source {
                     machine.qmp().execute("block-export-add", arguments)
                 })?;
             }
+        }
+        Ok(())
+    }
+
+    /// From the first write on the machine records what changes, as since cut `number`; then it is let go. Returns why
+    /// that is not known, if it ran before.
+    pub(crate) fn watch(&mut self, number: u64) -> Result<Option<String>> {
+        let recording = self.settle(&vec![Some(number); self.disks.len()])?;
+        if !recording.is_empty() {
+            let disks = self.disks.clone();
+            let written = self.with("look for writers", |m| m.may_have_written(&disks))?;
+            if written.is_some() {
+                return Ok(written);
+            }
+            self.with("record what changes", |m| m.cut_at_rest(number, &disks))?;
+        }
+        self.resume().map(|()| None)
+    }
+
+    /// Ends the machine, and waits until it has.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        self.with("end the machine", Machine::quit)?;
+        let end = Instant::now() + ENDING;
+        while self.reach().is_ok() {
+            if Instant::now() >= end {
+                let text = "the machine was told to end, and did not";
+                return Err(Error::new(ErrorKind::Source, text));
+            }
+            std::thread::sleep(crate::runner::TICK);
         }
         Ok(())
     }

@@ -16,6 +16,13 @@
 //!
 //! [hooks]
 //! start-target = ["/usr/local/bin/start-replica", "web1"]
+//!
+//! [reverse.machine]
+//! qmp = "/run/web1-replica/qmp.sock"
+//!
+//! [[reverse.disk]]
+//! node = "disk0"
+//! target = "/srv/web1.raw"
 //! ```
 
 use std::path::PathBuf;
@@ -53,6 +60,24 @@ pub struct JobSpec {
     /// Its disks.
     pub disk: Vec<DiskSpec>,
     /// What else is run.
+    #[serde(default)]
+    pub hooks: Hooks,
+    /// The way back, once the replica is committed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reverse: Option<Reverse>,
+}
+
+/// The way back: the replica becomes the source, and the disks that it came from the targets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[non_exhaustive]
+pub struct Reverse {
+    /// The machine that `start-target` of the job starts on the targets. Started stopped, it is made to record what it
+    /// writes, and let go: then no more than that has to be read.
+    pub machine: MachineSpec,
+    /// Its disks, in the order of the job's: each with the disk that the job's came from as its target.
+    pub disk: Vec<DiskSpec>,
+    /// What else is run: `start-target` starts the machine that the job came from.
     #[serde(default)]
     pub hooks: Hooks,
 }
@@ -189,32 +214,68 @@ impl JobSpec {
         self.name
             .parse::<blockferry_qemu::Tag>()
             .map_err(|cause| Error::new(ErrorKind::Usage, format!("name: {cause}")))?;
-        if !(1..=MAX_DISKS).contains(&self.disk.len()) {
+        check_disks(&self.disk).or_else(|why| refused(format!("disk: {why}")))?;
+        let Some(way) = &self.reverse else {
+            return Ok(());
+        };
+        check_disks(&way.disk).or_else(|why| refused(format!("reverse.disk: {why}")))?;
+        if way.disk.len() != self.disk.len() {
             return refused(format!(
-                "disk: expected 1 to {MAX_DISKS} of them, found {}",
-                self.disk.len()
+                "reverse.disk: expected as many as there are disks, {}, found {}",
+                self.disk.len(),
+                way.disk.len()
             ));
         }
-        for (index, disk) in self.disk.iter().enumerate() {
-            let others = &self.disk[..index];
-            if others.iter().any(|other| other.node == disk.node) {
-                return refused(format!("disk: node {:?} is named twice", disk.node));
-            }
-            if others.iter().any(|other| other.target == disk.target) {
-                return refused(format!(
-                    "disk: target {} is named twice",
-                    disk.target.display()
-                ));
-            }
-            if !disk.target.is_absolute() {
-                return refused(format!(
-                    "disk: target {}: expected an absolute path",
-                    disk.target.display()
-                ));
-            }
+        let back = |disk: &&DiskSpec| self.disk.iter().any(|other| other.target == disk.target);
+        match way.disk.iter().find(back) {
+            Some(disk) => refused(format!(
+                "reverse.disk: target {} is a target of the job: expected the disk that it came from",
+                disk.target.display()
+            )),
+            None => Ok(()),
         }
-        Ok(())
     }
+
+    /// The job that leads back, if this one says how: what was the source is its target, and its own way back is this
+    /// job's way.
+    #[must_use]
+    pub fn reversed(&self) -> Option<Self> {
+        let way = self.reverse.clone()?;
+        Some(Self {
+            machine: way.machine,
+            disk: way.disk,
+            hooks: way.hooks,
+            reverse: Some(Reverse {
+                machine: self.machine.clone(),
+                disk: self.disk.clone(),
+                hooks: self.hooks.clone(),
+            }),
+            ..self.clone()
+        })
+    }
+}
+
+fn check_disks(disks: &[DiskSpec]) -> std::result::Result<(), String> {
+    if !(1..=MAX_DISKS).contains(&disks.len()) {
+        return Err(format!(
+            "expected 1 to {MAX_DISKS} of them, found {}",
+            disks.len()
+        ));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        let others = &disks[..index];
+        let target = disk.target.display();
+        if others.iter().any(|other| other.node == disk.node) {
+            return Err(format!("node {:?} is named twice", disk.node));
+        }
+        if others.iter().any(|other| other.target == disk.target) {
+            return Err(format!("target {target} is named twice"));
+        }
+        if !disk.target.is_absolute() {
+            return Err(format!("target {target}: expected an absolute path"));
+        }
+    }
+    Ok(())
 }
 
 /// A time as people write it: `500ms`, `2s`, `5m`, `1h`.
@@ -289,6 +350,17 @@ mod tests {
         [hooks]
         start-target = ["start", "web1"]
         timeout = "1h"
+
+        [reverse.machine]
+        qmp = "/run/other/qmp"
+
+        [[reverse.disk]]
+        node = "root"
+        target = "/srv/old-a.raw"
+
+        [[reverse.disk]]
+        node = "data"
+        target = "/srv/old-b.raw"
     "#;
 
     #[test]
@@ -299,6 +371,21 @@ mod tests {
         assert_eq!(spec.machine.quiesce, QuiesceBy::PowerDown);
         assert_eq!(spec.hooks.timeout.0, Duration::from_secs(3600));
         assert_eq!(JobSpec::from_toml(&spec.to_toml().unwrap()).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_way_back_and_back_again_is_the_same_job() {
+        let spec = JobSpec::from_toml(WHOLE).unwrap();
+
+        let back = spec.reversed().unwrap();
+
+        assert_eq!(back.disk[1].target, PathBuf::from("/srv/old-b.raw"));
+        assert_eq!(back.machine.qmp, PathBuf::from("/run/other/qmp"));
+        assert_eq!(JobSpec::from_toml(&back.to_toml().unwrap()).unwrap(), back);
+        assert_eq!(back.reversed().unwrap(), spec);
+        let shorter = WHOLE.rsplit_once("[[reverse.disk]]").unwrap().0;
+        let error = JobSpec::from_toml(shorter).expect_err("a disk is missing");
+        assert!(error.to_string().contains("as many"), "{error}");
     }
 
     #[test]
@@ -313,6 +400,8 @@ mod tests {
             ("/srv/b.raw", "b.raw", "absolute"),
             ("qmp =", "qpm =", "qpm"),
             ("start-target", "start_target", "start_target"),
+            ("node = \"data\"", "node = \"root\"", "reverse.disk: node"),
+            ("/srv/old-b.raw", "/srv/a.raw", "came from"),
             ("[[disk]]", "[[disc]]", "disc"),
         ] {
             let error = JobSpec::from_toml(&WHOLE.replace(from, to)).expect_err(to);

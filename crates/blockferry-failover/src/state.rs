@@ -5,6 +5,7 @@
 //!               │          │           │ failed: aborting, back to syncing │
 //!               └──────────┴─> cancelled ──────> rolling back <───────────┘
 //!                                                     └─> rolled back
+//! committed ─> created: another job, the other way round
 //! ```
 //! A state is durable before what it names is begun. So after a crash the state says what may have been begun, and
 //! [`State::after_a_crash`] what to do about it.
@@ -110,6 +111,7 @@ impl State {
             (Self::CommitPending | Self::Cancelled, I::RollbackBegins) => Self::RollingBack,
             (Self::RollingBack, I::StepDone) => Self::RolledBack,
             (Self::Created | Self::Syncing | Self::Ready, I::Cancel) => Self::Cancelled,
+            (Self::Committed, I::Reverse) => Self::Created,
             _ => return Err(Refusal { state: self, input }),
         })
     }
@@ -172,7 +174,8 @@ impl State {
             Self::Committing => vec![("commit", "go on with it")],
             Self::RollingBack => vec![("rollback", "go on with it")],
             Self::Cancelled => vec![("commit", "let the old point go"), rollback],
-            Self::Committed | Self::RolledBack => Vec::new(),
+            Self::Committed => vec![("reverse", "copy back what the replica changed since")],
+            Self::RolledBack => Vec::new(),
         }
     }
 }
@@ -215,11 +218,13 @@ pub enum Input {
     RollbackBegins,
     /// No more passes are wanted.
     Cancel,
+    /// What was the source is to be brought up to date, by a job of its own.
+    Reverse,
 }
 
 impl Input {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::PassBegins,
         Self::Converged,
         Self::CutoverBegins,
@@ -228,6 +233,7 @@ impl Input {
         Self::CommitBegins,
         Self::RollbackBegins,
         Self::Cancel,
+        Self::Reverse,
     ];
 }
 
@@ -263,6 +269,7 @@ impl fmt::Display for Refusal {
             Input::CommitBegins => "commit",
             Input::RollbackBegins => "roll back",
             Input::Cancel => "cancel",
+            Input::Reverse => "reverse",
         };
         write!(f, "it is {}, so it cannot {wanted}", self.state)?;
         let verbs: Vec<&str> = self.state.next_steps().iter().map(|step| step.0).collect();
@@ -278,7 +285,7 @@ mod tests {
     use super::*;
 
     /// All that is allowed. Whatever is not here is refused.
-    const TABLE: [(State, Input, State); 23] = {
+    const TABLE: [(State, Input, State); 24] = {
         use Input as I;
         use State as S;
         [
@@ -305,6 +312,7 @@ mod tests {
             (S::RollingBack, I::StepDone, S::RolledBack),
             (S::Cancelled, I::CommitBegins, S::Committing),
             (S::Cancelled, I::RollbackBegins, S::RollingBack),
+            (S::Committed, I::Reverse, S::Created),
         ]
     };
 
@@ -331,7 +339,8 @@ mod tests {
     #[test]
     fn from_every_state_something_leads_to_an_end() {
         for state in State::ALL {
-            assert_eq!(state.next_steps().is_empty(), state.is_final(), "{state}");
+            let leads_on = state.next_steps().iter().any(|step| step.0 != "reverse");
+            assert_eq!(leads_on, !state.is_final(), "{state}");
             let mut reached = vec![state];
             while let Some(next) = reached.iter().find_map(|from| {
                 let follows = Input::ALL.iter().filter_map(|i| from.after(*i).ok());

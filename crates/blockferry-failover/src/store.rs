@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use blockferry_core::{Extent, ExtentSet};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 
@@ -14,7 +15,7 @@ use crate::state::State;
 
 const FILE_NAME: &str = "jobs.sqlite";
 /// In `user_version`.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 /// For another process to end its transaction.
 const BUSY: Duration = Duration::from_secs(10);
 /// Passes that are looked back on.
@@ -58,6 +59,48 @@ const SCHEMA: &str = "
     ) STRICT;
 ";
 
+/// What came with version 2.
+const SCHEMA_2: &str = "
+    CREATE TABLE origins (
+        job      INTEGER NOT NULL REFERENCES jobs (id),
+        disk     INTEGER NOT NULL,
+        number   INTEGER NOT NULL,
+        root     TEXT NOT NULL,
+        changed  TEXT NOT NULL,
+        PRIMARY KEY (job, disk)
+    ) STRICT;
+";
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Failover,
+    /// The way back of this job.
+    Reverse(i64),
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Failover => "failover",
+            Self::Reverse(_) => REVERSE,
+        }
+    }
+}
+
+const REVERSE: &str = "reverse";
+
+/// What a disk was when its machine was stopped for good, and what became of its replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// From this cut on the replica's machine records what changes.
+    pub(crate) number: u64,
+    /// Of the last cut.
+    pub(crate) root: String,
+    /// What was written between that and this.
+    pub(crate) changed: ExtentSet,
+}
+
 /// The database of jobs in a directory.
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -73,7 +116,7 @@ pub struct JobRecord {
     pub id: i64,
     /// Its name.
     pub name: String,
-    /// `failover`.
+    /// `failover`, or `reverse` of one that leads back.
     pub operation: String,
     /// Where it is.
     pub state: State,
@@ -94,6 +137,10 @@ pub struct JobRecord {
 }
 
 impl JobRecord {
+    pub(crate) fn leads_back(&self) -> bool {
+        self.operation == REVERSE
+    }
+
     /// Seconds since something happened to it, by this host's clock.
     #[must_use]
     pub fn age_seconds(&self) -> u64 {
@@ -198,13 +245,16 @@ impl Store {
             .database
             .pragma_query_value(None, "user_version", |row| row.get(0))
             .map_err(failed)?;
-        let made = match version {
-            0 => self.database.execute_batch(SCHEMA).and_then(|()| {
-                self.database
-                    .pragma_update(None, "user_version", SCHEMA_VERSION)
-            }),
-            _ => Ok(()),
+        let steps: &[&str] = match version {
+            0 => &[SCHEMA, SCHEMA_2],
+            1 => &[SCHEMA_2],
+            _ => &[],
         };
+        let made = steps.iter().try_for_each(|step| {
+            self.database.execute_batch(step)?;
+            self.database
+                .pragma_update(None, "user_version", SCHEMA_VERSION)
+        });
         made.and_then(|()| self.database.execute_batch("COMMIT"))
             .map_err(failed)?;
         if !(0..=SCHEMA_VERSION).contains(&version) {
@@ -221,7 +271,7 @@ impl Store {
     ///
     /// # Errors
     /// A job of this name is not at its end, or the database failed.
-    pub(crate) fn create(&mut self, spec: &JobSpec) -> Result<JobRecord> {
+    pub(crate) fn create(&mut self, spec: &JobSpec, operation: Operation) -> Result<JobRecord> {
         if let Some(earlier) = self.find(&spec.name)?
             && !earlier.state.is_final()
         {
@@ -237,11 +287,23 @@ impl Store {
         transaction
             .execute(
                 "INSERT INTO jobs (name, operation, state, spec, created_ms, updated_ms)
-                 VALUES (?1, 'failover', ?2, ?3, ?4, ?4)",
-                params![spec.name, State::Created.to_string(), toml, now],
+                 VALUES (?1, ?5, ?2, ?3, ?4, ?4)",
+                params![
+                    spec.name,
+                    State::Created.to_string(),
+                    toml,
+                    now,
+                    operation.name()
+                ],
             )
             .map_err(failed)?;
         let id = transaction.last_insert_rowid();
+        if let Operation::Reverse(from) = operation {
+            let sql = "INSERT INTO origins SELECT ?1, disk, number, root, changed FROM origins WHERE job = ?2";
+            transaction.execute(sql, [id, from]).map_err(failed)?;
+            let sql = "UPDATE jobs SET next_number = (SELECT next_number FROM jobs WHERE id = ?2) WHERE id = ?1";
+            transaction.execute(sql, [id, from]).map_err(failed)?;
+        }
         note(&transaction, id, State::Created, "the job was created").map_err(failed)?;
         transaction.commit().map_err(failed)?;
         self.load(id)
@@ -342,6 +404,64 @@ impl Store {
             .query_row(sql, params![job, at_least], |row| row.get(0))
             .map_err(failed)?;
         Ok(taken.unsigned_abs())
+    }
+
+    /// Records what the disks of a job were at its last cut, one for each. What is there stays.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) fn note_origins(&mut self, job: i64, origins: &[Origin]) -> Result<()> {
+        let failed = |cause| Error::store("note what the last cut was", cause);
+        let transaction = self.database.transaction().map_err(failed)?;
+        for (disk, origin) in (0_i64..).zip(origins) {
+            let runs: Vec<[u64; 2]> = origin
+                .changed
+                .iter()
+                .map(|e| [e.start(), e.end()])
+                .collect();
+            let changed = serde_json::to_string(&runs)
+                .map_err(|cause| Error::because(ErrorKind::Internal, "note extents", cause))?;
+            let number = i64::try_from(origin.number).unwrap_or(i64::MAX);
+            let sql = "INSERT OR IGNORE INTO origins VALUES (?1, ?2, ?3, ?4, ?5)";
+            let values = params![job, disk, number, origin.root, changed];
+            transaction.execute(sql, values).map_err(failed)?;
+        }
+        transaction.commit().map_err(failed)
+    }
+
+    /// What the disks of a job were at the last cut of it, or of the one before that it leads back from: one for each, or
+    /// nothing.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) fn origins(&self, job: i64) -> Result<Vec<Origin>> {
+        let failed = |cause| Error::store("look up what the last cut was", cause);
+        let sql = "SELECT number, root, changed FROM origins WHERE job = ?1 ORDER BY disk";
+        let mut statement = self.database.prepare(sql).map_err(failed)?;
+        let rows = statement.query_map([job], |row| {
+            let number: i64 = row.get(0)?;
+            Ok((number, row.get(1)?, row.get(2)?))
+        });
+        let origin = |row: rusqlite::Result<(i64, String, String)>| {
+            let (number, root, changed) = row.map_err(failed)?;
+            let damaged = || {
+                let text = format!("the database of jobs: extents {changed:?}: expected ranges");
+                Error::new(ErrorKind::Store, text)
+            };
+            let runs: Vec<[u64; 2]> =
+                serde_json::from_str(&changed).map_err(|_no_ranges| damaged())?;
+            let mut extents = ExtentSet::new();
+            for [start, end] in runs {
+                let bytes = end.checked_sub(start).ok_or_else(damaged)?;
+                extents.insert(Extent::new(start, bytes).ok_or_else(damaged)?);
+            }
+            Ok(Origin {
+                number: number.unsigned_abs(),
+                root,
+                changed: extents,
+            })
+        };
+        rows.map_err(failed)?.map(origin).collect()
     }
 
     /// Records a pass.
@@ -538,7 +658,7 @@ mod tests {
     fn a_job_is_there_again_as_it_was_with_all_that_happened() {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
-        let job = store.create(&spec("web1")).unwrap();
+        let job = store.create(&spec("web1"), Operation::Failover).unwrap();
         store
             .move_to(job.id, State::Syncing, "the first pass")
             .unwrap();
@@ -565,10 +685,12 @@ mod tests {
             .map(|e| e.text)
             .collect();
         assert_eq!(told, ["the job was created", "the first pass"]);
-        let refused = store.create(&spec("web1")).unwrap_err();
+        let refused = store
+            .create(&spec("web1"), Operation::Failover)
+            .unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Refused);
         store.move_to(job.id, State::RolledBack, "done").unwrap();
-        assert!(store.create(&spec("web1")).unwrap().id > job.id);
+        assert!(store.create(&spec("web1"), Operation::Failover).unwrap().id > job.id);
     }
 
     #[test]
@@ -576,8 +698,8 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
         let (one, other) = (
-            store.create(&spec("a")).unwrap().id,
-            store.create(&spec("b")).unwrap().id,
+            store.create(&spec("a"), Operation::Failover).unwrap().id,
+            store.create(&spec("b"), Operation::Failover).unwrap().id,
         );
         let mut asking = Store::open(place.path()).unwrap();
         asking.ask(one, Request::Complete(77)).unwrap();
@@ -601,7 +723,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
         for name in ["a", "b", "c"] {
-            store.create(&spec(name)).unwrap();
+            store.create(&spec(name), Operation::Failover).unwrap();
         }
         let b = store.find("b").unwrap().unwrap();
         store.move_to(b.id, State::Ready, "ready").unwrap();

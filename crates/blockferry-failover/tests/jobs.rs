@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use blockferry_device::{BlockSource, BlockTarget, CancelToken};
 use blockferry_engine::TargetOptions;
-use blockferry_failover::{ErrorKind, JobContext, JobSpec, JobStatus, Jobs, State, Told, Until};
+use blockferry_failover::{
+    ErrorKind, JobContext, JobSpec, JobStatus, Jobs, OldSource, State, Told, Until,
+};
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_testkit::{StorageDaemon, Writer, images};
 
@@ -208,7 +210,7 @@ fn a_machine_that_is_written_comes_over_and_what_it_acknowledged_is_there() {
     expected[1][1 << 20..][..64 << 10].fill(0x5A);
     assert!(content(&overlays[1]) == expected[1]);
 
-    let state = sites.jobs().commit("web1", &context);
+    let state = sites.jobs().commit("web1", OldSource::Keep, &context);
     assert_eq!(
         state.expect("committed"),
         State::Committed,

@@ -20,6 +20,9 @@ use crate::transfer::{DEPTH, Outcome, Transfer};
 use crate::wire::allocation::IS_ZERO;
 use crate::wire::{ALLOCATION, Command, flag};
 
+/// Of the layers of an image, as QEMU counts them: 0 is none, 1 the uppermost.
+const DEPTH_CONTEXT: &str = "qemu:allocation-depth";
+const UPPERMOST: u32 = 1;
 /// Of a dirty bitmap: the run was written.
 const IS_DIRTY: u32 = 1;
 /// How much block status is asked for at once.
@@ -53,6 +56,7 @@ pub struct NbdDevice {
     address: NbdAddress,
     label: String,
     contexts: Vec<String>,
+    history: Option<History>,
     silence: Duration,
     export: Export,
     pool: Mutex<Pool>,
@@ -77,6 +81,38 @@ struct Pool {
     made: usize,
 }
 
+/// What tells which parts of an export changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum History {
+    /// A dirty bitmap of this name.
+    Bitmap(String),
+    /// What is allocated in the uppermost layer of an image over others.
+    Overlay,
+}
+
+impl History {
+    fn context(&self) -> String {
+        match self {
+            Self::Bitmap(name) => format!("qemu:dirty-bitmap:{name}"),
+            Self::Overlay => DEPTH_CONTEXT.to_owned(),
+        }
+    }
+
+    fn changed(&self, flags: u32) -> bool {
+        match self {
+            Self::Bitmap(_) => flags & IS_DIRTY != 0,
+            Self::Overlay => flags == UPPERMOST,
+        }
+    }
+
+    fn provenance(&self) -> Provenance {
+        match self {
+            Self::Bitmap(_) => Provenance::QemuDirtyBitmap,
+            Self::Overlay => Provenance::QemuOverlay,
+        }
+    }
+}
+
 /// Block status from `start` on: ends of runs, and whether they read zero.
 struct Known {
     start: u64,
@@ -89,18 +125,20 @@ impl NbdDevice {
     /// # Errors
     /// Nobody answers, there is no such export, or it cannot be used.
     pub fn open_source(address: &NbdAddress, options: &NbdOptions) -> Result<Arc<Self>> {
-        Self::open_as(address, options, address.to_string()).map(Arc::new)
+        let history = options.bitmap.clone().map(History::Bitmap);
+        Self::open_as(address, history, options.silence, address.to_string()).map(Arc::new)
     }
 
     /// Under a name of its own in messages.
     pub(crate) fn open_as(
         address: &NbdAddress,
-        options: &NbdOptions,
+        history: Option<History>,
+        silence: Duration,
         label: String,
     ) -> Result<Self> {
         let mut contexts = vec![ALLOCATION.to_owned()];
-        contexts.extend(options.bitmap.as_deref().map(bitmap_context));
-        let first = Connection::open(address, &contexts, options.silence)?;
+        contexts.extend(history.as_ref().map(History::context));
+        let first = Connection::open(address, &contexts, silence)?;
         let export = first.export().clone();
         if export.size_bytes > i64::MAX as u64 {
             let size = export.size_bytes;
@@ -111,7 +149,8 @@ impl NbdDevice {
             address: address.clone(),
             label,
             contexts,
-            silence: options.silence,
+            history,
+            silence,
             export,
             pool: Mutex::new(Pool {
                 idle: vec![first],
@@ -155,22 +194,24 @@ impl NbdDevice {
     }
 
     /// What the bitmap of [`NbdOptions::bitmap`] says: what was written since it was begun, and that all else is the
-    /// same. Nothing if the server has no such bitmap.
+    /// same. Of an overlay: what it holds, and that all else is its backing's. Nothing if the server does not tell.
     ///
     /// # Errors
     /// The server does not answer.
     pub fn changes(&self) -> Result<Option<ChangeMap>> {
-        let bitmap = self.contexts.get(1);
-        let Some(context) = bitmap.and_then(|name| self.context(name)) else {
+        let Some(history) = &self.history else {
+            return Ok(None);
+        };
+        let Some(context) = self.context(&history.context()) else {
             return Ok(None);
         };
         let size_bytes = self.export.size_bytes;
-        let mut map = ChangeMap::new(Provenance::QemuDirtyBitmap, Trust::Trusted, size_bytes);
+        let mut map = ChangeMap::new(history.provenance(), Trust::Trusted, size_bytes);
         map.set(Extent::from_range(0..size_bytes), Content::Same);
         let mut offset = 0;
         while offset < size_bytes {
             for (end, flags) in self.status(context, offset)? {
-                if flags & IS_DIRTY != 0 {
+                if history.changed(flags) {
                     map.set(Extent::from_range(offset..end), Content::Data);
                 }
                 offset = end;
@@ -381,10 +422,6 @@ impl NbdDevice {
 }
 
 /// The meta context that tells of a bitmap.
-fn bitmap_context(name: &str) -> String {
-    format!("qemu:dirty-bitmap:{name}")
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

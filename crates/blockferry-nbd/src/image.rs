@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use blockferry_device::{Error, ErrorKind, ImageFormat, Result};
 
 use crate::address::NbdAddress;
-use crate::device::{NbdDevice, NbdOptions};
+use crate::device::{History, NbdDevice, NbdOptions};
 use crate::wire::shown;
 
 const PROGRAM: &str = "qemu-nbd";
@@ -70,11 +70,11 @@ pub fn open_image(format: ImageFormat, path: &Path, scratch: &Path) -> Result<Ar
         "--".as_ref(),
         path.as_os_str(),
     ];
-    serve(&label, &image, scratch)
+    serve(&label, &image, None, scratch)
 }
 
 /// A qcow2 overlay to read, over a raw `backing` that is not locked for it: whoever reads it keeps others from writing the
-/// backing meanwhile. Where to find the backing is not taken from the overlay.
+/// backing meanwhile. Where to find the backing is not taken from the overlay. [`NbdDevice::changes`] says what it holds.
 ///
 /// # Errors
 /// As [`open_image`].
@@ -90,8 +90,13 @@ pub fn open_overlay(path: &Path, backing: &Path, scratch: &Path) -> Result<Arc<N
     options.push(",backing.driver=raw,backing.file.driver=file,backing.file.locking=off");
     options.push(",backing.file.filename=");
     options.push(in_options(&absolute(backing)?));
-    let image = ["--image-opts".as_ref(), "--".as_ref(), options.as_os_str()];
-    serve(&label, &image, scratch)
+    let image = [
+        "--allocation-depth".as_ref(),
+        "--image-opts".as_ref(),
+        "--".as_ref(),
+        options.as_os_str(),
+    ];
+    serve(&label, &image, Some(&History::Overlay), scratch)
 }
 
 /// A comma ends a value, two of them are one.
@@ -102,7 +107,13 @@ fn in_options(path: &Path) -> OsString {
 }
 
 /// What qemu-nbd serves when it is told of the image by `image`.
-fn serve(label: &str, image: &[&OsStr], scratch: &Path) -> Result<Arc<NbdDevice>> {
+fn serve(
+    label: &str,
+    image: &[&OsStr],
+    history: Option<&History>,
+    scratch: &Path,
+) -> Result<Arc<NbdDevice>> {
+    let silence = NbdOptions::default().silence;
     let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
     let place = tempfile::tempdir_in(scratch).map_err(failed)?;
     let socket = place.path().join("socket");
@@ -135,7 +146,7 @@ fn serve(label: &str, image: &[&OsStr], scratch: &Path) -> Result<Arc<NbdDevice>
             let text = format!("open {label}: {PROGRAM} does not serve it{complaint}");
             return Err(Error::new(ErrorKind::Unsuitable, text));
         }
-        match NbdDevice::open_as(&address, &NbdOptions::default(), label.to_owned()) {
+        match NbdDevice::open_as(&address, history.cloned(), silence, label.to_owned()) {
             Ok(mut device) => {
                 device.keep(program);
                 return Ok(Arc::new(device));

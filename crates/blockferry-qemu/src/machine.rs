@@ -613,6 +613,23 @@ impl Machine {
         Ok(status.get("running").and_then(Value::as_bool))
     }
 
+    /// What may have written `disks` since the machine was started, for people; nothing if nothing may have: its guest
+    /// never ran, and nobody else has them to write.
+    ///
+    /// # Errors
+    /// The machine did not answer.
+    pub fn may_have_written(&mut self, disks: &[String]) -> Result<Option<String>> {
+        if self.has_guest()? {
+            let status = self.qmp.execute("query-status", json!({}))?;
+            if status.get("status").and_then(Value::as_str) != Some("prelaunch") {
+                return Ok(Some("its guest was started already".to_owned()));
+            }
+        }
+        let writers = self.writable_exports(disks)?;
+        let writer = writers.first();
+        Ok(writer.map(|writer| format!("export {writer:?} may be written")))
+    }
+
     /// Ends the process of the machine.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::arguments::{FailoverAction, FailoverArguments, FreezeGuardArguments};
 use crate::engine::failover::{
-    Error, ErrorKind, JobContext, JobSpec, JobStatus, Jobs, Pass, State, Told, Until,
+    Error, ErrorKind, JobContext, JobSpec, JobStatus, Jobs, OldSource, Pass, State, Told, Until,
 };
 use crate::engine::qemu::freeze;
 use crate::engine::{Event, Observer, Progress, format_size};
@@ -37,18 +37,27 @@ pub(crate) fn run(arguments: &FailoverArguments, session: &Session) -> Result<Ex
         Some(_) => Until::Ready,
         None => Until::Cutover,
     };
-    let (name, outcome) = match spec(arguments)? {
-        Some(spec) => (spec.name.clone(), jobs.start(&spec, until, &context)),
-        None => {
-            let name = name(&arguments.job)?;
-            let outcome = match arguments.action {
-                FailoverAction::Start => jobs.go_on(&name, until, &context),
-                FailoverAction::Complete => jobs.complete(&name, arguments.at, &context),
-                FailoverAction::Cancel => jobs.cancel(&name, &context),
-                FailoverAction::Rollback => jobs.rollback(&name, &context),
-                FailoverAction::Commit | FailoverAction::Status => jobs.commit(&name, &context),
-            };
-            (name, outcome)
+    let source = match arguments.release_source {
+        true => OldSource::End,
+        false => OldSource::Keep,
+    };
+    let spec = spec(arguments)?;
+    let name = match &spec {
+        Some(spec) => spec.name.clone(),
+        None => name(&arguments.job)?,
+    };
+    let outcome = match (arguments.action, spec) {
+        (FailoverAction::Start, Some(spec)) => jobs.start(&spec, until, &context),
+        (FailoverAction::Start, None) => jobs.go_on(&name, until, &context),
+        (FailoverAction::Complete, _) => jobs.complete(&name, arguments.at, &context),
+        (FailoverAction::Cancel, _) => jobs.cancel(&name, &context),
+        (FailoverAction::Rollback, _) => jobs.rollback(&name, &context),
+        (FailoverAction::Reverse, spec) => {
+            let way = spec.and_then(|spec| spec.reverse);
+            jobs.reverse(&name, way, source, until, &context)
+        }
+        (FailoverAction::Commit | FailoverAction::Status, _) => {
+            jobs.commit(&name, source, &context)
         }
     };
     drop(context);
@@ -68,31 +77,44 @@ pub(crate) fn guard(arguments: &FreezeGuardArguments) -> Result<Exit, Failure> {
 }
 
 fn check(arguments: &FailoverArguments) -> Result<(), Failure> {
-    let only = |given: bool, option: &str, action: FailoverAction, verb: &str| {
-        let fits = !given || arguments.action == action;
-        let text = format!("{option} goes with failover {verb} only");
-        fits.then_some(())
-            .ok_or_else(|| Failure::new(Exit::Usage, text))
-    };
-    only(
-        arguments.at.is_some(),
-        "--at",
-        FailoverAction::Complete,
-        "complete",
-    )?;
-    only(
-        arguments.until.is_some(),
-        "--until",
-        FailoverAction::Start,
-        "start",
-    )
+    use FailoverAction as A;
+    for (given, option, actions, verbs) in [
+        (
+            arguments.at.is_some(),
+            "--at",
+            &[A::Complete][..],
+            "complete",
+        ),
+        (
+            arguments.until.is_some(),
+            "--until",
+            &[A::Start, A::Reverse],
+            "start and reverse",
+        ),
+        (
+            arguments.release_source,
+            "--release-source",
+            &[A::Commit, A::Reverse],
+            "commit and reverse",
+        ),
+    ] {
+        if given && !actions.contains(&arguments.action) {
+            let text = format!("{option} goes with failover {verbs} only");
+            return Err(Failure::new(Exit::Usage, text));
+        }
+    }
+    Ok(())
 }
 
-/// What is to be started, where that is a file.
+/// What is to be started or reversed, where that is a file.
 fn spec(arguments: &FailoverArguments) -> Result<Option<JobSpec>, Failure> {
     let path = Path::new(&arguments.job);
     let is_file = path.components().count() > 1 || path.extension() == Some(OsStr::new("toml"));
-    if arguments.action != FailoverAction::Start || !is_file {
+    let describes = matches!(
+        arguments.action,
+        FailoverAction::Start | FailoverAction::Reverse
+    );
+    if !describes || !is_file {
         return Ok(None);
     }
     let wrong = |why: &str| {
@@ -290,7 +312,15 @@ fn describe(status: &JobStatus, output: &Output) {
     } else {
         ""
     };
-    output.answer(format_args!("job {}: {}{running}", job.name, job.state));
+    let back = if job.operation == "reverse" {
+        ", the way back"
+    } else {
+        ""
+    };
+    output.answer(format_args!(
+        "job {}{back}: {}{running}",
+        job.name, job.state
+    ));
     let mut facts = Facts::default();
     facts.add("last change", age(job.age_seconds()));
     if let Some(pass) = status.passes.last() {
