@@ -7,7 +7,7 @@
 //!
 //! ```no_run
 //! use blockferry_engine::TargetOptions;
-//! use blockferry_failover::{JobContext, JobSpec, Jobs, Until};
+//! use blockferry_failover::{JobContext, JobSpec, Jobs, OldSource, Until};
 //!
 //! let spec = JobSpec::from_toml(&std::fs::read_to_string("web1.toml")?)?;
 //! let context = JobContext::new(TargetOptions::new("/var/lib/blockferry"));

@@ -756,6 +756,45 @@ mod tests {
     }
 
     #[test]
+    fn a_way_back_has_what_was_noted_of_the_way_there() {
+        let place = tempfile::tempdir().unwrap();
+        // As the version before left it.
+        let old = Connection::open(place.path().join(FILE_NAME)).unwrap();
+        old.execute_batch(SCHEMA).unwrap();
+        old.pragma_update(None, "user_version", 1).unwrap();
+        drop(old);
+        let mut store = Store::open(place.path()).unwrap();
+        let job = store.create(&spec("web1"), Operation::Failover).unwrap();
+        assert_eq!(store.origins(job.id).unwrap(), []);
+        let mut changed = ExtentSet::new();
+        changed.insert(Extent::from_range(4096..8192));
+        changed.insert(Extent::from_range(1 << 40..(1 << 40) + 1));
+        let origin = |number, changed: &ExtentSet| Origin {
+            number,
+            root: "00ff".to_owned(),
+            changed: changed.clone(),
+        };
+        let number = store.take_number(job.id, 7).unwrap();
+        let noted = [origin(number, &changed), origin(number, &ExtentSet::new())];
+        store.note_origins(job.id, &noted).unwrap();
+        // A commit that is done again does not know any more.
+        let later = [origin(9, &changed), origin(9, &changed)];
+        store.note_origins(job.id, &later).unwrap();
+        store.move_to(job.id, State::Committed, "").unwrap();
+
+        let back = Operation::Reverse(job.id);
+        let back = store.create(&spec("web1"), back).unwrap();
+
+        assert!(back.leads_back() && !job.leads_back());
+        assert_eq!(store.origins(back.id).unwrap(), noted);
+        assert!(store.take_number(back.id, 0).unwrap() > number);
+        let damage = "UPDATE origins SET changed = '[[9,4]]'";
+        store.database.execute(damage, []).unwrap();
+        let error = store.origins(back.id).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Store, "{error}");
+    }
+
+    #[test]
     fn a_database_that_is_none_or_of_another_version_is_refused_with_words() {
         let place = tempfile::tempdir().unwrap();
         let file = place.path().join(FILE_NAME);
@@ -772,7 +811,7 @@ mod tests {
         drop(store);
         let error = Store::open(place.path()).unwrap_err().to_string();
         assert!(
-            error.contains("version 7") && error.contains("knows 1"),
+            error.contains("version 7") && error.contains("knows 2"),
             "{error}"
         );
     }
