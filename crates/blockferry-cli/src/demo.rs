@@ -1,5 +1,6 @@
 //! `demo`: the main job on a disk made for it. Full download, changes, a kill in the middle of a delta sync, the old
-//! point intact, the resume, equal roots, the way back, the delta again, acceptance.
+//! point intact, the resume, equal roots, the way back, the delta again, acceptance. Then the same with a machine that
+//! runs, over and back, where a qemu-storage-daemon is installed.
 //!
 //! Nothing is hard-coded: every number comes from what happened, and a promise that does not hold ends the demo with
 //! the exit code for corruption.
@@ -7,6 +8,7 @@
 mod check;
 mod child;
 mod disk;
+mod machine;
 mod place;
 mod story;
 
@@ -29,6 +31,7 @@ use crate::verbs::report::{duration, rate, short};
 use crate::verbs::{self, sync};
 use check::claim;
 use child::{Ending, Run};
+use machine::MachineReceipt;
 use place::Place;
 use story::Story;
 
@@ -51,6 +54,7 @@ struct DemoReceipt {
     delta_again: Receipt,
     accepted: Outcome,
     file_system_checked: bool,
+    machine: Option<MachineReceipt>,
     elapsed_seconds: f64,
 }
 
@@ -75,6 +79,7 @@ struct Demo<'a> {
     source: PathBuf,
     target: PathBuf,
     old: PathBuf,
+    sites: PathBuf,
     options: TargetOptions,
 }
 
@@ -119,6 +124,7 @@ impl<'a> Demo<'a> {
             source: place.file("source.raw"),
             target: place.file("target.raw"),
             old: place.file("old-point.raw"),
+            sites: place.file("m"),
             options,
         }
     }
@@ -135,6 +141,13 @@ impl<'a> Demo<'a> {
         let delta_again = self.delta_again()?;
         let accepted = self.accept()?;
         let file_system_checked = self.check_file_system(kind)?;
+        let machine = machine::play(
+            &self.sites,
+            &self.options,
+            size_bytes,
+            self.session,
+            &mut self.story,
+        )?;
         let elapsed_seconds = started.elapsed().as_secs_f64();
         Ok(DemoReceipt {
             file_system: kind.to_string(),
@@ -147,6 +160,7 @@ impl<'a> Demo<'a> {
             delta_again,
             accepted,
             file_system_checked,
+            machine,
             elapsed_seconds,
         })
     }

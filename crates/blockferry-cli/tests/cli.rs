@@ -796,4 +796,11 @@ fn the_demo_holds_what_it_promises_and_leaves_its_receipt() {
         stored["resumed"]["source_root"],
         stored["resumed"]["target_root"]
     );
+    let machine = &stored["machine"];
+    let runs = |program: &str| Command::new(program).arg("--version").output().is_ok();
+    if runs("qemu-storage-daemon") && runs("qemu-img") && runs("qemu-nbd") {
+        assert!(machine["pause_back_seconds"].as_f64().expect("a pause") > 0.0);
+    } else {
+        assert!(machine.is_null(), "{machine}");
+    }
 }

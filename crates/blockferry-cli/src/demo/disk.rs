@@ -10,7 +10,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 
 /// The same disk for everybody; another seed would do as well.
-const SEED: u64 = 2;
+pub(crate) const SEED: u64 = 2;
 
 /// How much of the files' content a day of use overwrites.
 const CHANGED_FRACTION: f64 = 0.1;
