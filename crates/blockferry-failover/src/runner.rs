@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use blockferry_core::{BlockSize, ChangeMap, Content, Extent, ExtentSet};
 use blockferry_device::{CancelToken, Consistency, LockGuard, OsDirectory};
 use blockferry_engine::{
-    ChangesSince, Context, GroupDirectory, Member, Mode, SyncOptions, Target, accept, drop_anchor,
-    keep_anchor, return_to_anchor, sync_group,
+    ChangesSince, Context, GroupDirectory, Member, Mode, SyncOptions, Target, Undo, accept,
+    drop_anchor, keep_anchor, return_to_anchor, sync_group,
 };
 use blockferry_nbd::open_overlay;
 use blockferry_pipeline::Event;
@@ -636,6 +636,10 @@ impl<'s> Runner<'s> {
             // Only the first pass has something to choose.
             options.mode = if held.is_some() { Mode::Delta } else { mode };
             options.source_address = address;
+            if self.job.state == State::LastPass {
+                // The source stands still. The anchor keeps what the targets were, and nobody wants the pass before.
+                options.undo = Undo::None;
+            }
             let mut changes = disk.changes;
             if let Some(origin) = origin.filter(|origin| *held == Some(origin.number)) {
                 // The replica wrote before its machine recorded.

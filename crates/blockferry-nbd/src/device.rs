@@ -25,8 +25,8 @@ const DEPTH_CONTEXT: &str = "qemu:allocation-depth";
 const UPPERMOST: u32 = 1;
 /// Of a dirty bitmap: the run was written.
 const IS_DIRTY: u32 = 1;
-/// How much block status is asked for at once.
-const STATUS_BYTES: u64 = 1 << 30;
+/// How much block status is asked for at once: whole units of any server, in the 32 bits that a request has for it.
+const STATUS_BYTES: u64 = (1 << 32) - (32 << 20);
 /// How much is made zero at once.
 const ZERO_BYTES: u64 = 1 << 30;
 /// Connections to a server that allows several.
