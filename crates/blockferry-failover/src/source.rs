@@ -57,8 +57,6 @@ pub(crate) struct Source {
     /// What freezes the guest; without it no freeze is guarded, so none is made.
     guard: Option<Vec<OsString>>,
     disks: Vec<String>,
-    /// Holds the guest frozen while it is stopped.
-    frozen: Option<Guarded>,
 }
 
 impl Source {
@@ -73,7 +71,6 @@ impl Source {
             machine: Arc::default(),
             guard,
             disks: spec.disk.iter().map(|disk| disk.node.clone()).collect(),
-            frozen: None,
         }
     }
 
@@ -232,9 +229,10 @@ impl Source {
                     consistency = Consistency::AtRest;
                 }
                 QuiesceBy::FreezeAndStop => {
-                    self.frozen = self.freeze(FREEZE_BEFORE_STOP, &mut warnings);
+                    let frozen = self.freeze(FREEZE_BEFORE_STOP, &mut warnings);
                     self.with("stop the guest", Machine::stop)?;
-                    if self.frozen.is_some() {
+                    if let Some(frozen) = frozen {
+                        frozen.leave_frozen();
                         consistency = Consistency::FileSystem;
                     }
                 }
@@ -284,10 +282,6 @@ impl Source {
         let running = self.with("look at the machine", Machine::is_running)?;
         if running == Some(false) {
             self.with("let the guest go on", Machine::resume)?;
-        }
-        if let Some(frozen) = self.frozen.take() {
-            // The guard may have given up while the guest stood still.
-            frozen.thaw().ok();
         }
         match &self.spec.machine.agent {
             Some(agent) if running.is_some() => thaw(agent),

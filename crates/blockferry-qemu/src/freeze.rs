@@ -115,6 +115,16 @@ impl Guarded {
         }
     }
 
+    /// Ends the guard of a guest whose processors were stopped since, so that it could not thaw it: whoever lets the guest
+    /// go on thaws it.
+    pub fn leave_frozen(self) {
+        let running = self.running.into_inner();
+        if let Some(mut guard) = running.unwrap_or_else(PoisonError::into_inner) {
+            guard.child.kill().ok();
+            guard.child.wait().ok();
+        }
+    }
+
     fn start(&self, deadline: Duration) -> Result<Guard> {
         let failed = |cause| Error::from_io("start the guard of a freeze", cause);
         let program = self.command.first().ok_or_else(|| {

@@ -310,6 +310,26 @@ fn a_freeze_through_another_process_ends_with_it_and_a_late_thaw_is_an_error() {
 }
 
 #[test]
+fn a_guest_that_stands_still_is_left_frozen_and_its_guard_ends_at_once() {
+    let place = tempfile::tempdir().expect("a directory");
+    let thawing = place.path().join("thawing");
+    // As a guard whose agent does not answer any more.
+    let script = format!(
+        "echo frozen; read x; touch {}; sleep 100",
+        thawing.display()
+    );
+    let guarded = shell(&script);
+    guarded.freeze(LONG).expect("frozen");
+    let began = std::time::Instant::now();
+
+    guarded.leave_frozen();
+
+    assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
+    thread::sleep(Duration::from_millis(50));
+    assert!(!thawing.exists(), "it began to thaw");
+}
+
+#[test]
 fn whoever_froze_a_guest_and_died_is_seen_at_the_end_of_the_guards_input() {
     let (server, asked) = agent(0, None);
     let (input, ours) = UnixStream::pair().expect("a pair");
