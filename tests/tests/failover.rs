@@ -2,11 +2,12 @@
 //! and killed itself: whatever dies, the replicas are at one moment of all disks, and the job goes on.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockferry::BlockTarget;
 use blockferry::nbd::{NbdAddress, NbdDevice, NbdOptions};
@@ -431,6 +432,77 @@ fn a_way_back_that_is_not_there_is_refused_with_what_is_missing() {
         refused.complaint().contains("has its disks still"),
         "{refused:#?}"
     );
+}
+
+#[test]
+fn an_application_is_brought_to_rest_for_each_point_and_goes_on_whoever_dies() {
+    let name = "an_application_is_brought_to_rest_for_each_point_and_goes_on_whoever_dies";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    // Whose files scripts have to be.
+    if fs::metadata(sites.lab.root()).expect("a directory").uid() != 0 {
+        return skipped(name, "root");
+    }
+    let path = |name: &str| sites.lab.path(name).display().to_string();
+    let file = |name: &str, text: &str, mode: u32| {
+        fs::write(sites.lab.path(name), text).expect("written");
+        let permissions = fs::Permissions::from_mode(mode);
+        fs::set_permissions(sites.lab.path(name), permissions).expect("set");
+    };
+    for (script, word) in [("pre", "rest"), ("post", "on")] {
+        let text = format!("#!/bin/sh\necho {word} >>{}\n", path("told"));
+        file(script, &text, 0o700);
+    }
+    let config = format!(
+        r#"{{"preScriptLocation": "{}", "postScriptLocation": "{}", "timeoutInSeconds": 30,
+        "continueBackupOnFailure": false, "fsFreezeEnabled": false}}"#,
+        path("pre"),
+        path("post")
+    );
+    file("scripts.json", &config, 0o600);
+    let job = fs::read_to_string(sites.lab.path("web.toml")).expect("read");
+    let scripts = format!("[machine]\nscripts = \"{}\"", path("scripts.json"));
+    fs::write(
+        sites.lab.path("web.toml"),
+        job.replace("[machine]", &scripts),
+    )
+    .expect("written");
+    let told = || with_files(|| fs::read_to_string(sites.lab.path("told"))).expect("read");
+    let goes_on = || {
+        let told = told();
+        let count = |word: &str| told.lines().filter(|line| *line == word).count();
+        count("rest") == count("on")
+    };
+    let mut random = seeded(name);
+
+    let ready = sites.lab.must(READY);
+
+    let passes = ready.lines.iter().filter(|line| line["event"] == "pass");
+    let labels: Vec<&str> = passes
+        .filter_map(|pass| pass["consistency"].as_str())
+        .collect();
+    assert!(labels.len() >= 2 && goes_on(), "{labels:?}: {}", told());
+    assert!(
+        labels
+            .iter()
+            .all(|label| *label == "application-consistent"),
+        "{labels:?}"
+    );
+    for _ in 0..6 {
+        sites.killed(START, Duration::from_millis(random.below(400)));
+        let end = Instant::now() + Duration::from_secs(10);
+        while !goes_on() {
+            assert!(Instant::now() < end, "it stays at rest: {}", told());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    // Where the source is stopped its application is at rest, until it is let go.
+    sites.lab.must(READY);
+    sites.lab.must("failover complete web");
+    assert!(told().ends_with("rest\n"), "{}", told());
+    sites.lab.must("failover rollback web");
+    assert!(told().ends_with("on\n"), "{}", told());
 }
 
 #[test]

@@ -444,7 +444,11 @@ pub(crate) struct JobsArguments {
 #[derive(Args, Debug)]
 pub(crate) struct FreezeGuardArguments {
     /// The socket of the guest's agent
-    pub(crate) agent: PathBuf,
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) agent: Option<PathBuf>,
+    /// The file that describes the scripts
+    #[arg(long, value_name = "FILE")]
+    pub(crate) scripts: Option<PathBuf>,
     /// Longest time, in milliseconds
     pub(crate) deadline_ms: u64,
 }

@@ -87,8 +87,9 @@ pub struct JobContext {
     pub cancel: CancelToken,
     /// Where the states of targets are.
     pub targets: TargetOptions,
-    /// A program, with its first arguments, that runs [`blockferry_qemu::freeze::guard`] on the agent's socket and the
-    /// deadline in milliseconds that are added to them. Without it guests are not frozen, and points are crash-consistent.
+    /// A program, with its first arguments, that runs [`blockferry_qemu::freeze::guard`] on an [`AtRest`](crate::AtRest) of
+    /// what is added to them: `--agent` and its socket, `--scripts` and their file, each if there is one, and the deadline
+    /// in milliseconds. Without it nothing is brought to rest, and points are crash-consistent.
     pub freeze_guard: Option<Vec<OsString>>,
 }
 

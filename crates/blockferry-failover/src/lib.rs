@@ -27,6 +27,7 @@ mod hooks;
 mod jobs;
 mod overlay;
 mod runner;
+mod scripts;
 mod source;
 mod spec;
 mod state;
@@ -35,6 +36,7 @@ mod store;
 pub use convergence::{Next, Pass, next, predicted_downtime};
 pub use error::{Error, ErrorKind, Result};
 pub use jobs::{DiskStatus, JobContext, JobObserver, JobStatus, Jobs, OldSource, Told, Until};
+pub use scripts::{AtRest, Scripts};
 pub use spec::{
     DiskSpec, HookTimeout, Hooks, JobSpec, MachineSpec, QuiesceBy, Reverse, parse_duration,
 };

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use blockferry_core::ChangeMap;
 use blockferry_device::{
-    BlockSource, Consistency, ErrorKind as ErrorKindOfDevice, Evidence, Quiesce, ReadRequest,
-    Status,
+    BlockSource, Consistency, ErrorKind as ErrorKindOfDevice, Evidence, ReadRequest, Status,
 };
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::freeze::Guarded;
@@ -16,6 +15,7 @@ use blockferry_qemu::{Agent, Held, Lost, Machine, MachineOptions, PointExport};
 use serde_json::json;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::scripts::Scripts;
 use crate::spec::{JobSpec, QuiesceBy};
 
 /// For the guest to shut down.
@@ -46,6 +46,13 @@ pub(crate) struct CutDisk {
 
 /// For a machine that was told to end.
 const ENDING: Duration = Duration::from_secs(30);
+
+/// An application or a guest at rest.
+#[derive(Debug)]
+struct AtRest {
+    guarded: Guarded,
+    consistency: Consistency,
+}
 
 /// The machine of a job. It is connected to when it is needed, and let go in between: its QMP socket serves one client.
 #[derive(Debug)]
@@ -126,18 +133,26 @@ impl Source {
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let mut warnings = Vec::new();
         let began = Instant::now();
-        let freeze = self.freeze(self.spec.freeze_deadline, &mut warnings);
+        let at_rest = self.freeze(self.spec.freeze_deadline, &mut warnings)?;
         let done = self.with("cut", |machine| machine.cut(number, &disks));
-        let in_time = freeze.as_ref().map(Quiesce::thaw);
+        let thawed = at_rest
+            .as_ref()
+            .map(|at_rest| at_rest.guarded.thaw_telling());
         let held_up = began.elapsed();
         done?;
-        let consistency = match in_time {
-            Some(Ok(())) => Consistency::FileSystem,
-            Some(Err(late)) => {
+        let consistency = match (&at_rest, thawed) {
+            (Some(at_rest), Some(Ok(remark))) => {
+                warnings.extend(remark);
+                at_rest.consistency
+            }
+            (_, Some(Err(late))) if self.spec.machine.scripts.is_some() => {
+                return Err(Error::source("let the source go on", late));
+            }
+            (_, Some(Err(late))) => {
                 warnings.push(format!("the point is crash-consistent only: {late}"));
                 Consistency::Crash
             }
-            None => Consistency::Crash,
+            _ => Consistency::Crash,
         };
         let points = self.with("export a cut", |machine| machine.publish(number, &disks))?;
         self.opened(number, &points, consistency, held_up, warnings)
@@ -193,25 +208,42 @@ impl Source {
         })
     }
 
-    /// Freezes the guest where it has an agent. What keeps it from that is said, and is no failure.
-    fn freeze(&self, deadline: Duration, warnings: &mut Vec<String>) -> Option<Guarded> {
-        let agent = self.spec.machine.agent.as_ref()?;
+    /// Brings the application and the guest to rest, where there are scripts or an agent. What keeps an agent from that is
+    /// said, and is no failure.
+    fn freeze(&self, deadline: Duration, warnings: &mut Vec<String>) -> Result<Option<AtRest>> {
+        let machine = &self.spec.machine;
+        let (agent, scripts) = (&machine.agent, &machine.scripts);
+        if agent.is_none() && scripts.is_none() {
+            return Ok(None);
+        }
+        let mut crash_consistent = |why: String| {
+            warnings.push(format!("the point is crash-consistent only: {why}"));
+            Ok(None)
+        };
         let Some(guard) = &self.guard else {
-            warnings.push(
-                "the point is crash-consistent only: there is no program to guard a freeze"
-                    .to_owned(),
-            );
-            return None;
+            return crash_consistent("there is no program to guard a freeze".to_owned());
         };
         let mut command = guard.clone();
-        command.push(agent.into());
-        let guarded = Guarded::new(command);
-        match guarded.freeze(deadline) {
-            Ok(()) => Some(guarded),
-            Err(error) => {
-                warnings.push(format!("the point is crash-consistent only: {error}"));
-                None
+        for (option, path) in [("--agent", agent), ("--scripts", scripts)] {
+            if let Some(path) = path {
+                command.extend([option.into(), path.into()]);
             }
+        }
+        let guarded = Guarded::new(command);
+        match guarded.freeze_telling(deadline) {
+            Ok(frozen) => {
+                warnings.extend(frozen.remark);
+                let consistency = frozen.consistency;
+                Ok(Some(AtRest {
+                    guarded,
+                    consistency,
+                }))
+            }
+            // Their file says what a failure of theirs means.
+            Err(cause) if scripts.is_some() => {
+                Err(Error::source("bring the source to rest", cause))
+            }
+            Err(error) => crash_consistent(error.to_string()),
         }
     }
 
@@ -222,24 +254,23 @@ impl Source {
             .with("look at the machine", Machine::is_running)?
             .is_some();
         let mut consistency = Consistency::Crash;
-        if has_guest {
-            match self.spec.machine.quiesce {
-                QuiesceBy::PowerDown => {
-                    self.with("shut the guest down", |m| m.power_down(SHUTTING_DOWN))?;
-                    consistency = Consistency::AtRest;
-                }
-                QuiesceBy::FreezeAndStop => {
-                    let frozen = self.freeze(FREEZE_BEFORE_STOP, &mut warnings);
-                    self.with("stop the guest", Machine::stop)?;
-                    if let Some(frozen) = frozen {
-                        frozen.leave_frozen();
-                        consistency = Consistency::FileSystem;
-                    }
-                }
-                QuiesceBy::Stop => self.with("stop the guest", Machine::stop)?,
+        let mut at_rest = None;
+        match self.spec.machine.quiesce {
+            QuiesceBy::PowerDown if has_guest => {
+                self.with("shut the guest down", |m| m.power_down(SHUTTING_DOWN))?;
+                consistency = Consistency::AtRest;
             }
+            QuiesceBy::Stop => {}
+            _ => at_rest = self.freeze(FREEZE_BEFORE_STOP, &mut warnings)?,
+        }
+        if has_guest && consistency != Consistency::AtRest {
+            self.with("stop the guest", Machine::stop)?;
         }
         self.take_writers_away()?;
+        if let Some(at_rest) = at_rest {
+            at_rest.guarded.leave_frozen();
+            consistency = at_rest.consistency;
+        }
         Ok((consistency, warnings))
     }
 
@@ -283,10 +314,18 @@ impl Source {
         if running == Some(false) {
             self.with("let the guest go on", Machine::resume)?;
         }
-        match &self.spec.machine.agent {
-            Some(agent) if running.is_some() => thaw(agent),
-            _ => Ok(()),
+        if let Some(agent) = self
+            .spec
+            .machine
+            .agent
+            .as_ref()
+            .filter(|_| running.is_some())
+        {
+            thaw(agent)?;
         }
+        // Whether it is at rest nobody knows any more.
+        let scripts = self.spec.machine.scripts.as_deref();
+        scripts.map_or(Ok(()), |scripts| Scripts::load(scripts)?.run_post())
     }
 
     fn give_writers_back(&mut self) -> Result<()> {

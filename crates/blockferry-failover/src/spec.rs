@@ -92,6 +92,10 @@ pub struct MachineSpec {
     /// The socket of its guest's agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<PathBuf>,
+    /// The file that describes scripts which bring an application to rest around a point, as Azure's framework does: its
+    /// owner is root and its mode 600, that of the scripts 700.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scripts: Option<PathBuf>,
     /// The socket of its NBD server, if somebody else started one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd: Option<PathBuf>,

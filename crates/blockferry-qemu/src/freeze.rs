@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockferry_device::{Error, ErrorKind, Quiesce, Result};
+use blockferry_device::{Consistency, Error, ErrorKind, Quiesce, Result};
 
 use crate::agent::Agent;
 
@@ -23,36 +23,119 @@ const FREEZING: Duration = Duration::from_secs(10);
 const THAWING: Duration = Duration::from_secs(5);
 const THAW_ATTEMPTS: u32 = 20;
 const FROZEN: &str = "frozen";
+/// How good a point of what is frozen may be.
+const LABELS: [Consistency; 3] = [
+    Consistency::Crash,
+    Consistency::FileSystem,
+    Consistency::Application,
+];
 const THAWED: &str = "thawed";
 const LATE: &str = "late";
+const FAILED: &str = "failed";
 /// Most of what a guard says that is taken in.
 const MAX_SAID_BYTES: u64 = 4096;
 
-/// Freezes the guest behind `agent`, says `frozen` on `output`, waits until `input` says something or ends, but not longer
-/// than `deadline`, thaws, and says `thawed`, or `late` if the deadline passed. To be the only thing its process does.
+/// What is to stand still while a point of it is taken.
+pub trait Freezer {
+    /// Brings it to rest.
+    ///
+    /// # Errors
+    /// No point is to be taken. [`Self::thaw`] is called all the same: it may have come to rest and not said so.
+    fn freeze(&mut self) -> Result<Frozen>;
+
+    /// Lets it go on. Returns what did not go as hoped, for people.
+    ///
+    /// # Errors
+    /// It may stand still yet, or the point is not to count.
+    fn thaw(&mut self) -> Result<Option<String>>;
+}
+
+/// What stands still.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Frozen {
+    /// How good a point is that is taken meanwhile.
+    pub consistency: Consistency,
+    /// What did not go as hoped, for people.
+    pub remark: Option<String>,
+}
+
+impl Frozen {
+    /// As it was hoped.
+    #[must_use]
+    pub fn new(consistency: Consistency) -> Self {
+        Self {
+            consistency,
+            remark: None,
+        }
+    }
+}
+
+/// The file systems of a guest.
+#[derive(Debug)]
+pub struct GuestFreezer {
+    agent: Agent,
+}
+
+impl GuestFreezer {
+    /// Through the socket of its agent.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn connect(agent: &Path) -> Result<Self> {
+        let agent = Agent::connect(agent, FREEZING)?;
+        Ok(Self { agent })
+    }
+}
+
+impl Freezer for GuestFreezer {
+    fn freeze(&mut self) -> Result<Frozen> {
+        self.agent.freeze(FREEZING)?;
+        Ok(Frozen::new(Consistency::FileSystem))
+    }
+
+    fn thaw(&mut self) -> Result<Option<String>> {
+        let mut attempt = 1;
+        loop {
+            match self.agent.thaw(THAWING) {
+                Ok(_) => return Ok(None),
+                Err(error) if attempt == THAW_ATTEMPTS => return Err(error),
+                Err(_) => {
+                    attempt += 1;
+                    thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+}
+
+/// Freezes, says `frozen` on `output`, waits until `input` says something or ends, but not longer than `deadline`, thaws,
+/// and says `thawed`, or `late` if the deadline passed. To be the only thing its process does.
 ///
 /// # Errors
-/// The guest could not be frozen: then it is thawed as far as that is possible. Or it could not be thawed.
+/// It could not be frozen: then it is thawed as far as that is possible. Or it could not be thawed.
 pub fn guard(
-    agent: &Path,
+    freezer: &mut impl Freezer,
     deadline: Duration,
     input: impl Read + Send + 'static,
     mut output: impl Write,
 ) -> Result<()> {
-    let mut agent = Agent::connect(agent, FREEZING)?;
-    let frozen = agent.freeze(FREEZING);
+    let frozen = freezer.freeze();
     // It may have frozen and not said so.
     let end = Instant::now() + deadline;
-    let told = frozen.and_then(|_count| say(&mut output, FROZEN));
+    let told = frozen.and_then(|frozen| {
+        let word = format!("{FROZEN} {}", frozen.consistency);
+        say(&mut output, &word, frozen.remark)
+    });
     if let Err(error) = told {
-        thaw(&mut agent).ok();
-        return Err(error);
+        freezer.thaw().ok();
+        return Err(tell(&mut output, error));
     }
     let in_time = is_released(input, end);
-    thaw(&mut agent)?;
+    let remark = freezer.thaw().map_err(|error| tell(&mut output, error))?;
     let in_time = in_time && Instant::now() <= end;
     // Whoever would hear it may have died.
-    say(&mut output, if in_time { THAWED } else { LATE }).ok();
+    say(&mut output, if in_time { THAWED } else { LATE }, remark).ok();
     Ok(())
 }
 
@@ -69,24 +152,25 @@ fn is_released(mut input: impl Read + Send + 'static, end: Instant) -> bool {
     waiting.is_ok() && receiver.recv_timeout(left).is_ok()
 }
 
-fn thaw(agent: &mut Agent) -> Result<()> {
-    let mut attempt = 1;
-    loop {
-        match agent.thaw(THAWING) {
-            Ok(_) => return Ok(()),
-            Err(error) if attempt == THAW_ATTEMPTS => return Err(error),
-            Err(_) => {
-                attempt += 1;
-                thread::sleep(Duration::from_millis(100));
-            }
-        }
-    }
+fn tell(output: &mut impl Write, error: Error) -> Error {
+    say(output, FAILED, Some(error.to_string())).ok();
+    error
 }
 
-fn say(output: &mut impl Write, word: &str) -> Result<()> {
+/// A line: a word, and behind a colon what else is to be known.
+fn say(output: &mut impl Write, word: &str, remark: Option<String>) -> Result<()> {
     let failed = |cause| Error::from_io(format!("say that the guest is {word}"), cause);
-    writeln!(output, "{word}").map_err(failed)?;
+    let remark = remark.map(|remark| remark.replace('\n', " "));
+    let line = remark.map_or_else(|| word.to_owned(), |remark| format!("{word}: {remark}"));
+    writeln!(output, "{line}").map_err(failed)?;
     output.flush().map_err(failed)
+}
+
+fn heard(line: &str) -> (&str, Option<String>) {
+    match line.split_once(": ") {
+        Some((word, remark)) => (word, Some(crate::lines::shown(remark))),
+        None => (line, None),
+    }
 }
 
 /// Freezes through a guard in a process of its own.
@@ -176,8 +260,12 @@ impl Guard {
     }
 }
 
-impl Quiesce for Guarded {
-    fn freeze(&self, deadline: Duration) -> Result<()> {
+impl Guarded {
+    /// As [`Quiesce::freeze`], and tells how good a point is meanwhile.
+    ///
+    /// # Errors
+    /// Its guard did not start, or gave up.
+    pub fn freeze_telling(&self, deadline: Duration) -> Result<Frozen> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if running.is_some() {
             return Err(Error::new(
@@ -186,31 +274,59 @@ impl Quiesce for Guarded {
             ));
         }
         let mut guard = self.start(deadline)?;
-        if guard.hear()? != FROZEN {
+        let line = guard.hear()?;
+        let (word, remark) = heard(&line);
+        let found = LABELS
+            .into_iter()
+            .find(|label| word == format!("{FROZEN} {label}"));
+        let Some(consistency) = found else {
             guard.end()?;
-            let text = "freeze the guest: its guard gave up, and said why on standard error";
-            return Err(Error::new(ErrorKind::Io, text));
-        }
+            let why = remark.unwrap_or_else(|| format!("its guard gave up, and said {word:?}"));
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("freeze the guest: {why}"),
+            ));
+        };
         *running = Some(guard);
-        Ok(())
+        Ok(Frozen {
+            consistency,
+            remark,
+        })
     }
 
-    fn thaw(&self) -> Result<()> {
+    /// As [`Quiesce::thaw`], and tells what did not go as hoped.
+    ///
+    /// # Errors
+    /// The deadline had passed, or it is not known to be thawed.
+    pub fn thaw_telling(&self) -> Result<Option<String>> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(guard) = running.take() else {
-            return Ok(());
+            return Ok(None);
         };
-        match guard.end()?.as_str() {
-            THAWED => Ok(()),
-            LATE => Err(Error::new(
+        let line = guard.end()?;
+        match heard(&line) {
+            (THAWED, remark) => Ok(remark),
+            (LATE, _) => Err(Error::new(
                 ErrorKind::Io,
                 "thaw the guest: the deadline of the freeze had passed, it was thawed before",
             )),
-            said => {
-                let said = crate::lines::shown(said);
-                let text = format!("thaw the guest: expected its guard to say so, found {said:?}");
-                Err(Error::new(ErrorKind::Io, text))
+            (said, remark) => {
+                let why = remark.unwrap_or_else(|| {
+                    let said = crate::lines::shown(said);
+                    format!("expected its guard to say so, found {said:?}")
+                });
+                Err(Error::new(ErrorKind::Io, format!("thaw the guest: {why}")))
             }
         }
+    }
+}
+
+impl Quiesce for Guarded {
+    fn freeze(&self, deadline: Duration) -> Result<()> {
+        self.freeze_telling(deadline).map(drop)
+    }
+
+    fn thaw(&self) -> Result<()> {
+        self.thaw_telling().map(drop)
     }
 }

@@ -3,13 +3,14 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use blockferry_device::Quiesce;
-use blockferry_qemu::freeze::{Guarded, guard};
+use blockferry_qemu::freeze::{Guarded, GuestFreezer, guard};
 use blockferry_qemu::{Agent, Qmp};
 use serde_json::{Value, json};
 
@@ -242,9 +243,9 @@ fn a_guest_is_thawed_when_told_when_whoever_froze_it_is_gone_and_at_the_deadline
         let (server, asked) = agent(0, None);
         let mut said = Vec::new();
 
-        guard(&server.socket(), LONG, told, &mut said).expect("thawed");
+        guard(&mut guest(&server.socket()), LONG, told, &mut said).expect("thawed");
 
-        assert_eq!(said, b"frozen\nthawed\n");
+        assert_eq!(said, b"frozen file-system-consistent\nthawed\n");
         let expected = ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"];
         assert_eq!(commands(&asked), expected);
     }
@@ -253,8 +254,8 @@ fn a_guest_is_thawed_when_told_when_whoever_froze_it_is_gone_and_at_the_deadline
     let (server, asked) = agent(0, None);
     let (silent, _kept) = UnixStream::pair().expect("a pair");
     let mut said = Vec::new();
-    guard(&server.socket(), SHORT, silent, &mut said).expect("thawed");
-    assert_eq!(said, b"frozen\nlate\n");
+    guard(&mut guest(&server.socket()), SHORT, silent, &mut said).expect("thawed");
+    assert_eq!(said, b"frozen file-system-consistent\nlate\n");
     let asked = asked.lock().expect("no panic");
     let [.., (_, frozen), (_, thawed)] = asked.as_slice() else {
         panic!("{asked:?}");
@@ -271,12 +272,23 @@ fn a_guest_that_could_not_be_frozen_is_thawed_all_the_same() {
     let (server, asked) = agent(0, Some("guest-fsfreeze-freeze"));
     let mut said = Vec::new();
 
-    let error = guard(&server.socket(), LONG, std::io::empty(), &mut said).expect_err("refused");
+    let error = guard(
+        &mut guest(&server.socket()),
+        LONG,
+        std::io::empty(),
+        &mut said,
+    )
+    .expect_err("refused");
 
     assert!(error.to_string().contains("busy"), "{error}");
-    assert_eq!(said, b"");
+    let said = String::from_utf8(said).expect("text");
+    assert_eq!(said, format!("failed: {error}\n"));
     let expected = ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"];
     assert_eq!(commands(&asked), expected);
+}
+
+fn guest(agent: &Path) -> GuestFreezer {
+    GuestFreezer::connect(agent).expect("an agent")
 }
 
 /// A guard in another process, as it would speak.
@@ -287,20 +299,24 @@ fn shell(script: &str) -> Guarded {
 
 #[test]
 fn a_freeze_through_another_process_ends_with_it_and_a_late_thaw_is_an_error() {
-    let guarded = shell("echo frozen; read x; echo thawed");
+    let guarded = shell("echo frozen file-system-consistent; read x; echo thawed");
     guarded.freeze(LONG).expect("frozen");
     let again = guarded.freeze(LONG).expect_err("twice");
     assert!(again.to_string().contains("already"), "{again}");
     guarded.thaw().expect("in time");
     guarded.thaw().expect("nothing is frozen any more");
 
-    let late = shell("echo frozen; sleep 0.1; echo late");
+    let late = shell("echo frozen file-system-consistent; sleep 0.1; echo late");
     late.freeze(Duration::from_millis(50)).expect("frozen");
     thread::sleep(Duration::from_millis(200));
     let error = late.thaw().expect_err("late");
     assert!(error.to_string().contains("deadline"), "{error}");
 
-    for script in ["exit 3", "echo hello", "echo frozen; exec 1>&-; sleep 0.1"] {
+    for script in [
+        "exit 3",
+        "echo hello",
+        "echo frozen file-system-consistent; exec 1>&-; sleep 0.1",
+    ] {
         let broken = shell(script);
         let outcome = broken.freeze(LONG).and_then(|()| broken.thaw());
         outcome.expect_err(script);
@@ -315,12 +331,12 @@ fn a_guest_that_stands_still_is_left_frozen_and_its_guard_ends_at_once() {
     let thawing = place.path().join("thawing");
     // As a guard whose agent does not answer any more.
     let script = format!(
-        "echo frozen; read x; touch {}; sleep 100",
+        "echo frozen file-system-consistent; read x; touch {}; sleep 100",
         thawing.display()
     );
     let guarded = shell(&script);
     guarded.freeze(LONG).expect("frozen");
-    let began = std::time::Instant::now();
+    let began = Instant::now();
 
     guarded.leave_frozen();
 
@@ -336,7 +352,7 @@ fn whoever_froze_a_guest_and_died_is_seen_at_the_end_of_the_guards_input() {
     let socket = server.socket();
     let guarding = thread::spawn(move || {
         let mut said = Vec::new();
-        guard(&socket, LONG, input, &mut said).map(|()| said)
+        guard(&mut guest(&socket), LONG, input, &mut said).map(|()| said)
     });
     while commands(&asked).is_empty() {
         thread::sleep(Duration::from_millis(5));
@@ -345,5 +361,5 @@ fn whoever_froze_a_guest_and_died_is_seen_at_the_end_of_the_guards_input() {
     drop(ours);
 
     let said = guarding.join().expect("no panic").expect("thawed");
-    assert_eq!(said, b"frozen\nthawed\n");
+    assert_eq!(said, b"frozen file-system-consistent\nthawed\n");
 }

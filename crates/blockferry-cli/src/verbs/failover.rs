@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use crate::arguments::{FailoverAction, FailoverArguments, FreezeGuardArguments};
 use crate::engine::failover::{
-    Error, ErrorKind, JobContext, JobSpec, JobStatus, Jobs, OldSource, Pass, State, Told, Until,
+    AtRest, Error, ErrorKind, JobContext, JobSpec, JobStatus, Jobs, OldSource, Pass, State, Told,
+    Until,
 };
 use crate::engine::qemu::freeze;
 use crate::engine::{Event, Observer, Progress, format_size};
@@ -66,13 +67,15 @@ pub(crate) fn run(arguments: &FailoverArguments, session: &Session) -> Result<Ex
     status(&jobs, &name, session)
 }
 
-/// Freezes a guest for whoever started this process, and does nothing else.
+/// Freezes an application and its guest for whoever started this process, and does nothing else.
 pub(crate) fn guard(arguments: &FreezeGuardArguments) -> Result<Exit, Failure> {
     let deadline = Duration::from_millis(arguments.deadline_ms);
-    let guarded = freeze::guard(&arguments.agent, deadline, io::stdin(), io::stdout());
-    match guarded {
+    let (agent, scripts) = (arguments.agent.as_deref(), arguments.scripts.as_deref());
+    let mut at_rest = AtRest::new(agent, scripts);
+    match freeze::guard(&mut at_rest, deadline, io::stdin(), io::stdout()) {
         Ok(()) => Ok(Exit::Done),
-        Err(error) => Err(Failure::from_error(Exit::Source, &error)),
+        // Whoever started it heard why, and tells.
+        Err(_told) => Ok(Exit::Source),
     }
 }
 
