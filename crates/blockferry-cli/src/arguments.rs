@@ -678,7 +678,7 @@ mod tests {
             ("serve --stdio", "serve"),
             ("failover start job.toml", "failover"),
             ("jobs", "jobs"),
-            ("freeze-guard s 1", "freeze-guard"),
+            ("freeze-guard --agent s 1", "freeze-guard"),
             ("completions bash", "completions"),
             ("man d", "man"),
         ] {

@@ -227,9 +227,16 @@ impl Freezer for AtRest {
         let took_part = matches!(outcome, Some(Ok(())));
         let remark = outcome.map_or(Ok(None), |outcome| self.weigh(outcome))?;
         let freezes = self.scripts.as_ref().is_none_or(|scripts| scripts.freezes);
-        let mut frozen = match self.agent.as_deref().filter(|_| freezes) {
-            Some(agent) => self.guest.insert(GuestFreezer::connect(agent)?).freeze()?,
-            None => Frozen::new(Consistency::Crash),
+        let agent = self.agent.clone().filter(|_| freezes);
+        let guest = agent.map(|agent| self.freeze_guest(&agent)).transpose();
+        let mut frozen = match guest {
+            Ok(frozen) => frozen.unwrap_or_else(|| Frozen::new(Consistency::Crash)),
+            Err(error) if self.continues() => {
+                let mut frozen = Frozen::new(Consistency::Crash);
+                frozen.remark = Some(error.to_string());
+                return Ok(frozen);
+            }
+            Err(error) => return Err(error),
         };
         if took_part {
             frozen.consistency = Consistency::Application;
