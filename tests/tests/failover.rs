@@ -435,6 +435,50 @@ fn a_way_back_that_is_not_there_is_refused_with_what_is_missing() {
 }
 
 #[test]
+fn a_source_that_is_gone_is_replaced_by_its_last_pass_and_one_that_answers_is_not() {
+    let name = "a_source_that_is_gone_is_replaced_by_its_last_pass_and_one_that_answers_is_not";
+    let Some(mut sites) = Sites::new(name) else {
+        return;
+    };
+    let mut random = seeded(name);
+    let gone = "failover complete web --without-source";
+    let refused = |sites: &Sites, said: &str| {
+        let answer = sites.lab.run(gone);
+        assert_eq!(answer.code, Some(4), "{answer:#?}");
+        assert!(answer.complaint().contains(said), "{answer:#?}");
+    };
+    sites.lab.must(READY);
+    let writer = sites.writer(random.next_u64());
+    refused(&sites, "its source answers");
+    // The source dies while it is copied, or while it is cut over.
+    let verb = if random.chance(1, 2) {
+        START
+    } else {
+        "failover complete web"
+    };
+    let child = sites.lab.start(verb);
+    thread::sleep(Duration::from_millis(random.below(300)));
+    sites.daemon.kill().expect("killed");
+    child.finish();
+    let written = writer.stop();
+    if sites.state() == "commit-pending" {
+        // It came in time.
+        return;
+    }
+
+    let answer = sites.lab.must(gone);
+
+    assert_eq!(warnings(&answer), ["not_fenced"]);
+    assert_eq!(sites.state(), "commit-pending");
+    let moment = written.moment_of(&sites.replicas());
+    assert!(moment.is_some(), "the replicas are torn");
+    sites.lab.must(gone);
+    let committed = sites.lab.must("failover commit web");
+    assert_eq!(warnings(&committed), ["source_not_reached"]);
+    assert_eq!(written.moment_of(&sites.replicas()), moment);
+}
+
+#[test]
 fn an_application_is_brought_to_rest_for_each_point_and_goes_on_whoever_dies() {
     let name = "an_application_is_brought_to_rest_for_each_point_and_goes_on_whoever_dies";
     let Some(sites) = Sites::new(name) else {

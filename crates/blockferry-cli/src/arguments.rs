@@ -396,6 +396,9 @@ pub(crate) struct FailoverArguments {
     /// start, reverse: end once the job is ready, instead of refreshing the target until it is cut over
     #[arg(long, value_enum, value_name = "STATE")]
     pub(crate) until: Option<UntilArgument>,
+    /// complete: the source is gone: start the replica from the last pass; what was written since is lost
+    #[arg(long, conflicts_with = "at")]
+    pub(crate) without_source: bool,
     /// commit, reverse: end the machine that the job came from, which is kept as it was stopped otherwise
     #[arg(long)]
     pub(crate) release_source: bool,

@@ -275,6 +275,16 @@ impl Jobs {
         self.runner(&job, context)?.complete(at_ms)
     }
 
+    /// Cuts over to the last pass of a source that is gone: what it wrote since is lost. The `fence-source` hook has to see to
+    /// it that it does not come back; where there is none that is told.
+    ///
+    /// # Errors
+    /// The source answers, no pass was copied whole yet, the state does not allow it, or a step failed.
+    pub fn complete_without_source(&mut self, name: &str, context: &JobContext) -> Result<State> {
+        let job = self.find(name)?;
+        self.runner(&job, context)?.do_without_source()
+    }
+
     /// Copies no more; the targets stay at their last pass.
     ///
     /// # Errors

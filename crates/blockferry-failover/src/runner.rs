@@ -165,6 +165,49 @@ impl<'s> Runner<'s> {
         self.cut_over()
     }
 
+    /// The source is gone: its replica starts from the last pass. Whoever says so while it answers is not believed.
+    pub(crate) fn do_without_source(mut self) -> Result<State> {
+        if self.job.state == State::CommitPending {
+            return Ok(self.job.state);
+        }
+        if self.source.reach().is_ok() {
+            let text = format!(
+                "job {}: its source answers: cut it over, so that nothing is missing",
+                self.job.name
+            );
+            return Err(Error::new(ErrorKind::Refused, text));
+        }
+        // Where it was being stopped, a last pass may be on the targets or not: they are at one moment in any case.
+        if !matches!(self.job.state, State::Fencing | State::Starting) {
+            if self.job.state.after_a_crash() == Recovery::ResumeSource {
+                self.step_until_syncing()?;
+            }
+            refused(&self.job, Input::SourceLost)?;
+            if self.open_targets()?.iter().any(Option::is_none) {
+                let text = format!("job {}: no pass was copied whole yet", self.job.name);
+                return Err(Error::new(ErrorKind::Refused, text));
+            }
+            self.step(
+                Input::SourceLost,
+                "the source is gone: what it wrote since the last pass is lost",
+            )?;
+        }
+        if self.job.spec.hooks.fence_source.is_empty() {
+            let text = "nothing keeps the source from coming back: there is no fence-source hook";
+            self.warn("not_fenced", text.to_owned());
+        }
+        self.go_forward()?;
+        Ok(self.job.state)
+    }
+
+    /// Out of a cutover that was cut short, of a source that nobody can let go any more.
+    fn step_until_syncing(&mut self) -> Result<()> {
+        if self.job.state != State::Aborting {
+            self.step(Input::StepFailed, "the cutover was cut short")?;
+        }
+        self.step(Input::StepDone, "there is no source to let go")
+    }
+
     /// After a fresh pass, which keeps the last one small and tells how long the source would stand still.
     fn cut_over(&mut self) -> Result<State> {
         refused(&self.job, Input::CutoverBegins)?;

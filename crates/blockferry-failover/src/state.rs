@@ -6,6 +6,7 @@
 //!               └──────────┴─> cancelled ──────> rolling back <───────────┘
 //!                                                     └─> rolled back
 //! committed ─> created: another job, the other way round
+//! syncing, ready ─> cutting over, at its fence: the source is gone
 //! ```
 //! A state is durable before what it names is begun. So after a crash the state says what may have been begun, and
 //! [`State::after_a_crash`] what to do about it.
@@ -112,6 +113,7 @@ impl State {
             (Self::RollingBack, I::StepDone) => Self::RolledBack,
             (Self::Created | Self::Syncing | Self::Ready, I::Cancel) => Self::Cancelled,
             (Self::Committed, I::Reverse) => Self::Created,
+            (Self::Syncing | Self::Ready, I::SourceLost) => Self::Fencing,
             _ => return Err(Refusal { state: self, input }),
         })
     }
@@ -220,11 +222,13 @@ pub enum Input {
     Cancel,
     /// What was the source is to be brought up to date, by a job of its own.
     Reverse,
+    /// The source is gone, and the targets are to do with their last pass.
+    SourceLost,
 }
 
 impl Input {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::PassBegins,
         Self::Converged,
         Self::CutoverBegins,
@@ -234,6 +238,7 @@ impl Input {
         Self::RollbackBegins,
         Self::Cancel,
         Self::Reverse,
+        Self::SourceLost,
     ];
 }
 
@@ -270,6 +275,7 @@ impl fmt::Display for Refusal {
             Input::RollbackBegins => "roll back",
             Input::Cancel => "cancel",
             Input::Reverse => "reverse",
+            Input::SourceLost => "do without its source",
         };
         write!(f, "it is {}, so it cannot {wanted}", self.state)?;
         let verbs: Vec<&str> = self.state.next_steps().iter().map(|step| step.0).collect();
@@ -285,7 +291,7 @@ mod tests {
     use super::*;
 
     /// All that is allowed. Whatever is not here is refused.
-    const TABLE: [(State, Input, State); 24] = {
+    const TABLE: [(State, Input, State); 26] = {
         use Input as I;
         use State as S;
         [
@@ -313,6 +319,8 @@ mod tests {
             (S::Cancelled, I::CommitBegins, S::Committing),
             (S::Cancelled, I::RollbackBegins, S::RollingBack),
             (S::Committed, I::Reverse, S::Created),
+            (S::Syncing, I::SourceLost, S::Fencing),
+            (S::Ready, I::SourceLost, S::Fencing),
         ]
     };
 

@@ -50,6 +50,9 @@ pub(crate) fn run(arguments: &FailoverArguments, session: &Session) -> Result<Ex
     let outcome = match (arguments.action, spec) {
         (FailoverAction::Start, Some(spec)) => jobs.start(&spec, until, &context),
         (FailoverAction::Start, None) => jobs.go_on(&name, until, &context),
+        (FailoverAction::Complete, _) if arguments.without_source => {
+            jobs.complete_without_source(&name, &context)
+        }
         (FailoverAction::Complete, _) => jobs.complete(&name, arguments.at, &context),
         (FailoverAction::Cancel, _) => jobs.cancel(&name, &context),
         (FailoverAction::Rollback, _) => jobs.rollback(&name, &context),
@@ -86,6 +89,12 @@ fn check(arguments: &FailoverArguments) -> Result<(), Failure> {
             arguments.at.is_some(),
             "--at",
             &[A::Complete][..],
+            "complete",
+        ),
+        (
+            arguments.without_source,
+            "--without-source",
+            &[A::Complete],
             "complete",
         ),
         (
