@@ -335,6 +335,14 @@ fn a_source_that_is_gone_keeps_nobody_from_rolling_back() {
     };
     let before = with_files(|| fs::read(sites.lab.path("replica0"))).expect("read");
     sites.lab.must(READY);
+    // Both points are shown: that of the last pass, and that before the job, which only one target had.
+    let status = sites.lab.must("failover status web");
+    let disks = &status.summary()["disks"];
+    let target = sites.lab.must("status replica0");
+    let anchored = &target.summary()["anchored_point"]["id"];
+    assert!(anchored.is_string() && disks[0]["point_before"] == *anchored);
+    assert!(disks[0]["point"].is_string() && disks[0]["point"] != *anchored);
+    assert!(disks[1]["point_before"].is_null(), "{disks}");
     sites.lab.must("failover complete web");
     sites.daemon.kill().expect("killed");
 
@@ -347,6 +355,8 @@ fn a_source_that_is_gone_keeps_nobody_from_rolling_back() {
     assert_eq!(sites.state(), "rolled-back");
     let back = with_files(|| fs::read(sites.lab.path("replica0"))).expect("read");
     assert!(back == before, "not the point before the job");
+    let target = sites.lab.must("status replica0");
+    assert!(target.summary()["anchored_point"].is_null(), "{target:#?}");
 }
 
 #[test]

@@ -27,6 +27,8 @@ pub struct Status {
     pub session: Option<SessionStatus>,
     /// The point it can be returned to.
     pub rollback_point: Option<PointStatus>,
+    /// The point that a job keeps, however many syncs follow, until it is decided.
+    pub anchored_point: Option<PointStatus>,
     /// Whether an old point is kept, known by name or not.
     pub rollback_available: bool,
     /// Bytes held beside the target.
@@ -231,6 +233,7 @@ fn unknown(path: &Path) -> Status {
         point: None,
         session: None,
         rollback_point: None,
+        anchored_point: None,
         rollback_available: false,
         held_bytes: 0,
         target_unwritten: None,
@@ -274,6 +277,7 @@ fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
             .as_ref()
             .and_then(|r| r.point.as_ref())
             .map(point_status),
+        anchored_point: found.anchored.as_ref().map(point_status),
         rollback_available: found.retained.is_some(),
         held_bytes: found.held_bytes,
         target_unwritten: unwritten.filter(|_| found.point.is_some()),

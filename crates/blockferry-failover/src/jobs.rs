@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockferry_device::{CancelToken, ErrorKind as DeviceErrorKind, OsDirectory, StorageDir};
-use blockferry_engine::{TargetOptions, status};
+use blockferry_engine::{PointStatus, TargetOptions, status};
 use blockferry_pipeline::Event;
 use serde::Serialize;
 
@@ -147,6 +147,8 @@ pub struct DiskStatus {
     pub overlay: Option<PathBuf>,
     /// The point the target is at.
     pub point: Option<String>,
+    /// The point before the job, as long as it is kept.
+    pub point_before: Option<String>,
     /// Bytes held beside the target.
     pub held_bytes: u64,
 }
@@ -193,6 +195,7 @@ impl Jobs {
         let idle_seconds = idle.max(0) as f64 / 1000.0;
         let predicted = predicted_downtime(&passes, idle_seconds);
         let directory = self.job_directory(name);
+        let id = |point: &Option<PointStatus>| point.as_ref().map(|point| point.id.clone());
         let disk = |(index, disk): (usize, &crate::spec::DiskSpec)| {
             let found = status(&disk.target, targets).ok();
             let overlay = overlay::path(&directory, index);
@@ -201,7 +204,8 @@ impl Jobs {
                 target: disk.target.clone(),
                 overlay: overlay.exists().then_some(overlay),
                 held_bytes: found.as_ref().map_or(0, |status| status.held_bytes),
-                point: found.and_then(|status| status.point).map(|point| point.id),
+                point_before: found.as_ref().and_then(|status| id(&status.anchored_point)),
+                point: found.and_then(|status| id(&status.point)),
             }
         };
         Ok(JobStatus {
@@ -353,7 +357,7 @@ impl Jobs {
         if first.reach().is_ok() {
             if source == OldSource::Keep {
                 return not_now(
-                    "the machine that it came from has its disks still: let it be ended, or end it",
+                    "the machine that it came from has its disks still: end it, or let it be ended (--release-source)",
                 );
             }
             first.end()?;

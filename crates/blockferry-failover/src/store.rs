@@ -20,6 +20,9 @@ const SCHEMA_VERSION: i64 = 2;
 const BUSY: Duration = Duration::from_secs(10);
 /// Passes that are looked back on.
 const PASSES: i64 = 32;
+/// Of a job, however many weeks it is refreshed.
+const MOST_EVENTS: i64 = 1000;
+const MOST_PASSES: i64 = 1000;
 
 const SCHEMA: &str = "
     CREATE TABLE jobs (
@@ -481,9 +484,13 @@ impl Store {
             pass.since_last_cut,
             consistency
         ];
-        let done = self.database.execute(sql, values);
-        done.map(drop)
-            .map_err(|cause| Error::store("record a pass", cause))
+        let failed = |cause| Error::store("record a pass", cause);
+        let transaction = self.database.transaction().map_err(failed)?;
+        transaction.execute(sql, values).map_err(failed)?;
+        let sql = "DELETE FROM passes WHERE job = ?1 AND number <= ?2";
+        let old = params![job, number.saturating_sub(MOST_PASSES)];
+        transaction.execute(sql, old).map_err(failed)?;
+        transaction.commit().map_err(failed)
     }
 
     /// The last passes of a job, the oldest first, each with the time of its end and its consistency.
@@ -603,7 +610,10 @@ impl Store {
 fn note(database: &Connection, job: i64, state: State, text: &str) -> rusqlite::Result<()> {
     let sql = "INSERT INTO events VALUES (?1, ?2, ?3, ?4)";
     let values = params![job, now_ms(), state.to_string(), text];
-    database.execute(sql, values).map(drop)
+    database.execute(sql, values)?;
+    let sql = "DELETE FROM events WHERE rowid IN
+                 (SELECT rowid FROM events WHERE job = ?1 ORDER BY rowid DESC LIMIT -1 OFFSET ?2)";
+    database.execute(sql, [job, MOST_EVENTS]).map(drop)
 }
 
 fn record(row: &Row<'_>) -> rusqlite::Result<Result<JobRecord>> {
@@ -753,6 +763,37 @@ mod tests {
             ..Filter::default()
         };
         assert_eq!(listed(before).len(), 3);
+    }
+
+    #[test]
+    fn a_job_that_is_refreshed_for_months_keeps_the_last_of_its_story() {
+        let place = tempfile::tempdir().unwrap();
+        let mut store = Store::open(place.path()).unwrap();
+        let other = store.create(&spec("a"), Operation::Failover).unwrap().id;
+        let job = store.create(&spec("b"), Operation::Failover).unwrap().id;
+        let many = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
+                    INSERT INTO events SELECT ?1, n, 'syncing', 'old' FROM n";
+        store.database.execute(many, [job]).unwrap();
+        let many = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
+                    INSERT INTO passes SELECT ?1, n, 0, 0, 0.1, NULL, 'x' FROM n";
+        store.database.execute(many, [job]).unwrap();
+
+        store.move_to(job, State::Ready, "new").unwrap();
+        store
+            .add_pass(job, &Pass::new(5001, 1, 0.1, None), "x")
+            .unwrap();
+
+        let events = store.events(job).unwrap();
+        assert_eq!(events.len(), 1000);
+        assert_eq!(events.last().unwrap().text, "new");
+        assert_eq!(store.events(other).unwrap().len(), 1);
+        let count = "SELECT count(*) FROM passes";
+        let passes: i64 = store
+            .database
+            .query_row(count, [], |row| row.get(0))
+            .unwrap();
+        assert_eq!(passes, 1000);
+        assert_eq!(store.passes(job).unwrap().last().unwrap().0.number, 5001);
     }
 
     #[test]

@@ -241,6 +241,16 @@ impl Anchor {
     }
 }
 
+/// Where the anchor that is kept here leads back to, if there is one. Only looks: what it finds may not be durable.
+pub(crate) fn look(dir: &dyn StorageDir) -> Result<Option<Point>> {
+    let failed = |e| Error::log(format!("look at {ANCHOR_NAME} in {}", dir.label()), e);
+    let Some(file) = dir.open(ANCHOR_NAME).map_err(failed)? else {
+        return Ok(None);
+    };
+    let newest = newest_slot(&*file).map_err(failed)?;
+    Ok(newest.map(|(slot, _)| slot.point))
+}
+
 /// Removes the anchor, if there is one.
 pub(crate) fn remove(dir: &dyn StorageDir, stats: &Stats) -> Result<()> {
     let failed = |e| Error::log(format!("remove {ANCHOR_NAME} from {}", dir.label()), e);

@@ -2,6 +2,7 @@
 
 use blockferry_device::{Evidence, StorageDir};
 
+use crate::anchor;
 use crate::error::Result;
 use crate::format::{DecisionKind, Point, Retained, SegmentHeader};
 use crate::log::{ScanDurability, scan};
@@ -32,6 +33,8 @@ pub struct Inspection {
     pub point: Option<Point>,
     /// What is kept of the point before.
     pub retained: Option<Retained>,
+    /// The point that an anchor keeps, through however many syncs.
+    pub anchored: Option<Point>,
     /// The unfinished session.
     pub unfinished: Option<UnfinishedSession>,
     /// The target's evidence when the state was written, and now.
@@ -90,6 +93,7 @@ pub fn inspect(place: &Place, dir: &dyn StorageDir) -> Result<Option<Inspection>
         }
     }
     Ok(Some(Inspection {
+        anchored: anchor::look(dir)?,
         unfinished,
         recorded_evidence: view.slot.evidence,
         evidence: content.evidence()?,

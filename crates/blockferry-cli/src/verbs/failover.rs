@@ -21,7 +21,7 @@ use crate::output::Output;
 use crate::progress::{Display, Look};
 use crate::quote::quoted;
 use crate::session::{Session, device_state_root};
-use crate::verbs::report::{Facts, age, duration};
+use crate::verbs::report::{Facts, age, duration, short};
 
 /// More than any description of a job needs.
 const MAX_BYTES: u64 = 1 << 20;
@@ -358,6 +358,11 @@ fn describe(status: &JobStatus, output: &Output) {
     facts.add_some("problem", job.problem.clone());
     for disk in &status.disks {
         let mut text = format!("{} to {}", disk.node, disk.target.display());
+        for (when, point) in [("at", &disk.point), ("before the job", &disk.point_before)] {
+            if let Some(point) = point {
+                text.push_str(&format!(", {when} {}", short(point)));
+            }
+        }
         if disk.held_bytes > 0 {
             text.push_str(&format!(
                 ", {} held beside it",

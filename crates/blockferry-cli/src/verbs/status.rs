@@ -67,6 +67,7 @@ fn describe(status: &Status, output: &Output) {
         add_session(&mut facts, session);
     }
     facts.add_some("can return to", status.rollback_point.as_ref().map(point));
+    facts.add_some("kept for a job", status.anchored_point.as_ref().map(point));
     facts.add_some(
         "unwritten since",
         status
