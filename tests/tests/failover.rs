@@ -55,19 +55,36 @@ impl Sites {
     /// The job says how to come back: its replica runs in a storage daemon of its own. `started_with` are arguments of it
     /// besides its disks.
     fn with_a_way_back(self, started_with: &str) -> Away {
+        self.with_a_replica("exit 0", started_with)
+    }
+
+    /// The same, whose replica runs while it is on trial, too, and can be written.
+    fn with_a_trial(self) -> Away {
+        let exports = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
+                       --export type=nbd,id=w-disk1,node-name=data,name=w-disk1,writable=on";
+        let on_trial = format!(
+            "set -- {exports}; driver=qcow2; \
+             BLOCKFERRY_DISK_0_TARGET=$BLOCKFERRY_DISK_0_OVERLAY; \
+             BLOCKFERRY_DISK_1_TARGET=$BLOCKFERRY_DISK_1_OVERLAY"
+        );
+        self.with_a_replica(&on_trial, "")
+    }
+
+    fn with_a_replica(self, on_trial: &str, started_with: &str) -> Away {
         let away = self.lab.path("away");
         fs::create_dir(&away).expect("a directory");
         let script = format!(
             "#!/bin/sh\ncd {away}\n\
              if [ -e pid ]; then kill -9 \"$(cat pid)\"; rm -f pid qmp nbd; fi\n\
-             # On trial nobody runs.\n\
-             if [ \"$1\" = stop ] || [ -n \"$BLOCKFERRY_DISK_0_OVERLAY\" ]; then exit 0; fi\n\
+             if [ \"$1\" = stop ]; then exit 0; fi\n\
+             set --\ndriver=raw\n\
+             if [ -n \"$BLOCKFERRY_DISK_0_OVERLAY\" ]; then {on_trial}; fi\n\
              exec qemu-storage-daemon --daemonize --pidfile pid \
              --chardev socket,path=qmp,server=on,wait=off,id=m --monitor chardev=m \
              --nbd-server addr.type=unix,addr.path=nbd,max-connections=64 \
-             --blockdev driver=raw,node-name=root,file.driver=file,file.filename=$BLOCKFERRY_DISK_0_TARGET \
-             --blockdev driver=raw,node-name=data,file.driver=file,file.filename=$BLOCKFERRY_DISK_1_TARGET \
-             {started_with} 2>log\n",
+             --blockdev driver=$driver,node-name=root,file.driver=file,file.filename=$BLOCKFERRY_DISK_0_TARGET \
+             --blockdev driver=$driver,node-name=data,file.driver=file,file.filename=$BLOCKFERRY_DISK_1_TARGET \
+             \"$@\" {started_with} 2>log\n",
             away = away.display()
         );
         fs::write(self.lab.path("replica.sh"), script).expect("written");
@@ -413,6 +430,48 @@ fn an_old_disk_that_was_written_is_compared_in_full_which_is_said() {
     let back = away.sites.lab.must("failover reverse web --until ready");
 
     assert_eq!(warnings(&back), ["diverged", "bitmap_lost"], "{back:#?}");
+    away.come_back(writer);
+}
+
+#[test]
+fn a_replica_is_committed_while_it_is_written_and_comes_back_with_what_changed() {
+    let name = "a_replica_is_committed_while_it_is_written_and_comes_back_with_what_changed";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    let mut random = seeded(name);
+    let away = sites.with_a_trial();
+    let lab = &away.sites.lab;
+    lab.must(READY);
+    let writer = away.sites.writer(random.next_u64());
+    lab.must("failover complete web");
+    assert!(writer.stop().is_on(&away.sites.replicas()));
+    let writer = away.writer(random.next_u64());
+    thread::sleep(Duration::from_millis(200));
+
+    // Killed wherever it is, it goes on; the replica does not notice.
+    let live = "failover commit web --live --release-source";
+    for _ in 0..3 {
+        away.sites
+            .killed(live, Duration::from_millis(random.below(60)));
+    }
+    let committed = lab.must(live);
+
+    assert_eq!(warnings(&committed), Vec::<&str>::new());
+    let (content, replicas) = writer.at(|| away.sites.replicas());
+    assert!(
+        content == replicas,
+        "what was written is not on the targets"
+    );
+    let target = lab.must("status replica0");
+    assert_eq!(
+        target.summary()["state"],
+        "unknown",
+        "it is the machine's own"
+    );
+    let back = lab.must("failover reverse web --until ready");
+    assert_eq!(warnings(&back), Vec::<&str>::new());
+    assert!(changed(&back).iter().sum::<u64>() < BYTES, "{back:#?}");
     away.come_back(writer);
 }
 

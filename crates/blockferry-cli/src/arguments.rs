@@ -399,6 +399,9 @@ pub(crate) struct FailoverArguments {
     /// complete: the source is gone: start the replica from the last pass; what was written since is lost
     #[arg(long, conflicts_with = "at")]
     pub(crate) without_source: bool,
+    /// commit: while the replica goes on; its machine, that of [reverse] in the job's file, merges what it wrote
+    #[arg(long)]
+    pub(crate) live: bool,
     /// commit, reverse: end the machine that the job came from, which is kept as it was stopped otherwise
     #[arg(long)]
     pub(crate) release_source: bool,

@@ -48,5 +48,5 @@ pub use status::{
     resume_source, status,
 };
 pub use sync::{sync, sync_from_peer};
-pub use target::{Target, TargetOptions, list_targets};
+pub use target::{Target, TargetOptions, forget, list_targets};
 pub use verbs::{accept, cancel, recover, rollback, verify_target};

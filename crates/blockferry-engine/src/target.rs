@@ -12,6 +12,7 @@ use blockferry_device::{
 use blockferry_transfer_log::{GroupVerdicts, Place, Recovered, Replica};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::status::status;
 
 /// Where states are kept.
 #[derive(Clone, Debug)]
@@ -232,6 +233,39 @@ fn remember(path: &Path, options: &TargetOptions) {
     if !entry.exists() && fs::create_dir_all(&index).is_ok() {
         let _best_effort = fs::write(entry, resolved.as_os_str().as_bytes());
     }
+}
+
+/// Removes all that is recorded of the target at `path`, without opening it: for one that somebody else has taken over,
+/// and whose points mean nothing any more. Nothing happens where nothing is recorded.
+///
+/// # Errors
+/// A session is unfinished, somebody works on it, or the state cannot be removed.
+pub fn forget(path: &Path, options: &TargetOptions) -> Result<()> {
+    let label = path.display();
+    let found = status(path, options)?;
+    if found.session.is_some() || found.running {
+        let text = format!("forget the state of {label}: a session of it is unfinished");
+        return Err(Error::new(ErrorKind::Target, text));
+    }
+    let state_path = options.state_path(path);
+    let failed = |cause| {
+        let cause =
+            blockferry_device::Error::from_io(format!("forget the state of {label}"), cause);
+        Error::target("forget a target", cause)
+    };
+    // Away in one step: half a state would be a damaged one.
+    let mut away = state_path.clone().into_os_string();
+    away.push(".forgotten");
+    let remove = |path: &Path| match fs::remove_dir_all(path) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(failed(cause)),
+        _ => Ok(()),
+    };
+    remove(Path::new(&away))?;
+    match fs::rename(&state_path, &away) {
+        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => return Err(failed(cause)),
+        _ => {}
+    }
+    remove(Path::new(&away))
 }
 
 /// Every target that was synced from this host and still has a state at its usual place.

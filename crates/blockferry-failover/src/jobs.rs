@@ -321,6 +321,24 @@ impl Jobs {
         self.runner(&job, context)?.commit(source == OldSource::End)
     }
 
+    /// As [`Self::commit`], but the replica goes on: the machine that the job's way back names merges its overlays, each
+    /// named to it by its absolute path. The states of the targets are let go with it. What it merges is recorded by it, so
+    /// that a way back knows what changed.
+    ///
+    /// # Errors
+    /// The state does not allow it, the job says nothing of that machine, or it does not run on the overlays; or a merge
+    /// failed: to be called again, or [`Self::commit`] once the replica is stopped.
+    pub fn commit_live(
+        &mut self,
+        name: &str,
+        source: OldSource,
+        context: &JobContext,
+    ) -> Result<State> {
+        let job = self.find(name)?;
+        self.runner(&job, context)?
+            .commit_live(source == OldSource::End)
+    }
+
     /// Begins the way back of a committed job: a job of the same name from the machine of the replica, as `way` or else
     /// the job itself says, to the disks that it came from, which then goes on as [`Self::start`]. Of a disk that is as
     /// it was at the last cut no more travels than what the replica changed since; one that was written is compared.
@@ -343,7 +361,7 @@ impl Jobs {
             let text = format!("job {name}: it cannot be reversed: {why}");
             Err(Error::new(ErrorKind::Refused, text))
         };
-        let Some(spec) = job.spec.reversed() else {
+        let Some(mut spec) = job.spec.reversed() else {
             return not_now(
                 "it says nothing of the machine of the replica: expected [reverse] in its file",
             );
@@ -362,6 +380,13 @@ impl Jobs {
             }
             first.end()?;
         }
+        // Once its overlays were merged its disks are nodes of other names.
+        let mut replica = Source::new(&spec, &self.job_directory(name), None);
+        let targets = job.spec.disk.iter().map(|disk| &*disk.target);
+        if replica.find_disks(targets).is_ok() {
+            spec.disk = replica.disks().to_vec();
+        }
+        replica.release();
         let job = self.store.create(&spec, Operation::Reverse(job.id))?;
         self.runner(&job, context)?.run(until)
     }

@@ -7,13 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blockferry_core::{BlockSize, ChangeMap, Content, Extent, ExtentSet};
-use blockferry_device::{CancelToken, Consistency, LockGuard, OsDirectory};
+use blockferry_device::{
+    CancelToken, Consistency, Error as DeviceError, ErrorKind as DeviceErrorKind, LockGuard,
+    OsDirectory,
+};
 use blockferry_engine::{
     ChangesSince, Context, GroupDirectory, Member, Mode, SyncOptions, Target, Undo, accept,
-    drop_anchor, keep_anchor, return_to_anchor, sync_group,
+    drop_anchor, forget, keep_anchor, return_to_anchor, status, sync_group,
 };
 use blockferry_nbd::open_overlay;
 use blockferry_pipeline::Event;
+use blockferry_qemu::Layers;
 
 use crate::convergence::{Next, Pass, next, predicted_downtime};
 use crate::error::{Error, ErrorKind, Result};
@@ -455,6 +459,10 @@ impl<'s> Runner<'s> {
             self.hook("start-target", &hooks.start_target)?;
             self.watch_replica()?;
         }
+        self.finish_commit(release)
+    }
+
+    fn finish_commit(mut self, release: bool) -> Result<State> {
         self.remove_overlays()?;
         if self.reaches_source("there is nothing of ours to take away") {
             self.source.leave()?;
@@ -470,6 +478,84 @@ impl<'s> Runner<'s> {
         }
         self.step(Input::StepDone, "the targets are what counts")?;
         Ok(self.job.state)
+    }
+
+    /// As [`Self::commit`], by the machine that runs the replica, which goes on meanwhile.
+    pub(crate) fn commit_live(mut self, release: bool) -> Result<State> {
+        self.recover()?;
+        let Some(way) = self.job.spec.reversed() else {
+            let text = format!(
+                "job {}: it says nothing of the machine of the replica: expected [reverse] in its file",
+                self.job.name
+            );
+            return Err(Error::new(ErrorKind::Refused, text));
+        };
+        let mut replica = Source::new(&way, &self.path, None);
+        let layers = self.unmerged();
+        if self.job.state != State::Committing {
+            refused(&self.job, Input::CommitBegins)?;
+            replica.reach()?;
+            if layers.iter().any(Option::is_none) {
+                let text = format!("job {}: no replica is on trial", self.job.name);
+                return Err(Error::new(ErrorKind::Refused, text));
+            }
+            self.step(Input::CommitBegins, "the replica becomes what counts")?;
+        }
+        let number = self.note_last_cut()?;
+        let directory = self.path.clone();
+        replica.merge(number, &layers, &self.context.cancel, &mut |index| {
+            overlay::mark_merged(&overlay::path(&directory, index))
+                .map_err(|error| DeviceError::new(DeviceErrorKind::Io, error.in_full()))
+        })?;
+        let targets = self.job.spec.disk.iter().map(|disk| &*disk.target);
+        replica.find_disks(targets.clone())?;
+        // They are the machine's own now, and none of their points is left.
+        for target in targets {
+            forget(target, &self.context.targets)
+                .map_err(|e| Error::engine("let the old point of a target go", e))?;
+        }
+        if let Some(why) = replica.watch(number)? {
+            self.warn(
+                "not_watched",
+                format!("a way back will compare whole disks: {why}"),
+            );
+        }
+        self.finish_commit(release)
+    }
+
+    /// The overlays that are to be merged yet.
+    fn unmerged(&self) -> Vec<Option<Layers>> {
+        let disks = self.job.spec.disk.iter().enumerate();
+        let layers = disks.map(|(index, disk)| {
+            let overlay = overlay::path(&self.path, index);
+            overlay.exists().then(|| Layers::new(overlay, &disk.target))
+        });
+        layers.collect()
+    }
+
+    /// What the targets hold before what the replica wrote is merged, by their states alone: the machine has them open.
+    /// Nothing was written meanwhile that its bitmaps do not know. Returns the number of these.
+    fn note_last_cut(&mut self) -> Result<u64> {
+        if let Some(origin) = self.store.origins(self.job.id)?.first() {
+            return Ok(origin.number);
+        }
+        let number = self.store.take_number(self.job.id, 0)?;
+        let mut origins = Vec::new();
+        for disk in &self.job.spec.disk {
+            let found = status(&disk.target, &self.context.targets)
+                .map_err(|e| Error::engine("look at a target", e))?;
+            let point = found.point.ok_or_else(|| {
+                let text = format!("{}: it is at no known point", disk.target.display());
+                Error::new(ErrorKind::Target, text)
+            })?;
+            origins.push(Origin {
+                number,
+                root: point.root,
+                changed: ExtentSet::new(),
+            });
+        }
+        self.store.note_origins(self.job.id, &origins)?;
+        Ok(number)
     }
 
     /// What the replica wrote goes to the targets, as any sync does.

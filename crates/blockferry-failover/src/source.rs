@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 
 use blockferry_core::ChangeMap;
 use blockferry_device::{
-    BlockSource, Consistency, ErrorKind as ErrorKindOfDevice, Evidence, ReadRequest, Status,
+    BlockSource, CancelToken, Consistency, ErrorKind as ErrorKindOfDevice, Evidence, ReadRequest,
+    Status,
 };
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::freeze::Guarded;
-use blockferry_qemu::{Agent, Held, Lost, Machine, MachineOptions, PointExport};
+use blockferry_qemu::{Agent, Held, Layers, Lost, Machine, MachineOptions, PointExport};
 use serde_json::json;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::scripts::Scripts;
-use crate::spec::{JobSpec, QuiesceBy};
+use crate::spec::{DiskSpec, JobSpec, QuiesceBy};
 
 /// For the guest to shut down.
 const SHUTTING_DOWN: Duration = Duration::from_secs(120);
@@ -358,6 +359,34 @@ impl Source {
             self.with("record what changes", |m| m.cut_at_rest(number, &disks))?;
         }
         self.resume().map(|()| None)
+    }
+
+    /// Finds its disks by the files that they are, wherever their nodes have other names than the job says.
+    pub(crate) fn find_disks<'p>(&mut self, files: impl Iterator<Item = &'p Path>) -> Result<()> {
+        for (index, file) in files.enumerate() {
+            let node = self.with("look for a disk", |machine| machine.raw_node_of(file))?;
+            self.spec.disk[index].node.clone_from(&node);
+            self.disks[index] = node;
+        }
+        Ok(())
+    }
+
+    /// The disks as they are named now.
+    pub(crate) fn disks(&self) -> &[DiskSpec] {
+        &self.spec.disk
+    }
+
+    /// Merges overlays while they are written, see [`Machine::merge_overlays`].
+    pub(crate) fn merge(
+        &mut self,
+        number: u64,
+        layers: &[Option<Layers>],
+        cancel: &CancelToken,
+        merged: &mut dyn FnMut(usize) -> blockferry_device::Result<()>,
+    ) -> Result<()> {
+        self.with("merge what the replica wrote", |machine| {
+            machine.merge_overlays(number, layers, cancel, merged)
+        })
     }
 
     /// Ends the machine, and waits until it has.

@@ -30,11 +30,13 @@ mod agent;
 pub mod freeze;
 mod lines;
 mod machine;
+mod merge;
 mod names;
 mod nodes;
 mod qmp;
 
 pub use agent::Agent;
 pub use machine::{DiskNode, Held, Lost, Machine, MachineOptions, PointExport};
+pub use merge::Layers;
 pub use names::Tag;
 pub use qmp::{Event, Qmp};

@@ -21,7 +21,7 @@ use crate::nodes::{self, Node};
 use crate::qmp::Qmp;
 
 /// Unit of the bitmaps.
-const GRANULARITY_BYTES: u64 = 64 << 10;
+pub(crate) const GRANULARITY_BYTES: u64 = 64 << 10;
 /// For QEMU to end a job of ours, or to let an export go.
 const ENDING: Duration = Duration::from_secs(60);
 /// As many connections as our client opens for each of a hundred disks.
@@ -150,6 +150,10 @@ impl Machine {
     /// The connection, for what is not done here.
     pub fn qmp(&mut self) -> &mut Qmp {
         &mut self.qmp
+    }
+
+    pub(crate) fn tag(&self) -> &Tag {
+        &self.tag
     }
 
     /// The nodes that may be copied: all with a size that are not ours.
@@ -683,7 +687,7 @@ fn action(kind: &str, data: Value) -> Value {
     json!({"type": kind, "data": data})
 }
 
-fn node_of<'n>(found: &'n [Node], disk: &str) -> Result<&'n Node> {
+pub(crate) fn node_of<'n>(found: &'n [Node], disk: &str) -> Result<&'n Node> {
     found.iter().find(|node| node.name == disk).ok_or_else(|| {
         let names: Vec<&str> = found.iter().map(|node| node.name.as_str()).collect();
         let text = format!(

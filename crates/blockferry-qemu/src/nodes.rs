@@ -11,6 +11,8 @@ pub(crate) struct Node {
     pub(crate) name: String,
     /// As `raw` or `qcow2`.
     pub(crate) driver: String,
+    /// What it lies in, as QEMU names it: a path, if it is a local file.
+    pub(crate) file: String,
     pub(crate) size_bytes: u64,
     pub(crate) bitmaps: Vec<Bitmap>,
 }
@@ -40,6 +42,7 @@ fn node(value: &Value) -> Result<Node> {
     Ok(Node {
         name: text(value, "node-name")?,
         driver: text(value, "drv")?,
+        file: text(value, "file").unwrap_or_default(),
         size_bytes: value
             .pointer("/image/virtual-size")
             .and_then(Value::as_u64)

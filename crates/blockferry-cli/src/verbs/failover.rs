@@ -60,6 +60,7 @@ pub(crate) fn run(arguments: &FailoverArguments, session: &Session) -> Result<Ex
             let way = spec.and_then(|spec| spec.reverse);
             jobs.reverse(&name, way, source, until, &context)
         }
+        (FailoverAction::Commit, _) if arguments.live => jobs.commit_live(&name, source, &context),
         (FailoverAction::Commit | FailoverAction::Status, _) => {
             jobs.commit(&name, source, &context)
         }
@@ -103,6 +104,7 @@ fn check(arguments: &FailoverArguments) -> Result<(), Failure> {
             &[A::Start, A::Reverse],
             "start and reverse",
         ),
+        (arguments.live, "--live", &[A::Commit], "commit"),
         (
             arguments.release_source,
             "--release-source",
