@@ -75,7 +75,8 @@ impl Sites {
         fs::create_dir(&away).expect("a directory");
         let script = format!(
             "#!/bin/sh\ncd {away}\n\
-             if [ -e pid ]; then kill -9 \"$(cat pid)\"; rm -f pid qmp nbd; fi\n\
+             if [ -e pid ]; then pid=\"$(cat pid)\"; kill \"$pid\"\n\
+             while kill -0 \"$pid\" 2>/dev/null; do sleep 0.02; done; rm -f pid qmp nbd; fi\n\
              if [ \"$1\" = stop ]; then exit 0; fi\n\
              set --\ndriver=raw\n\
              if [ -n \"$BLOCKFERRY_DISK_0_OVERLAY\" ]; then {on_trial}; fi\n\
@@ -473,6 +474,45 @@ fn a_replica_is_committed_while_it_is_written_and_comes_back_with_what_changed()
     assert_eq!(warnings(&back), Vec::<&str>::new());
     assert!(changed(&back).iter().sum::<u64>() < BYTES, "{back:#?}");
     away.come_back(writer);
+}
+
+#[test]
+fn a_live_commit_that_was_cut_short_is_finished_with_the_replica_stopped() {
+    let name = "a_live_commit_that_was_cut_short_is_finished_with_the_replica_stopped";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    let mut random = seeded(name);
+    let away = sites.with_a_trial();
+    let lab = &away.sites.lab;
+    lab.must(READY);
+    lab.must("failover complete web");
+    let writer = away.writer(random.next_u64());
+    thread::sleep(Duration::from_millis(300));
+    let after = Duration::from_millis(random.below(50));
+    away.sites.killed("failover commit web --live", after);
+    let is_committed = away.sites.state() == "committed";
+    away.stop();
+    let written = writer.stop();
+
+    if !is_committed {
+        let committed = lab.must("failover commit web");
+        assert_eq!(warnings(&committed), Vec::<&str>::new());
+    }
+
+    assert!(
+        written.is_on(&away.sites.replicas()),
+        "what was written on trial is not on the targets"
+    );
+    if !is_committed {
+        // Merged partly by the one, partly by the other: the way back knows both.
+        away.sites
+            .lab
+            .must("failover reverse web --release-source --until ready");
+        let writer = away.writer(random.next_u64());
+        thread::sleep(Duration::from_millis(100));
+        away.come_back(writer);
+    }
 }
 
 #[test]

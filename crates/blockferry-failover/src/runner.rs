@@ -438,14 +438,16 @@ impl<'s> Runner<'s> {
             self.step(Input::CommitBegins, "the targets become what counts")?;
         }
         let hooks = self.job.spec.hooks.clone();
-        let first = overlay::path(&self.path, 0);
-        let on_trial = first.exists() || overlay::merged(&first).exists();
-        if first.exists() {
+        let unmerged = self.unmerged();
+        let is_merged = |index| overlay::merged(&overlay::path(&self.path, index)).exists();
+        let is_unmerged = unmerged.iter().any(Option::is_some);
+        let on_trial = is_unmerged || (0..unmerged.len()).any(is_merged);
+        if is_unmerged {
             self.hook("stop-target", &hooks.stop_target)?;
         }
         self.open_targets()?;
-        if first.exists() {
-            self.merge()?;
+        if is_unmerged {
+            self.merge(&unmerged)?;
         }
         for index in 0..self.targets.len() {
             let context = self.engine_context(index, &self.context.cancel);
@@ -501,7 +503,8 @@ impl<'s> Runner<'s> {
             }
             self.step(Input::CommitBegins, "the replica becomes what counts")?;
         }
-        let number = self.note_last_cut()?;
+        let written = vec![ExtentSet::new(); layers.len()];
+        let number = note_origins(self.store, &self.job, &self.context, written)?;
         let directory = self.path.clone();
         replica.merge(number, &layers, &self.context.cancel, &mut |index| {
             overlay::mark_merged(&overlay::path(&directory, index))
@@ -533,100 +536,52 @@ impl<'s> Runner<'s> {
         layers.collect()
     }
 
-    /// What the targets hold before what the replica wrote is merged, by their states alone: the machine has them open.
-    /// Nothing was written meanwhile that its bitmaps do not know. Returns the number of these.
-    fn note_last_cut(&mut self) -> Result<u64> {
-        if let Some(origin) = self.store.origins(self.job.id)?.first() {
-            return Ok(origin.number);
-        }
-        let number = self.store.take_number(self.job.id, 0)?;
-        let mut origins = Vec::new();
-        for disk in &self.job.spec.disk {
-            let found = status(&disk.target, &self.context.targets)
-                .map_err(|e| Error::engine("look at a target", e))?;
-            let point = found.point.ok_or_else(|| {
-                let text = format!("{}: it is at no known point", disk.target.display());
-                Error::new(ErrorKind::Target, text)
-            })?;
-            origins.push(Origin {
-                number,
-                root: point.root,
-                changed: ExtentSet::new(),
-            });
-        }
-        self.store.note_origins(self.job.id, &origins)?;
-        Ok(number)
-    }
-
-    /// What the replica wrote goes to the targets, as any sync does.
-    fn merge(&mut self) -> Result<()> {
-        let (mut members, mut written) = (Vec::new(), Vec::new());
-        for (index, disk) in self.job.spec.disk.iter().enumerate() {
-            let overlay = overlay::path(&self.path, index);
-            let overlay = match overlay.exists() {
-                true => overlay,
-                false => overlay::merged(&overlay),
+    /// What the replica wrote goes to the targets, as any sync does. An overlay that was put aside is merged: its target may
+    /// have been written since.
+    fn merge(&mut self, unmerged: &[Option<Layers>]) -> Result<()> {
+        let mut written = vec![ExtentSet::new(); unmerged.len()];
+        let mut is_known = true;
+        let mut members = Vec::new();
+        let disks = self.targets.iter_mut().zip(unmerged).enumerate();
+        for (index, (target, layers)) in disks {
+            let Some(layers) = layers else {
+                continue;
             };
             // The target is locked already, by us.
-            let opened = open_overlay(&overlay, &disk.target, &std::env::temp_dir());
-            let source = opened.map_err(|cause| {
-                let text = format!("read what the replica wrote to {}", overlay.display());
+            let opened = open_overlay(&layers.overlay, &layers.below, &std::env::temp_dir());
+            let asked = opened.and_then(|source| source.changes().map(|map| (source, map)));
+            let (source, changes) = asked.map_err(|cause| {
+                let text = format!(
+                    "read what the replica wrote to {}",
+                    layers.overlay.display()
+                );
                 Error::because(ErrorKind::Target, text, cause)
             })?;
-            let changes = source.changes().map_err(|cause| {
-                let text = format!("ask what {} holds", overlay.display());
-                Error::because(ErrorKind::Target, text, cause)
-            })?;
-            written.push(changes.clone());
-            members.push((
-                source,
-                changes,
-                self.engine_context(index, &self.context.cancel),
-            ));
+            match &changes {
+                Some(map) => written[index] = changed_extents(map),
+                None => is_known = false,
+            }
+            let since = target.replica().point().map(|point| point.id.to_string());
+            let mut options = SyncOptions::default();
+            options.mode = Mode::Delta;
+            options.changes = since
+                .zip(changes)
+                .map(|(since, map)| ChangesSince::new(since, Arc::new(map)));
+            let context = disk_context(&self.context, index, &self.context.cancel);
+            members.push(Member::new(source, target, options, context));
         }
-        self.note_origins(&written)?;
-        let targets = self.targets.iter_mut().zip(members);
-        let members = targets
-            .map(|(target, (source, changes, context))| {
-                let since = target.replica().point().map(|point| point.id.to_string());
-                let mut options = SyncOptions::default();
-                options.mode = Mode::Delta;
-                options.changes = since
-                    .zip(changes)
-                    .map(|(since, map)| ChangesSince::new(since, Arc::new(map)));
-                Member::new(source, target, options, context)
-            })
-            .collect();
-        let merged = sync_group(members, &self.groups);
-        merged.map_err(|e| {
+        // Where that is not known the way back compares.
+        if is_known {
+            note_origins(self.store, &self.job, &self.context, written)?;
+        }
+        sync_group(members, &self.groups).map_err(|e| {
             self.targets.clear();
             Error::engine("merge what the replica wrote", e)
         })?;
-        // The first one last: while it is there, all of them are merged again.
-        (0..self.job.spec.disk.len())
-            .rev()
-            .try_for_each(|index| overlay::mark_merged(&overlay::path(&self.path, index)))
-    }
-
-    /// What the targets hold before what the replica wrote is merged: the last cut, as the source's disks do.
-    fn note_origins(&mut self, written: &[Option<ChangeMap>]) -> Result<()> {
-        let number = self.store.take_number(self.job.id, 0)?;
-        let origins = self
-            .targets
-            .iter_mut()
-            .zip(written)
-            .map(|(target, written)| {
-                Some(Origin {
-                    number,
-                    root: target.replica().point()?.root.to_string(),
-                    changed: changed_extents(written.as_ref()?),
-                })
-            });
-        match origins.collect::<Option<Vec<_>>>() {
-            Some(origins) => self.store.note_origins(self.job.id, &origins),
-            // The way back compares then.
-            None => Ok(()),
-        }
+        let merged = unmerged.iter().flatten();
+        merged
+            .map(|layers| &layers.overlay)
+            .try_for_each(|overlay| overlay::mark_merged(overlay))
     }
 
     /// From its first write on, the machine of the replica is to record what changes: no more than that travels back. What
@@ -912,11 +867,7 @@ impl<'s> Runner<'s> {
     }
 
     fn engine_context(&self, index: usize, cancel: &CancelToken) -> Context {
-        let observer = Arc::clone(&self.context.observer);
-        let mut context = Context::new()
-            .with_observer(move |event: &Event| observer.told(&Told::Disk(index, event.clone())));
-        context.cancel = cancel.clone();
-        context
+        disk_context(&self.context, index, cancel)
     }
 
     fn check_cancelled(&self) -> Result<()> {
@@ -929,6 +880,49 @@ impl<'s> Runner<'s> {
         }
         Ok(())
     }
+}
+
+/// What the targets hold before what the replica wrote is merged: the last cut, as the source's disks do, and what was
+/// written since that no bitmap will know. Added to what was noted before: of a merge that was begun in another way, too.
+/// Returns the number of the bitmaps that will know the rest.
+fn note_origins(
+    store: &mut Store,
+    job: &JobRecord,
+    context: &JobContext,
+    written: Vec<ExtentSet>,
+) -> Result<u64> {
+    let mut origins = store.origins(job.id)?;
+    if origins.is_empty() {
+        let number = store.take_number(job.id, 0)?;
+        for disk in &job.spec.disk {
+            // By its state alone: a machine may have it open.
+            let found = status(&disk.target, &context.targets)
+                .map_err(|e| Error::engine("look at a target", e))?;
+            let point = found.point.ok_or_else(|| {
+                let text = format!("{}: it is at no known point", disk.target.display());
+                Error::new(ErrorKind::Target, text)
+            })?;
+            origins.push(Origin {
+                number,
+                root: point.root,
+                changed: ExtentSet::new(),
+            });
+        }
+    }
+    for (origin, written) in origins.iter_mut().zip(written) {
+        origin.changed = origin.changed.union(&written);
+    }
+    store.note_origins(job.id, &origins)?;
+    Ok(origins.first().map_or(0, |origin| origin.number))
+}
+
+/// What the sync of a disk tells is told of it.
+fn disk_context(context: &JobContext, index: usize, cancel: &CancelToken) -> Context {
+    let observer = Arc::clone(&context.observer);
+    let mut context = Context::new()
+        .with_observer(move |event: &Event| observer.told(&Told::Disk(index, event.clone())));
+    context.cancel = cancel.clone();
+    context
 }
 
 /// What a map says to have changed, in at most [`MOST_RUNS`] runs.

@@ -409,7 +409,7 @@ impl Store {
         Ok(taken.unsigned_abs())
     }
 
-    /// Records what the disks of a job were at its last cut, one for each. What is there stays.
+    /// Records what the disks of a job were at its last cut, one for each, in place of what was recorded.
     ///
     /// # Errors
     /// The database failed.
@@ -425,7 +425,7 @@ impl Store {
             let changed = serde_json::to_string(&runs)
                 .map_err(|cause| Error::because(ErrorKind::Internal, "note extents", cause))?;
             let number = i64::try_from(origin.number).unwrap_or(i64::MAX);
-            let sql = "INSERT OR IGNORE INTO origins VALUES (?1, ?2, ?3, ?4, ?5)";
+            let sql = "INSERT OR REPLACE INTO origins VALUES (?1, ?2, ?3, ?4, ?5)";
             let values = params![job, disk, number, origin.root, changed];
             transaction.execute(sql, values).map_err(failed)?;
         }
@@ -818,9 +818,9 @@ mod tests {
         let number = store.take_number(job.id, 7).unwrap();
         let noted = [origin(number, &changed), origin(number, &ExtentSet::new())];
         store.note_origins(job.id, &noted).unwrap();
-        // A commit that is done again does not know any more.
-        let later = [origin(9, &changed), origin(9, &changed)];
-        store.note_origins(job.id, &later).unwrap();
+        let before = [origin(9, &changed), origin(9, &changed)];
+        store.note_origins(job.id, &before).unwrap();
+        store.note_origins(job.id, &noted).unwrap();
         store.move_to(job.id, State::Committed, "").unwrap();
 
         let back = Operation::Reverse(job.id);
