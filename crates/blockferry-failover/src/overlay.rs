@@ -44,15 +44,28 @@ pub(crate) fn merged(overlay: &Path) -> PathBuf {
     overlay.with_extension("merged")
 }
 
-/// The target has what the overlay holds.
+/// The target has what the overlay holds: durable when this returns.
 pub(crate) fn mark_merged(overlay: &Path) -> Result<()> {
-    match std::fs::rename(overlay, merged(overlay)) {
-        Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-            let text = format!("put the overlay {} aside", overlay.display());
-            Err(Error::because(ErrorKind::Target, text, cause))
-        }
-        _ => Ok(()),
-    }
+    rename(overlay, &merged(overlay))
+}
+
+/// It does not after all.
+pub(crate) fn unmark_merged(overlay: &Path) -> Result<()> {
+    rename(&merged(overlay), overlay)
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    let renamed = match std::fs::rename(from, to) {
+        // It was renamed before.
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    let directory = from.parent().unwrap_or_else(|| Path::new("."));
+    let synced = renamed.and_then(|()| std::fs::File::open(directory)?.sync_all());
+    synced.map_err(|cause| {
+        let text = format!("rename the overlay {}", from.display());
+        Error::because(ErrorKind::Target, text, cause)
+    })
 }
 
 pub(crate) fn remove(overlay: &Path) -> Result<()> {

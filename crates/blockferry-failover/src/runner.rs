@@ -506,10 +506,15 @@ impl<'s> Runner<'s> {
         let written = vec![ExtentSet::new(); layers.len()];
         let number = note_origins(self.store, &self.job, &self.context, written)?;
         let directory = self.path.clone();
-        replica.merge(number, &layers, &self.context.cancel, &mut |index| {
-            overlay::mark_merged(&overlay::path(&directory, index))
-                .map_err(|error| DeviceError::new(DeviceErrorKind::Io, error.in_full()))
-        })?;
+        let mut counts = |index, target_counts| {
+            let overlay = overlay::path(&directory, index);
+            let renamed = match target_counts {
+                true => overlay::mark_merged(&overlay),
+                false => overlay::unmark_merged(&overlay),
+            };
+            renamed.map_err(|error| DeviceError::new(DeviceErrorKind::Io, error.in_full()))
+        };
+        replica.merge(number, &layers, &self.context.cancel, &mut counts)?;
         let targets = self.job.spec.disk.iter().map(|disk| &*disk.target);
         replica.find_disks(targets.clone())?;
         // They are the machine's own now, and none of their points is left.

@@ -382,10 +382,10 @@ impl Source {
         number: u64,
         layers: &[Option<Layers>],
         cancel: &CancelToken,
-        merged: &mut dyn FnMut(usize) -> blockferry_device::Result<()>,
+        counts: &mut dyn FnMut(usize, bool) -> blockferry_device::Result<()>,
     ) -> Result<()> {
         self.with("merge what the replica wrote", |machine| {
-            machine.merge_overlays(number, layers, cancel, merged)
+            machine.merge_overlays(number, layers, cancel, counts)
         })
     }
 

@@ -1,8 +1,9 @@
 //! Merging what a machine wrote to overlays into what is below them, while it goes on writing.
 //!
-//! An overlay holds all that was written until its merge is at its end, so whatever dies before that, the machine's disk is
-//! the overlay over what is below it. A job that has ended stays in the machine until it is dismissed, so that nobody
-//! begins it again.
+//! Until the last step of a merge the overlay holds all that was written, so whatever dies before it, the machine's disk is
+//! the overlay over what is below it. Before that step the disk stands still, both hold the same, and that is flushed: this is
+//! the moment at which the overlay is put aside, durably, after which what is below it counts. Were it put aside later, the
+//! end of the machine would leave an overlay that is older than what is below it, and nobody could tell.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::names::Kind;
 use crate::nodes::{self, Job, Node};
 
 /// How often the jobs are looked at.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(10);
 
 /// An overlay, and the raw file or device below it: as they were named to the machine, by absolute paths.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +49,9 @@ impl Machine {
     }
 
     /// Merges overlays into what is below them, which records from now on what was changed since cut `number`: what is
-    /// merged and all that follows. Goes on with what an earlier call began. `merged` is called with the index of each that
-    /// is at its end, after which it is not to be passed again.
+    /// merged and all that follows. Goes on with what an earlier call began. `counts` is called with the index of a disk and
+    /// `true` when what is below its overlay is to count from now on, which has to be durable when it returns: the disk stands
+    /// still for so long; and with `false` where that did not come to pass. Of disks without an overlay nothing is begun.
     ///
     /// # Errors
     /// The machine does not run on an overlay, a merge failed, or it was cancelled: to be called again.
@@ -58,41 +60,29 @@ impl Machine {
         number: u64,
         layers: &[Option<Layers>],
         cancel: &CancelToken,
-        merged: &mut dyn FnMut(usize) -> Result<()>,
+        counts: &mut dyn FnMut(usize, bool) -> Result<()>,
     ) -> Result<()> {
-        let wanted = layers.iter().enumerate();
-        let mut under_way: Vec<(usize, String, bool)> = Vec::new();
-        for (index, layers) in wanted.filter_map(|(index, l)| Some((index, l.as_ref()?))) {
+        let jobs = nodes::jobs(self.qmp())?;
+        let mut under_way = Vec::new();
+        for (index, layers) in layers.iter().enumerate() {
             let id = self.tag().of(Kind::Job, number, index);
-            if job(&nodes::jobs(self.qmp())?, &id).is_none() {
-                self.begin_merge(number, &id, layers)?;
+            match (job(&jobs, &id), layers) {
+                (None, None) => continue,
+                (None, Some(layers)) => self.begin_merge(number, &id, layers)?,
+                (Some(_), _) => {}
             }
-            under_way.push((index, id, false));
+            under_way.push((index, id));
         }
         while !under_way.is_empty() {
             let jobs = nodes::jobs(self.qmp())?;
             let mut rest = Vec::new();
-            for (index, id, is_told) in under_way {
+            for (index, id) in under_way {
                 let found = job(&jobs, &id).ok_or_else(|| {
-                    let text =
-                        format!("job {id:?} of the machine is gone before it was at its end");
+                    let text = format!("job {id:?} of the machine is gone before its end");
                     Error::new(ErrorKind::Io, text)
                 })?;
-                match (found.status.as_str(), &found.error) {
-                    ("concluded", None) => {
-                        merged(index)?;
-                        self.qmp().execute("job-dismiss", json!({"id": id}))?;
-                    }
-                    ("concluded", Some(why)) => {
-                        self.qmp().execute("job-dismiss", json!({"id": id}))?;
-                        let text = format!("merge an overlay in the machine: {why}");
-                        return Err(Error::new(ErrorKind::Io, text));
-                    }
-                    ("ready", _) if !is_told => {
-                        self.qmp().execute("job-complete", json!({"id": id}))?;
-                        rest.push((index, id, true));
-                    }
-                    _ => rest.push((index, id, is_told)),
+                if !self.go_on(found, index, counts)? {
+                    rest.push((index, id));
                 }
             }
             under_way = rest;
@@ -102,6 +92,32 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Takes a merge a step further; returns whether it is at its end.
+    fn go_on(
+        &mut self,
+        job: &Job,
+        index: usize,
+        counts: &mut dyn FnMut(usize, bool) -> Result<()>,
+    ) -> Result<bool> {
+        let id = json!({"id": job.id});
+        match (job.status.as_str(), &job.error) {
+            // The last of it is copied, then the disk stands still.
+            ("ready", _) => self.qmp().execute("job-complete", id).map(|_| false),
+            ("pending", _) => {
+                counts(index, true)?;
+                self.qmp().execute("job-finalize", id).map(|_| false)
+            }
+            ("concluded", None) => self.qmp().execute("job-dismiss", id).map(|_| true),
+            ("concluded", Some(why)) => {
+                counts(index, false)?;
+                self.qmp().execute("job-dismiss", id)?;
+                let text = format!("merge an overlay in the machine: {why}");
+                Err(Error::new(ErrorKind::Io, text))
+            }
+            _ => Ok(false),
+        }
     }
 
     fn begin_merge(&mut self, number: u64, id: &str, layers: &Layers) -> Result<()> {
@@ -118,8 +134,10 @@ impl Machine {
                 json!({"node": below, "name": bitmap, "granularity": GRANULARITY_BYTES});
             self.qmp().execute("block-dirty-bitmap-add", arguments)?;
         }
-        let arguments =
-            json!({"job-id": id, "device": overlay, "base-node": below, "auto-dismiss": false});
+        let arguments = json!({
+            "job-id": id, "device": overlay, "base-node": below,
+            "auto-finalize": false, "auto-dismiss": false,
+        });
         self.qmp().execute("block-commit", arguments).map(drop)
     }
 }
