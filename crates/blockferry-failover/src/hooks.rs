@@ -6,6 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blockferry_device::CancelToken;
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -15,15 +16,16 @@ const TICK: Duration = Duration::from_millis(10);
 const MAX_SAID_BYTES: usize = 2000;
 
 /// Runs `command` in a process group of its own, with these pairs added to the environment, and waits until it ends. What
-/// it writes to standard output is dropped. At the deadline the whole group is killed.
+/// it writes to standard output is dropped. At the deadline, or when it is cancelled, the whole group is killed.
 ///
 /// # Errors
-/// It could not be started, did not end in time, or failed: with the end of what it wrote to standard error.
+/// It could not be started, did not end in time, was cancelled, or failed: with the end of what it wrote to standard error.
 pub(crate) fn run(
     step: &str,
     command: &[String],
     environment: &[(String, String)],
     timeout: Duration,
+    cancel: &CancelToken,
 ) -> Result<()> {
     let Some((program, arguments)) = command.split_first() else {
         return Ok(());
@@ -40,9 +42,13 @@ pub(crate) fn run(
         .spawn()
         .map_err(|cause| failed(cause.to_string()))?;
     let said = listen(&mut child);
-    let ended = wait(&mut child, timeout);
+    let ended = wait(&mut child, timeout, cancel);
     let status = ended.map_err(|cause| failed(cause.to_string()))?;
     let Some(status) = status else {
+        if cancel.is_cancelled() {
+            let text = format!("hook {step} ({program}) was killed");
+            return Err(Error::new(ErrorKind::Cancelled, text));
+        }
         return Err(failed(format!(
             "it did not end within {} ms and was killed",
             timeout.as_millis()
@@ -90,14 +96,18 @@ fn listen(child: &mut Child) -> std::sync::mpsc::Receiver<String> {
     receiver
 }
 
-/// Nothing if it was killed at the deadline.
-fn wait(child: &mut Child, timeout: Duration) -> std::io::Result<Option<ExitStatus>> {
+/// Nothing if it was killed.
+fn wait(
+    child: &mut Child,
+    timeout: Duration,
+    cancel: &CancelToken,
+) -> std::io::Result<Option<ExitStatus>> {
     let end = Instant::now() + timeout;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if Instant::now() >= end {
+        if Instant::now() >= end || cancel.is_cancelled() {
             let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
             if let Some(group) = group {
                 kill_process_group(group, Signal::KILL).ok();
@@ -116,7 +126,8 @@ mod tests {
     fn shell(script: &str, timeout: Duration) -> Result<()> {
         let command = ["sh", "-c", script].map(ToOwned::to_owned);
         let environment = [("BLOCKFERRY_JOB".to_owned(), "web1".to_owned())];
-        run("start-target", &command, &environment, timeout)
+        let cancel = CancelToken::new();
+        run("start-target", &command, &environment, timeout, &cancel)
     }
 
     const LONG: Duration = Duration::from_secs(30);
@@ -152,8 +163,26 @@ mod tests {
         let error = shell("yes | head -c 3000000 >&2; exit 1", LONG).unwrap_err();
 
         assert!(error.to_string().len() < 3000);
-        run("stop-target", &[], &[], LONG).unwrap();
+        let cancel = CancelToken::new();
+        run("stop-target", &[], &[], LONG, &cancel).unwrap();
         let missing = ["/no/such/program".to_owned()];
-        assert!(run("stop-target", &missing, &[], LONG).is_err());
+        assert!(run("stop-target", &missing, &[], LONG, &cancel).is_err());
+    }
+
+    #[test]
+    fn a_hook_that_is_cancelled_is_killed() {
+        let cancel = CancelToken::new();
+        let token = cancel.clone();
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            token.cancel();
+        });
+        let command = ["sleep", "100"].map(ToOwned::to_owned);
+        let began = Instant::now();
+
+        let error = run("start-target", &command, &[], LONG, &cancel).unwrap_err();
+
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+        assert!(began.elapsed() < LONG);
     }
 }

@@ -333,10 +333,10 @@ impl<'s> Runner<'s> {
         self.targets.clear();
         let hooks = self.job.spec.hooks.clone();
         if overlay::path(&self.path, 0).exists() {
-            self.hook("stop-target", &hooks.stop_target)?;
+            self.undo_hook("stop-target", &hooks.stop_target)?;
             self.remove_overlays()?;
         }
-        self.hook("unfence-source", &hooks.unfence_source)?;
+        self.undo_hook("unfence-source", &hooks.unfence_source)?;
         self.source.resume()?;
         self.step(Input::StepDone, "the source goes on")
     }
@@ -836,7 +836,17 @@ impl<'s> Runner<'s> {
         Ok(())
     }
 
+    /// One that leads on, and is killed when the work is cancelled.
     fn hook(&self, step: &str, command: &[String]) -> Result<()> {
+        self.run_hook(step, command, &self.context.cancel)
+    }
+
+    /// One that undoes, which is wanted most when the work was cancelled.
+    fn undo_hook(&self, step: &str, command: &[String]) -> Result<()> {
+        self.run_hook(step, command, &CancelToken::new())
+    }
+
+    fn run_hook(&self, step: &str, command: &[String], cancel: &CancelToken) -> Result<()> {
         let mut environment = vec![
             ("BLOCKFERRY_JOB".to_owned(), self.job.name.clone()),
             ("BLOCKFERRY_STEP".to_owned(), step.to_owned()),
@@ -852,7 +862,8 @@ impl<'s> Runner<'s> {
                 add("OVERLAY", &overlay);
             }
         }
-        hooks::run(step, command, &environment, self.job.spec.hooks.timeout.0)
+        let timeout = self.job.spec.hooks.timeout.0;
+        hooks::run(step, command, &environment, timeout, cancel)
     }
 
     fn step(&mut self, input: Input, text: &str) -> Result<()> {

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use blockferry_device::{
-    Consistency, Error as DeviceError, ErrorKind as DeviceErrorKind, Result as DeviceResult,
+    CancelToken, Consistency, Error as DeviceError, ErrorKind as DeviceErrorKind,
+    Result as DeviceResult,
 };
 use blockferry_qemu::freeze::{Freezer, Frozen, GuestFreezer};
 use serde::Deserialize;
@@ -152,7 +153,7 @@ impl Script {
         let mut attempt = 0;
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            match hooks::run(self.step, &self.command, &[], left) {
+            match hooks::run(self.step, &self.command, &[], left, &CancelToken::new()) {
                 Err(error) if attempt == self.retries || Instant::now() >= end => {
                     return Err(error);
                 }

@@ -232,6 +232,36 @@ fn a_machine_that_is_written_comes_over_and_what_it_acknowledged_is_there() {
 }
 
 #[test]
+fn a_cutover_that_is_cancelled_while_the_replica_starts_leaves_a_source_that_runs() {
+    if is_missing() {
+        return;
+    }
+    let sites = Sites::new();
+    let context = sites.context();
+    let spec = sites.spec("hooks = { start-target = [\"sleep\", \"100\"] }");
+    let state = sites.jobs().start(&spec, Until::Ready, &context);
+    assert_eq!(state.expect("ready"), State::Ready, "{}", sites.told());
+    let (cancel, told) = (sites.cancel.clone(), Arc::clone(&sites.told));
+    let waiting = std::thread::spawn(move || {
+        let starts = |told: &Vec<String>| told.iter().any(|line| line.starts_with("starting"));
+        while !starts(&told.lock().expect("no panic")) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        cancel.cancel();
+    });
+
+    let outcome = sites.jobs().complete("web1", None, &context);
+
+    waiting.join().expect("no panic");
+    let error = outcome.expect_err("cancelled");
+    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+    assert_eq!(sites.status().job.state, State::Syncing, "{}", sites.told());
+    let writer = sites.writer(Duration::from_micros(100));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(writer.stop().unsure.is_none(), "the source does not run");
+}
+
+#[test]
 fn a_job_that_is_rolled_back_leaves_the_old_point_and_a_source_that_runs() {
     if is_missing() {
         return;
