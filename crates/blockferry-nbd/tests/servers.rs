@@ -1,6 +1,7 @@
 //! Exports of real servers: nbdkit and qemu-nbd, whole, failing, choosy, gone and come back.
 
 use std::cell::RefCell;
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -296,6 +297,41 @@ fn an_error_of_the_server_names_the_place_and_the_connection_goes_on() {
     std::fs::remove_file(&trigger).expect("removed");
     assert!(whole(&*target) == noise(2 * MIB, 4));
     target.flush().expect("it goes on");
+}
+
+#[test]
+fn a_slow_server_is_waited_for_and_one_that_is_silent_for_too_long_is_given_up() {
+    if is_missing("nbdkit") {
+        return;
+    }
+    let slow = [
+        "--filter=delay",
+        "memory",
+        "size=2M",
+        "rdelay=50ms",
+        "wdelay=50ms",
+    ];
+    let server = Server::nbdkit(&slow);
+    let target = server.target().expect("a target");
+    target.write_at(0, &noise(2 * MIB, 6)).expect("written");
+    assert!(whole(&*target) == noise(2 * MIB, 6));
+
+    let silent = ["--filter=delay", "memory", "size=2M", "rdelay=30"];
+    let server = Server::nbdkit(&silent);
+    let mut options = NbdOptions::default();
+    options.silence = Duration::from_millis(200);
+    let source = NbdDevice::open_source(&server.address(), &options).expect("a source");
+    let began = Instant::now();
+
+    let error = source.read_at(4096, &mut [0; 4096]).expect_err("silent");
+
+    let cause = error.source().expect("a cause").to_string();
+    assert!(cause.contains("silent"), "{error}: {cause}");
+    assert!(
+        began.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        began.elapsed()
+    );
 }
 
 #[test]
