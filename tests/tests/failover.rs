@@ -16,6 +16,9 @@ use blockferry_testkit::{StorageDaemon, Writer};
 use crate::lab::{Answer, Lab, MIB, seeded, skipped, while_starting, with_files};
 
 const BYTES: u64 = 12 * MIB;
+/// Of the machine at the other site: who writes its disks.
+const EXPORTS: &str = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
+                       --export type=nbd,id=w-disk1,node-name=data,name=w-disk1,writable=on";
 
 /// Two sites in one directory: a machine with two disks, and their replicas.
 struct Sites {
@@ -60,10 +63,8 @@ impl Sites {
 
     /// The same, whose replica runs while it is on trial, too, and can be written.
     fn with_a_trial(self) -> Away {
-        let exports = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
-                       --export type=nbd,id=w-disk1,node-name=data,name=w-disk1,writable=on";
         let on_trial = format!(
-            "set -- {exports}; driver=qcow2; \
+            "set -- {EXPORTS}; driver=qcow2; \
              BLOCKFERRY_DISK_0_TARGET=$BLOCKFERRY_DISK_0_OVERLAY; \
              BLOCKFERRY_DISK_1_TARGET=$BLOCKFERRY_DISK_1_OVERLAY"
         );
@@ -167,12 +168,17 @@ impl Away {
         assert!(stopped.expect("sh").success());
     }
 
-    /// Over, on trial with something written, committed. Returns what was told.
-    fn go(&self, seed: u64) -> Answer {
+    /// Over, with all that was written meanwhile; on trial.
+    fn on_trial(&self, seed: u64) {
         self.sites.lab.must(READY);
         let writer = self.sites.writer(seed);
         self.sites.lab.must("failover complete web");
         assert!(writer.stop().is_on(&self.sites.replicas()));
+    }
+
+    /// The same, with something written on trial; committed. Returns what was told.
+    fn go(&self, seed: u64) -> Answer {
+        self.on_trial(seed);
         let status = self.sites.lab.must("failover status web");
         let overlay = status.summary()["disks"][1]["overlay"].as_str();
         let written = Command::new("qemu-io")
@@ -421,9 +427,7 @@ fn an_old_disk_that_was_written_is_compared_in_full_which_is_said() {
         return;
     };
     // Its machine runs before it can be watched, too.
-    let exports = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
-                   --export type=nbd,id=w-disk1,node-name=data,name=w-disk1,writable=on";
-    let away = sites.with_a_way_back(exports);
+    let away = sites.with_a_way_back(EXPORTS);
     let over = away.go(1);
     assert_eq!(warnings(&over), ["not_watched"]);
     let disk = away.sites.lab.path("disk0");
@@ -447,10 +451,7 @@ fn a_replica_is_committed_while_it_is_written_and_comes_back_with_what_changed()
     let mut random = seeded(name);
     let away = sites.with_a_trial();
     let lab = &away.sites.lab;
-    lab.must(READY);
-    let writer = away.sites.writer(random.next_u64());
-    lab.must("failover complete web");
-    assert!(writer.stop().is_on(&away.sites.replicas()));
+    away.on_trial(random.next_u64());
     let writer = away.writer(OFTEN, random.next_u64());
     thread::sleep(Duration::from_millis(200));
 
@@ -493,8 +494,7 @@ fn a_live_commit_that_was_cut_short_is_finished_with_the_replica_stopped() {
     let mut random = seeded(name);
     let away = sites.with_a_trial();
     let lab = &away.sites.lab;
-    lab.must(READY);
-    lab.must("failover complete web");
+    away.on_trial(random.next_u64());
     let writer = away.writer(OFTEN, random.next_u64());
     thread::sleep(Duration::from_millis(300));
     let after = Duration::from_millis(random.below(50));

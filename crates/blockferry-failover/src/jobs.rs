@@ -222,10 +222,12 @@ impl Jobs {
 
     /// A way back is shown where there is one.
     fn next_steps(&self, job: &JobRecord) -> Result<Vec<(&'static str, &'static str)>> {
-        let mut steps = job.state.next_steps();
-        let leads_back = job.spec.reverse.is_some() && !self.store.origins(job.id)?.is_empty();
-        steps.retain(|step| leads_back || !job.state.is_final() || step.0 != "reverse");
-        Ok(steps)
+        let leads_back =
+            || Ok(job.spec.reverse.is_some() && !self.store.origins(job.id)?.is_empty());
+        Ok(match job.state {
+            State::Committed if !leads_back()? => Vec::new(),
+            state => state.next_steps(),
+        })
     }
 
     /// Copies passes until the job is ready, and refreshes it until it is cut over or cancelled: begins a job of this

@@ -523,10 +523,7 @@ impl<'s> Runner<'s> {
                 .map_err(|e| Error::engine("let the old point of a target go", e))?;
         }
         if let Some(why) = replica.watch(number)? {
-            self.warn(
-                "not_watched",
-                format!("a way back will compare whole disks: {why}"),
-            );
+            self.warn_unwatched(&why);
         }
         self.finish_commit(release)
     }
@@ -597,16 +594,19 @@ impl<'s> Runner<'s> {
             return Ok(());
         };
         let mut replica = Source::new(&way, &self.path, None);
-        let unwatched = match replica.watch(origin.number) {
-            Ok(None) => return Ok(()),
-            Ok(Some(why)) => why,
-            Err(error) => error.in_full(),
-        };
+        match replica.watch(origin.number) {
+            Ok(None) => {}
+            Ok(Some(why)) => self.warn_unwatched(&why),
+            Err(error) => self.warn_unwatched(&error.in_full()),
+        }
+        Ok(())
+    }
+
+    fn warn_unwatched(&self, why: &str) {
         let text = format!(
-            "a way back will compare whole disks: the replica was not watched from its start: {unwatched}"
+            "a way back will compare whole disks: the replica was not watched from its start: {why}"
         );
         self.warn("not_watched", text);
-        Ok(())
     }
 
     /// A source that is gone for good keeps nobody from deciding about the targets: it is said.

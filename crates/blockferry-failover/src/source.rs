@@ -21,6 +21,8 @@ use crate::spec::{DiskSpec, JobSpec, QuiesceBy};
 
 /// For the guest to shut down.
 const SHUTTING_DOWN: Duration = Duration::from_secs(120);
+/// For a machine that was told to end.
+const ENDING: Duration = Duration::from_secs(30);
 /// For the agent of a guest that runs to answer.
 const AGENT: Duration = Duration::from_secs(5);
 /// For a freeze that a stop follows: the guest stands still, nothing waits for its end.
@@ -44,9 +46,6 @@ pub(crate) struct CutDisk {
     /// Since the cut that the target holds.
     pub(crate) changes: Option<Arc<ChangeMap>>,
 }
-
-/// For a machine that was told to end.
-const ENDING: Duration = Duration::from_secs(30);
 
 /// An application or a guest at rest.
 #[derive(Debug)]

@@ -687,7 +687,7 @@ fn action(kind: &str, data: Value) -> Value {
     json!({"type": kind, "data": data})
 }
 
-pub(crate) fn node_of<'n>(found: &'n [Node], disk: &str) -> Result<&'n Node> {
+fn node_of<'n>(found: &'n [Node], disk: &str) -> Result<&'n Node> {
     found.iter().find(|node| node.name == disk).ok_or_else(|| {
         let names: Vec<&str> = found.iter().map(|node| node.name.as_str()).collect();
         let text = format!(

@@ -11,7 +11,7 @@ use std::time::Duration;
 use blockferry_device::{CancelToken, Error, ErrorKind, Result};
 use serde_json::json;
 
-use crate::machine::{GRANULARITY_BYTES, Machine, node_of};
+use crate::machine::{GRANULARITY_BYTES, Machine};
 use crate::names::Kind;
 use crate::nodes::{self, Job, Node};
 
@@ -122,20 +122,16 @@ impl Machine {
 
     fn begin_merge(&mut self, number: u64, id: &str, layers: &Layers) -> Result<()> {
         let found = nodes::nodes(self.qmp())?;
-        let overlay = node_on(&found, "qcow2", &layers.overlay)?.name.clone();
-        let below = node_on(&found, "raw", &layers.below)?.name.clone();
+        let overlay = node_on(&found, "qcow2", &layers.overlay)?;
+        let below = node_on(&found, "raw", &layers.below)?;
         let bitmap = self.tag().bitmap(number);
-        let has_bitmap = node_of(&found, &below)?
-            .bitmaps
-            .iter()
-            .any(|found| found.name == bitmap);
-        if !has_bitmap {
+        if !below.bitmaps.iter().any(|found| found.name == bitmap) {
             let arguments =
-                json!({"node": below, "name": bitmap, "granularity": GRANULARITY_BYTES});
+                json!({"node": below.name, "name": bitmap, "granularity": GRANULARITY_BYTES});
             self.qmp().execute("block-dirty-bitmap-add", arguments)?;
         }
         let arguments = json!({
-            "job-id": id, "device": overlay, "base-node": below,
+            "job-id": id, "device": overlay.name, "base-node": below.name,
             "auto-finalize": false, "auto-dismiss": false,
         });
         self.qmp().execute("block-commit", arguments).map(drop)
