@@ -198,7 +198,8 @@ fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
     fs::write(lab.path("sshd_config"), config).expect("written");
     // What it parts its privileges in; a package makes it when the service starts.
     fs::create_dir_all("/run/sshd").ok()?;
-    let daemon = Command::new("ip")
+    let log = lab.path("sshd.log");
+    let mut daemon = Command::new("ip")
         .args([
             "netns",
             "exec",
@@ -209,9 +210,14 @@ fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
             "-f",
             &path("sshd_config"),
         ])
-        .stderr(std::process::Stdio::null())
+        .stderr(fs::File::create(&log).expect("created"))
         .spawn()
         .ok()?;
+    while !fs::read_to_string(&log).is_ok_and(|told| told.contains("Server listening")) {
+        let ended = daemon.try_wait().expect("it is our child");
+        assert_eq!(ended, None, "{:?}", fs::read_to_string(&log));
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let shell = format!(
         "ssh -F none -i {} -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR -o UserKnownHostsFile={}",
         path("user-key"),
