@@ -331,6 +331,7 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
         exact: false,
         level: 1,
         window: 64,
+        mapped: true,
     });
     let open = Message::Open(message::Open {
         role: message::Role::Target,
@@ -389,6 +390,10 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
         Message::OpenRegion {
             region: 5,
             blocks: short(Width::Eight, 256),
+        },
+        Message::OpenBlocks {
+            region: 6,
+            blocks: vec![(0, Some(digest)), (255, None)],
         },
         Message::Want {
             region: 5,

@@ -631,6 +631,7 @@ fn begin(window: u32) -> Message {
         exact: false,
         level: 22,
         window,
+        mapped: false,
     })
 }
 

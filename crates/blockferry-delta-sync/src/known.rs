@@ -49,12 +49,14 @@ impl Known {
     }
 
     /// What is claimed of a block, counted in the region.
-    pub(crate) fn claim(&self, block: usize) -> Claim {
+    #[must_use]
+    pub fn claim(&self, block: usize) -> Claim {
         self.claims.get(block).copied().unwrap_or_default()
     }
 
     /// Whether both sides of a block are known and equal.
-    pub(crate) fn is_equal(&self, block: usize) -> bool {
+    #[must_use]
+    pub fn is_equal(&self, block: usize) -> bool {
         let Some(target) = &self.target else {
             return false;
         };

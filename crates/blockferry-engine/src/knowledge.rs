@@ -85,6 +85,11 @@ impl<R: Read> Knowledge<R> {
         }
     }
 
+    /// Whether a change map tells what may differ.
+    pub(crate) fn is_mapped(&self) -> bool {
+        self.claims.is_some()
+    }
+
     /// What is known of a region; nothing once there is a doubt, which ends the scan.
     pub(crate) fn of(&mut self, region: RegionIndex) -> Option<Known> {
         if self.doubts.first().is_some() {
@@ -149,6 +154,12 @@ impl Claims {
     }
 
     fn of(&mut self, geometry: Geometry, region: RegionIndex) -> Vec<Claim> {
+        let extent = geometry.region_extent(region);
+        if self.stride == 0 && whole(&self.map, extent) == Content::Same {
+            // Most regions of a large disk.
+            let blocks = geometry.region_block_count(region);
+            return vec![Claim::Same; usize::try_from(blocks).unwrap_or(usize::MAX)];
+        }
         let blocks = 0..usize::try_from(geometry.region_block_count(region)).unwrap_or(usize::MAX);
         blocks
             .map(|block| self.claim(block_in(&geometry, region, block)))

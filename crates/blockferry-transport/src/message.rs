@@ -47,9 +47,9 @@ pub enum Message {
         /// As far as the source has read.
         below: u64,
     },
-    /// All regions are read.
+    /// All regions are read, or all blocks that were opened.
     Scanned {
-        /// The root of the source.
+        /// The root of the source; with a map, of an image that is zero but for the blocks that were opened.
         root: Root,
         /// Bytes that were read to find it out.
         read_bytes: u64,
@@ -65,8 +65,8 @@ pub enum Message {
     Blocks {
         /// The region's number.
         region: u64,
-        /// The blocks that differ, counted in the region, ascending; `None` if they are zero.
-        differing: Vec<(u16, Option<Digest>)>,
+        /// The blocks that differ.
+        differing: Vec<NamedBlock>,
     },
     /// The pages that differ in these blocks are wanted.
     Want {
@@ -110,7 +110,18 @@ pub enum Message {
     Sample(Sample),
     /// What there is to a sample.
     Sampled(Sampled),
+    /// Some blocks of a region may differ: what the target has. Where the scan is [`Begin::mapped`], answered by
+    /// [`Message::Blocks`].
+    OpenBlocks {
+        /// The region's number.
+        region: u64,
+        /// The blocks that are to be read.
+        blocks: Vec<NamedBlock>,
+    },
 }
+
+/// A block, counted in its region, and its digest, `None` if it is zero; ascending in a message.
+pub type NamedBlock = (u16, Option<Digest>);
 
 /// Which blocks make a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,6 +211,8 @@ pub struct Begin {
     pub level: i8,
     /// So many regions may be read ahead of the last released one.
     pub window: u32,
+    /// The target's side has a change map: nothing is read but the blocks that it opens.
+    pub mapped: bool,
 }
 
 /// A run of neighbouring pages.
@@ -238,6 +251,7 @@ mod kind {
     pub(super) const EVENT: u8 = 18;
     pub(super) const SAMPLE: u8 = 19;
     pub(super) const SAMPLED: u8 = 20;
+    pub(super) const OPEN_BLOCKS: u8 = 21;
 }
 
 impl Message {
@@ -263,6 +277,7 @@ impl Message {
             Self::Event(_) => (kind::EVENT, "event"),
             Self::Sample(_) => (kind::SAMPLE, "sample"),
             Self::Sampled(_) => (kind::SAMPLED, "sampled"),
+            Self::OpenBlocks { .. } => (kind::OPEN_BLOCKS, "open blocks"),
         }
     }
 
@@ -305,15 +320,8 @@ impl Message {
                 e.u64(*region);
                 blocks.encode(e);
             }
-            Self::Blocks { region, differing } => {
-                e.u64(*region).count(differing.len());
-                for (block, digest) in differing {
-                    e.u16(*block).u8(u8::from(digest.is_some()));
-                    if let Some(digest) = digest {
-                        e.digest(digest);
-                    }
-                }
-            }
+            Self::Blocks { region, differing } => encode_named(e, *region, differing),
+            Self::OpenBlocks { region, blocks } => encode_named(e, *region, blocks),
             Self::Want { region, blocks } => {
                 e.u64(*region).count(blocks.len());
                 for (block, pages) in blocks {
@@ -369,10 +377,7 @@ impl Message {
             },
             kind::BLOCKS => Self::Blocks {
                 region: d.u64()?,
-                differing: ascending(
-                    list(d, MAX_BLOCKS, |d| Ok((d.u16()?, optional_digest(d)?)))?,
-                    |(block, _)| u64::from(*block),
-                )?,
+                differing: decode_named(d)?,
             },
             kind::WANT => Self::Want {
                 region: d.u64()?,
@@ -400,6 +405,10 @@ impl Message {
             kind::EVENT => Self::Event(d.bytes_u16(MAX_JSON_BYTES)?.to_vec()),
             kind::SAMPLE => Self::Sample(Sample::decode(d)?),
             kind::SAMPLED => Self::Sampled(Sampled::decode(d)?),
+            kind::OPEN_BLOCKS => Self::OpenBlocks {
+                region: d.u64()?,
+                blocks: decode_named(d)?,
+            },
             _ => return Err(invalid("no message has this kind".to_owned())),
         })
     }
@@ -486,7 +495,8 @@ impl Begin {
         e.u64(self.block_size.bytes())
             .u8(u8::from(self.exact))
             .bytes(&self.level.to_le_bytes())
-            .u32(self.window);
+            .u32(self.window)
+            .u8(u8::from(self.mapped));
     }
 
     fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
@@ -495,6 +505,7 @@ impl Begin {
             exact: flag(d)?,
             level: i8::from_le_bytes(d.array()?),
             window: d.u32()?,
+            mapped: flag(d)?,
         })
     }
 }
@@ -512,6 +523,21 @@ fn decode_regions(d: &mut Decoder<'_>) -> Decoded<Message> {
         digests,
         below,
     })
+}
+
+fn encode_named(e: &mut Encoder<'_>, region: u64, blocks: &[NamedBlock]) {
+    e.u64(region).count(blocks.len());
+    for (block, digest) in blocks {
+        e.u16(*block).u8(u8::from(digest.is_some()));
+        if let Some(digest) = digest {
+            e.digest(digest);
+        }
+    }
+}
+
+fn decode_named(d: &mut Decoder<'_>) -> Decoded<Vec<NamedBlock>> {
+    let blocks = list(d, MAX_BLOCKS, |d| Ok((d.u16()?, optional_digest(d)?)))?;
+    ascending(blocks, |(block, _)| u64::from(*block))
 }
 
 fn encode_data(e: &mut Encoder<'_>, blocks: &[(u64, u16)], runs: &[PageRun], frame: &[u8]) {
@@ -620,6 +646,7 @@ mod tests {
             exact: true,
             level: -7,
             window: 64,
+            mapped: true,
         };
         let run = |first, count, zero| PageRun { first, count, zero };
         vec![
@@ -686,6 +713,10 @@ mod tests {
                 reading_ns: 1,
                 digesting_ns: u64::MAX,
             }),
+            Message::OpenBlocks {
+                region: 5,
+                blocks: vec![(0, Some(digest(1))), (255, None)],
+            },
         ]
     }
 
@@ -720,10 +751,10 @@ mod tests {
         }
         assert_eq!(
             kinds,
-            (kind::BEGIN..=kind::SAMPLED).collect(),
+            (kind::BEGIN..=kind::OPEN_BLOCKS).collect(),
             "one of each"
         );
-        for kind in [0, kind::SAMPLED + 1, 255] {
+        for kind in [0, kind::OPEN_BLOCKS + 1, 255] {
             let body = Vec::new();
             assert!(Message::decode(&Frame { kind, body }).is_err());
         }
@@ -750,6 +781,10 @@ mod tests {
             region: 1,
             differing: numbers.map(|n| (n, None)).to_vec(),
         };
+        let opened = |numbers: [u16; 2]| Message::OpenBlocks {
+            region: 1,
+            blocks: numbers.map(|n| (n, None)).to_vec(),
+        };
         for wrong in [
             data(vec![run(5, 1), run(4, 1)]),
             data(vec![run(5, 2), run(6, 1)]),
@@ -760,6 +795,8 @@ mod tests {
             regions(vec![1, 2], 3),
             blocks([4, 4]),
             blocks([4, 3]),
+            opened([4, 4]),
+            opened([4, 3]),
         ] {
             assert!(Message::decode(&encoded(&wrong)).is_err(), "{wrong:?}");
         }
@@ -797,7 +834,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn what_is_accepted_is_written_again_byte_for_byte(
-            kind in 0u8..22, body in proptest::collection::vec(0u8..4, 0..80),
+            kind in 0u8..23, body in proptest::collection::vec(0u8..4, 0..80),
         ) {
             let frame = Frame { kind, body };
             if let Ok(message) = Message::decode(&frame) {

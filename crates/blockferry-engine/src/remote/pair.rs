@@ -3,16 +3,18 @@
 
 use std::collections::VecDeque;
 
-use blockferry_core::{Extent, Geometry, RegionIndex, RegionLeaves, Root, page_digests};
+use blockferry_core::{
+    Extent, Geometry, RegionIndex, RegionLeaves, Root, TreeHasher, block_digest, page_digests,
+};
 use blockferry_pipeline::block_in;
 use blockferry_transport::frame::{Frame, FrameDecoder};
 use blockferry_transport::message::Begin;
 use blockferry_transport::{Message, ShortDigests};
 
 use super::data::{Packer, Unpacked};
-use super::protocol::{ProtocolError, ProtocolResult};
+use super::protocol::{ProtocolError, ProtocolResult, block_number};
 use super::source_role::{SourceJob, SourceRole};
-use super::target_role::{TargetJob, TargetRole};
+use super::target_role::{Mapped, TargetJob, TargetRole};
 
 /// Two images and the roles between them.
 pub(super) struct Pair {
@@ -29,6 +31,10 @@ pub(super) struct Pair {
     source_jobs: Vec<SourceJob>,
     target_jobs: Vec<TargetJob>,
     pub(super) finished: Vec<RegionLeaves>,
+    /// What a map tells, truthfully: of each block of the image whether it may differ.
+    pub(super) may_differ: Vec<bool>,
+    /// Blocks that the source's side read for digests.
+    pub(super) read_blocks: usize,
     pub(super) sent: Sent,
     /// A number below the one it is given.
     draw: Box<dyn FnMut(usize) -> usize>,
@@ -64,10 +70,20 @@ impl Pair {
         draw: impl FnMut(usize) -> usize + 'static,
     ) -> Self {
         let size = new.len() as u64;
+        let old = padded(old, new.len());
+        let geometry = Geometry::new(size, begin.block_size);
+        let block_bytes = usize::try_from(begin.block_size.bytes()).unwrap();
+        let blocks = old.chunks(block_bytes).zip(new.chunks(block_bytes));
+        // Now and then it does not differ.
+        let may_differ = (0..)
+            .zip(blocks)
+            .map(|(n, (old, new))| old != new || n % 99 == 7);
         Self {
+            may_differ: may_differ.collect(),
+            read_blocks: 0,
             new: new.to_vec(),
-            old: padded(old, new.len()),
-            geometry: Geometry::new(size, begin.block_size),
+            old,
+            geometry,
             begin,
             source: SourceRole::new(size),
             target: TargetRole::new(begin, size, whole),
@@ -209,10 +225,10 @@ impl Pair {
             self.source_jobs.extend(job);
         }
         if self.target_jobs.len() < 3 {
-            let (old, whole) = (&self.old, self.whole);
+            let (old, every) = (&self.old, self.whole || self.begin.mapped);
             let mut out = Vec::new();
             let mut next = |from| {
-                if whole {
+                if every {
                     Some(from)
                 } else {
                     data(old, &geometry, from)
@@ -222,6 +238,46 @@ impl Pair {
             self.target_jobs.extend(job);
             self.send_to_source(out);
         }
+    }
+
+    /// The root that a source tells which has what the target has become.
+    pub(super) fn root(&self) -> Root {
+        let mut tree = TreeHasher::new(self.geometry);
+        for region in (0..self.geometry.region_count()).map(RegionIndex::new) {
+            let extent = self.geometry.region_extent(region);
+            let leaves = RegionLeaves::of_bytes(&self.geometry, region, &self.old[range(extent)]);
+            if !self.begin.mapped {
+                tree.push(&leaves);
+                continue;
+            }
+            let mut opened = RegionLeaves::zero(&self.geometry, region);
+            for block in self.mapped(&leaves).open.into_iter().map(usize::from) {
+                opened.set(block, leaves.get(block));
+            }
+            tree.push(&opened);
+        }
+        tree.finish()
+    }
+
+    /// What the map tells of a region; of every other block that is zero that it is.
+    fn mapped(&self, leaves: &RegionLeaves) -> Mapped {
+        let mut mapped = Mapped::default();
+        if !self.begin.mapped {
+            return mapped;
+        }
+        for block in 0..leaves.len() {
+            let extent = block_in(&self.geometry, leaves.region(), block);
+            let number = extent.start() / self.begin.block_size.bytes();
+            if !self.may_differ[usize::try_from(number).unwrap()] {
+                continue;
+            }
+            if block % 2 == 0 && self.new[range(extent)].iter().all(|b| *b == 0) {
+                mapped.zeros.push(block_number(block));
+            } else {
+                mapped.open.push(block_number(block));
+            }
+        }
+        mapped
     }
 
     fn send_to_target(&mut self, messages: Vec<Message>) {
@@ -249,8 +305,20 @@ impl Pair {
                 let extent = self.geometry.region_extent(region);
                 let leaves =
                     RegionLeaves::of_bytes(&self.geometry, region, &self.new[range(extent)]);
+                self.read_blocks += leaves.len();
                 let mut out = Vec::new();
                 self.source.scanned(leaves, 1, &mut out);
+                self.send_to_target(out);
+            }
+            SourceJob::Digest { region, blocks } => {
+                let mut leaves = RegionLeaves::zero(&self.geometry, region);
+                self.read_blocks += blocks.len();
+                for block in blocks.into_iter().map(usize::from) {
+                    let extent = block_in(&self.geometry, region, block);
+                    leaves.set(block, block_digest(&self.new[range(extent)]));
+                }
+                let mut out = Vec::new();
+                self.source.digested(leaves, 1, &mut out);
                 self.send_to_target(out);
             }
             SourceJob::Pages { region, blocks } => {
@@ -279,7 +347,8 @@ impl Pair {
                 } else {
                     RegionLeaves::of_bytes(&self.geometry, region, &self.old[range(extent)])
                 };
-                self.target.scanned(leaves, &mut out);
+                let mapped = self.mapped(&leaves);
+                self.target.scanned(leaves, mapped, &mut out);
             }
             TargetJob::Pages {
                 region,

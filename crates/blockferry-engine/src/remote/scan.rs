@@ -1,12 +1,14 @@
 //! The host of the target's role: reads the target on several threads, stages what arrives, and hands regions that are
 //! done to the consumer in order, as a walk over two local devices does.
 
+use std::collections::BTreeMap;
+use std::io::Read;
 use std::sync::Arc;
 
 use blockferry_core::{
     Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero, page_digests,
 };
-use blockferry_delta_sync::{Known, differing_runs};
+use blockferry_delta_sync::{Claim, Known, differing_runs};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, DataMap, DataRegions, Step, block_in, read_padded, runs};
 use blockferry_transfer_log::{Batch, Old, StagedView, Stager};
@@ -16,10 +18,11 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::data::Unpacked;
 use super::sampling::take_sample;
-use super::target_role::{Arrived, TargetJob, TargetRole};
+use super::target_role::{Arrived, Mapped, TargetJob, TargetRole};
 use super::{ProtocolError, block_number, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::RegionDone;
+use crate::knowledge::Knowledge;
 use crate::options::Context;
 use crate::sample::Sample;
 
@@ -123,6 +126,9 @@ pub(crate) enum Scanned {
 enum Finished {
     Scanned {
         leaves: RegionLeaves,
+        mapped: Mapped,
+        /// Claimed to be the same by the map, but staged over: what they have to turn out to be.
+        claimed: Vec<(usize, Digest)>,
         read_bytes: u64,
     },
     Paged(RegionIndex, Vec<(u16, ShortDigests)>),
@@ -137,14 +143,14 @@ enum Finished {
 pub(crate) type Consume<'c> = dyn FnMut(Step<Batch, RegionDone>) -> Result<()> + 'c;
 
 impl TargetSide {
-    /// Scans once. `known` says what is known of each region of the target, asked for in ascending order.
+    /// Scans once, with a change map where one is known.
     pub(crate) fn scan(
         &self,
         peer: &Peer,
         exact: bool,
         threads: usize,
         context: &Context,
-        known: &mut dyn FnMut(RegionIndex) -> Option<Known>,
+        knowledge: &mut Knowledge<impl Read>,
         consume: &mut Consume<'_>,
     ) -> Result<Scanned> {
         let begin = Begin {
@@ -152,6 +158,7 @@ impl TargetSide {
             exact,
             level: LEVEL,
             window: WINDOW,
+            mapped: knowledge.is_mapped(),
         };
         let outbox = peer.connection.outbox();
         outbox.send(Message::Begin(begin)).map_err(lost)?;
@@ -164,26 +171,35 @@ impl TargetSide {
             }
             let mut host = Host {
                 role: TargetRole::new(begin, self.geometry.image_bytes(), self.writes_blocks),
-                regions: self.regions(),
+                regions: self.regions(begin.mapped),
+                claimed: BTreeMap::new(),
                 under_way: 0,
                 most: 2 * threads,
                 read_bytes: 0,
             };
-            host.run(&peer.connection, &jobs, &finished, context, known, consume)
+            host.run(
+                &peer.connection,
+                &jobs,
+                &finished,
+                context,
+                knowledge,
+                consume,
+            )
         })
         .and_then(|scanned| peer.stop().map(|()| scanned))
     }
 
     /// Where there is something to look at on this side.
-    fn regions(&self) -> DataRegions {
+    fn regions(&self, mapped: bool) -> DataRegions {
         let (new_file, target) = (self.stager.writes_new_file(), &self.target);
         match (&self.staged, target) {
             // A new file is zero.
             (None, _) if self.writes_blocks && new_file => DataRegions::none(self.geometry),
-            (None, Some(target)) if !self.writes_blocks => {
+            (None, Some(target)) if !self.writes_blocks && !mapped => {
                 DataRegions::of(self.geometry, vec![Arc::clone(target)])
             }
-            // Something may be staged where the target is zero, or zeros are to be written whatever is there.
+            // Something may be staged, or be in the source by the map, where the target is zero, or zeros are to be
+            // written whatever is there.
             _ => DataRegions::every(self.geometry),
         }
     }
@@ -214,7 +230,7 @@ impl TargetSide {
         buffers: &mut (AlignedBuffer, AlignedBuffer),
     ) -> Result<Finished> {
         match job {
-            TargetJob::Scan(region) => self.leaves(region, known, &mut buffers.0),
+            TargetJob::Scan(region) => self.leaves(begin, region, known, &mut buffers.0),
             TargetJob::Pages {
                 region,
                 blocks,
@@ -237,6 +253,7 @@ impl TargetSide {
     /// The leaves of the target as staged so far. What is known and not staged over is not read.
     fn leaves(
         &self,
+        begin: Begin,
         region: RegionIndex,
         known: &Known,
         buffer: &mut AlignedBuffer,
@@ -244,33 +261,68 @@ impl TargetSide {
         if self.writes_blocks {
             return self.staged_leaves(region);
         }
-        let target = self.target()?;
         let whole = self.geometry.region_extent(region);
-        let is_staged = self.staged.as_ref().is_some_and(|s| s.overlaps(whole));
-        if let Some(leaves) = known.target.as_ref().filter(|_| !is_staged) {
-            let leaves = leaves.clone();
-            return Ok(Finished::Scanned {
-                leaves,
-                read_bytes: 0,
-            });
+        let staged = self.staged.as_ref().filter(|s| s.overlaps(whole));
+        let is_staged =
+            |block| staged.is_some_and(|s| s.overlaps(block_in(&self.geometry, region, block)));
+        let (leaves, read_bytes) = match &known.target {
+            Some(leaves) if staged.is_none() => (leaves.clone(), 0),
+            _ => self.read_leaves(region, known, &is_staged, buffer)?,
+        };
+        let (mut mapped, mut claimed) = (Mapped::default(), Vec::new());
+        if begin.mapped {
+            for block in 0..leaves.len() {
+                match (known.claim(block), is_staged(block)) {
+                    (Claim::Zero, _) => mapped.zeros.push(block_number(block)),
+                    (_, false) if known.is_equal(block) => {}
+                    (claim, _) => {
+                        mapped.open.push(block_number(block));
+                        let same = known.target.as_ref().filter(|_| claim == Claim::Same);
+                        claimed.extend(same.map(|leaves| (block, leaves.get(block))));
+                    }
+                }
+            }
         }
-        let failed = |e| Error::target(format!("read {whole} of {}", target.label()), e);
+        Ok(Finished::Scanned {
+            leaves,
+            mapped,
+            claimed,
+            read_bytes,
+        })
+    }
+
+    /// Reads the blocks that are not known, or staged over.
+    fn read_leaves(
+        &self,
+        region: RegionIndex,
+        known: &Known,
+        is_staged: &dyn Fn(usize) -> bool,
+        buffer: &mut AlignedBuffer,
+    ) -> Result<(RegionLeaves, u64)> {
+        let target = self.target()?;
+        let failed = |e| {
+            let whole = self.geometry.region_extent(region);
+            Error::target(format!("read {whole} of {}", target.label()), e)
+        };
         let map = DataMap::of(target, &self.geometry, region).map_err(failed)?;
-        let mut leaves = RegionLeaves::zero(&self.geometry, region);
+        let zero = || RegionLeaves::zero(&self.geometry, region);
+        let mut leaves = known.target.clone().unwrap_or_else(zero);
         let mut read_bytes = 0;
         let block_bytes = to_usize(self.geometry.block_size().bytes());
-        let wanted = |block| is_staged || !map.is_zero_block(block);
+        let wanted = |b| is_staged(b) || (known.target.is_none() && !map.is_zero_block(b));
         for run in runs(&self.geometry, region, wanted) {
             let bytes = &mut buffer[..to_usize(run.extent.length())];
             read_bytes += map.read(target, run.extent, bytes).map_err(failed)?;
             self.patch(run.extent, bytes)?;
             for (block, place) in bytes.chunks(block_bytes).zip(run.first..) {
-                if !is_zero(block) {
+                if is_zero(block) {
+                    leaves.set_zero(place);
+                } else {
                     leaves.set(place, block_digest(block));
                 }
             }
         }
-        Ok(Finished::Scanned { leaves, read_bytes })
+        Ok((leaves, read_bytes))
     }
 
     /// The leaves of the blocks that a resumed session has staged; nothing is read.
@@ -288,6 +340,8 @@ impl TargetSide {
         }
         Ok(Finished::Scanned {
             leaves,
+            mapped: Mapped::default(),
+            claimed: Vec::new(),
             read_bytes: 0,
         })
     }
@@ -568,6 +622,8 @@ fn with_room(batches: &mut Vec<Batch>, extent: Extent, new: impl Fn() -> Batch) 
 struct Host {
     role: TargetRole,
     regions: DataRegions,
+    /// Of each region that is not done, blocks that the map claims to be the same and that were asked for.
+    claimed: BTreeMap<u64, Vec<(usize, Digest)>>,
     under_way: usize,
     most: usize,
     read_bytes: u64,
@@ -580,12 +636,12 @@ impl Host {
         jobs: &Sender<(TargetJob, Known)>,
         finished: &Receiver<Result<Finished>>,
         context: &Context,
-        known: &mut dyn FnMut(RegionIndex) -> Option<Known>,
+        knowledge: &mut Knowledge<impl Read>,
         consume: &mut Consume<'_>,
     ) -> Result<Scanned> {
         let mut out = Vec::new();
         loop {
-            if !self.hand_out(jobs, known, &mut out) {
+            if !self.hand_out(jobs, knowledge, &mut out) {
                 return Ok(Scanned::Again);
             }
             let mut messages = out.drain(..);
@@ -679,9 +735,17 @@ impl Host {
         consume: &mut Consume<'_>,
     ) -> Result<super::ProtocolResult> {
         match done {
-            Finished::Scanned { leaves, read_bytes } => {
+            Finished::Scanned {
+                leaves,
+                mapped,
+                claimed,
+                read_bytes,
+            } => {
                 self.read_bytes += read_bytes;
-                self.role.scanned(leaves, out);
+                if !claimed.is_empty() {
+                    self.claimed.insert(leaves.region().get(), claimed);
+                }
+                self.role.scanned(leaves, mapped, out);
             }
             Finished::Paged(region, blocks) => self.role.paged(region, blocks, out),
             Finished::Staged {
@@ -700,12 +764,16 @@ impl Host {
 
     fn take_finished(&mut self, consume: &mut Consume<'_>) -> Result<()> {
         for leaves in self.role.take_finished() {
+            let claimed = self.claimed.remove(&leaves.region().get());
+            let claimed = claimed.into_iter().flatten();
+            let lies = claimed.filter(|(block, digest)| leaves.get(*block) != *digest);
+            let lies = lies.count() as u64;
             consume(Step::Done(RegionDone {
                 leaves,
                 source_read_bytes: 0,
                 target_read_bytes: std::mem::take(&mut self.read_bytes),
                 changed_bytes: 0,
-                lies: 0,
+                lies,
             }))?;
         }
         Ok(())
@@ -715,7 +783,7 @@ impl Host {
     fn hand_out(
         &mut self,
         jobs: &Sender<(TargetJob, Known)>,
-        known: &mut dyn FnMut(RegionIndex) -> Option<Known>,
+        knowledge: &mut Knowledge<impl Read>,
         out: &mut Vec<Message>,
     ) -> bool {
         while self.under_way < self.most {
@@ -726,7 +794,7 @@ impl Host {
                 break;
             };
             let of_region = match &job {
-                TargetJob::Scan(region) => known(*region),
+                TargetJob::Scan(region) => knowledge.of(*region),
                 _ => Some(Known::default()),
             };
             let Some(of_region) = of_region else {

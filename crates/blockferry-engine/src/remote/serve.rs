@@ -4,10 +4,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockferry_core::{Geometry, RegionIndex, RegionLeaves};
+use blockferry_core::{Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
 use blockferry_device::{AlignedBuffer, BlockSource, Cancellable};
 use blockferry_full_download::{Copying, Scratch};
-use blockferry_pipeline::{BUFFER_BYTES, DataRegions, Observer, block_in, read_padded};
+use blockferry_pipeline::{
+    BUFFER_BYTES, DataMap, DataRegions, Observer, block_in, read_padded, runs,
+};
 use blockferry_transport::message::{Begin, Source};
 use blockferry_transport::{Connection, Message, Outbox, ShortDigests};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -15,7 +17,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 use super::data::Packer;
 use super::sampling::send_sample;
 use super::source_role::{SourceJob, SourceRole};
-use super::{events, failed_peer, lost, violated};
+use super::{block_number, events, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Context;
 
@@ -112,6 +114,7 @@ struct Host {
 /// What a worker did.
 enum Finished {
     Scanned(RegionLeaves, u64),
+    Digested(RegionLeaves, u64),
     Answered(Option<Message>),
     Failed(Error),
 }
@@ -150,6 +153,9 @@ impl Host {
                     match done {
                         Ok(Finished::Scanned(leaves, read_bytes)) => {
                             self.role.scanned(leaves, read_bytes, &mut out);
+                        }
+                        Ok(Finished::Digested(leaves, read_bytes)) => {
+                            self.role.digested(leaves, read_bytes, &mut out);
                         }
                         Ok(Finished::Answered(message)) => out.extend(message),
                         Ok(Finished::Failed(error)) => return Err(error),
@@ -253,12 +259,40 @@ impl Reading {
                 let scanned = copying.region(region, scratch, &mut |_| Ok(()))?;
                 Ok(Finished::Scanned(scanned.leaves, scanned.source_read_bytes))
             }
+            SourceJob::Digest { region, blocks } => {
+                let (_begin, geometry) = begun()?;
+                self.digest(&geometry, region, &blocks)
+            }
             SourceJob::Pages { region, blocks } => {
                 let (begin, geometry) = begun()?;
                 self.send_pages(&geometry, begin, region, &blocks)?;
                 Ok(Finished::Answered(None))
             }
         }
+    }
+
+    /// Reads these blocks of a region; what is known to be zero is not read.
+    fn digest(&self, geometry: &Geometry, region: RegionIndex, blocks: &[u16]) -> Result<Finished> {
+        let source = &*self.source;
+        let failed = |e| {
+            let extent = geometry.region_extent(region);
+            Error::source(format!("read {extent} of {}", source.label()), e)
+        };
+        let map = DataMap::of(source, geometry, region).map_err(failed)?;
+        let mut leaves = RegionLeaves::zero(geometry, region);
+        let (mut buffer, mut read_bytes) = (buffer(), 0);
+        let block_bytes = to_usize(geometry.block_size().bytes());
+        let wanted = |b| !map.is_zero_block(b) && blocks.binary_search(&block_number(b)).is_ok();
+        for run in runs(geometry, region, wanted) {
+            let bytes = &mut buffer[..to_usize(run.extent.length())];
+            read_bytes += map.read(source, run.extent, bytes).map_err(failed)?;
+            for (block, place) in bytes.chunks(block_bytes).zip(run.first..) {
+                if !is_zero(block) {
+                    leaves.set(place, block_digest(block));
+                }
+            }
+        }
+        Ok(Finished::Digested(leaves, read_bytes))
     }
 
     fn send_pages(
@@ -289,7 +323,7 @@ impl Reading {
         extent: blockferry_core::Extent,
         buffer: &'b mut AlignedBuffer,
     ) -> Result<&'b [u8]> {
-        let bytes = &mut buffer[..usize::try_from(extent.length()).unwrap_or(usize::MAX)];
+        let bytes = &mut buffer[..to_usize(extent.length())];
         read_padded(&*self.source, extent, bytes)
             .map_err(|e| Error::source(format!("read {extent} of {}", self.source.label()), e))?;
         Ok(bytes)
@@ -308,7 +342,7 @@ pub(crate) fn examine(source: &dyn BlockSource) -> Result<Source> {
 }
 
 fn buffer() -> AlignedBuffer {
-    AlignedBuffer::zeroed(usize::try_from(BUFFER_BYTES).unwrap_or(usize::MAX))
+    AlignedBuffer::zeroed(to_usize(BUFFER_BYTES))
 }
 
 /// Sends what a packer gave, if it gave anything.
@@ -324,4 +358,8 @@ pub(super) fn send_packed(
 
 pub(super) fn packing(cause: blockferry_transfer_log::Error) -> Error {
     Error::because(ErrorKind::Internal, "pack pages", cause)
+}
+
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
 }

@@ -1,13 +1,13 @@
 //! The side that has the source. Sans I/O: messages and finished work in, messages and work out.
 //!
 //! It reads ahead of the target as far as it is let and tells the digests of its regions; what differs the target
-//! asks for. Its host, [`serve_source`](super::serve_source), reads the source.
+//! asks for. Where the target's side has a change map it leads, and only blocks that it opens are read. Its host, [`serve_source`](super::serve_source), reads the source.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use blockferry_core::{Digest, Geometry, PAGE_BYTES, RegionIndex, RegionLeaves, TreeHasher};
 use blockferry_pipeline::block_in;
-use blockferry_transport::message::{Begin, MAX_REGIONS, Sample};
+use blockferry_transport::message::{Begin, MAX_REGIONS, NamedBlock, Sample};
 use blockferry_transport::{Message, ShortDigests, Width};
 
 use super::{ProtocolResult, block_number, unexpected, violates};
@@ -24,6 +24,11 @@ const MAX_WAITING: usize = 1024;
 pub(super) enum SourceJob {
     /// Read a region and take its leaves: [`SourceRole::scanned`].
     Scan(RegionIndex),
+    /// Read these blocks of a region and take their leaves: [`SourceRole::digested`].
+    Digest {
+        region: RegionIndex,
+        blocks: Vec<u16>,
+    },
     /// Read these blocks and send their pages that differ: nothing else is said of it.
     Pages {
         region: RegionIndex,
@@ -64,8 +69,11 @@ struct Run {
 
 #[derive(Debug)]
 struct Told {
+    /// Where the target leads, zero but for the blocks that it opened and that are read.
     leaves: RegionLeaves,
     opened: bool,
+    /// Blocks that the target opened, and what it has there, until they are read.
+    unread: Option<Vec<NamedBlock>>,
     requests: Vec<u8>,
 }
 
@@ -97,12 +105,16 @@ impl SourceRole {
                 out.push(reply);
                 Ok(())
             }
+            Message::OpenBlocks { region, blocks } => {
+                let job = self.run()?.open_blocks(region, blocks)?;
+                self.queue(job)
+            }
             Message::Want { region, blocks } => {
                 self.run()?.want(region, &blocks)?;
                 let region = RegionIndex::new(region);
                 self.queue(SourceJob::Pages { region, blocks })
             }
-            Message::Release(below) => self.run()?.release(below),
+            Message::Release(below) => self.run()?.release(below, out),
             other => Err(unexpected("source", &other)),
         }
     }
@@ -133,6 +145,22 @@ impl SourceRole {
             run.scanned(leaves);
             run.read_bytes += read_bytes;
             run.tell(out);
+        }
+    }
+
+    /// The blocks of a region that the target opened were read, which took so many bytes; all others are zero in
+    /// `leaves`.
+    pub(super) fn digested(
+        &mut self,
+        leaves: RegionLeaves,
+        read_bytes: u64,
+        out: &mut Vec<Message>,
+    ) {
+        if let Some(run) = &mut self.run
+            && run.geometry == *leaves.geometry()
+        {
+            run.read_bytes += read_bytes;
+            out.extend(run.digested(leaves));
         }
     }
 
@@ -195,8 +223,7 @@ impl Run {
         next_data: &mut dyn FnMut(u64) -> Option<u64>,
     ) -> Option<RegionIndex> {
         let count = self.geometry.region_count();
-        let window = usize::try_from(self.begin.window).unwrap_or(usize::MAX);
-        if self.next >= count || self.reading.len() + self.told.len() >= window {
+        if self.begin.mapped || self.next >= count || self.is_full() {
             return None;
         }
         let found = next_data(self.next).filter(|region| *region < count);
@@ -204,6 +231,12 @@ impl Run {
         let region = found?;
         self.reading.insert(region, None);
         Some(RegionIndex::new(region))
+    }
+
+    /// Whether as many regions as may be are remembered, or will be.
+    fn is_full(&self) -> bool {
+        let window = usize::try_from(self.begin.window).unwrap_or(usize::MAX);
+        self.reading.len() + self.told.len() >= window
     }
 
     fn scanned(&mut self, leaves: RegionLeaves) {
@@ -214,6 +247,9 @@ impl Run {
 
     /// Tells of all regions that are read and wait for no earlier one, and of the root after the last.
     fn tell(&mut self, out: &mut Vec<Message>) {
+        if self.begin.mapped {
+            return;
+        }
         let mut regions = Vec::new();
         let mut digests = ShortDigests::new(self.width(Width::Sixteen));
         while let Some(entry) = self.reading.first_entry()
@@ -227,16 +263,7 @@ impl Run {
             }
             regions.push(region);
             digests.push(&leaves.digest());
-            let requests = vec![0; leaves.len()];
-            let opened = false;
-            self.told.insert(
-                region,
-                Told {
-                    leaves,
-                    opened,
-                    requests,
-                },
-            );
+            self.told.insert(region, Told::new(leaves));
         }
         let below = self.reading.keys().next().copied().unwrap_or(self.next);
         if below > self.told_below || !regions.is_empty() {
@@ -248,6 +275,11 @@ impl Run {
                 below,
             });
         }
+        self.tell_root(below, out);
+    }
+
+    /// Once all that is below the end is in the tree.
+    fn tell_root(&mut self, below: u64, out: &mut Vec<Message>) {
         if below == self.geometry.region_count() && !self.finished {
             self.finished = true;
             out.push(Message::Scanned {
@@ -257,9 +289,66 @@ impl Run {
         }
     }
 
+    /// Remembers what the target has in these blocks until they are read. Regions are opened in order, so that none is
+    /// opened again.
+    fn open_blocks(&mut self, region: u64, blocks: Vec<NamedBlock>) -> ProtocolResult<SourceJob> {
+        let count = self.geometry.region_count();
+        if !self.begin.mapped || !(self.next..count).contains(&region) {
+            return Err(violates(format!(
+                "open blocks of region {region}: expected regions from {} to {count} in order, of a scan with a map",
+                self.next
+            )));
+        }
+        if self.is_full() {
+            return Err(violates("more regions are open than may be"));
+        }
+        let index = RegionIndex::new(region);
+        let leaves = RegionLeaves::zero(&self.geometry, index);
+        let numbers: Vec<u16> = blocks.iter().map(|(block, _)| *block).collect();
+        if numbers
+            .last()
+            .is_none_or(|block| usize::from(*block) >= leaves.len())
+        {
+            return Err(violates(format!(
+                "open blocks of region {region}: expected some of its {}, found {numbers:?}",
+                leaves.len()
+            )));
+        }
+        self.next = region + 1;
+        let mut told = Told::new(leaves);
+        told.unread = Some(blocks);
+        self.told.insert(region, told);
+        Ok(SourceJob::Digest {
+            region: index,
+            blocks: numbers,
+        })
+    }
+
+    /// What is said of blocks that were opened; nothing if that was of a scan before.
+    fn digested(&mut self, leaves: RegionLeaves) -> Option<Message> {
+        let region = leaves.region().get();
+        let told = self.told.get_mut(&region)?;
+        let theirs = told.unread.take()?;
+        told.leaves = leaves;
+        let said = theirs.into_iter().map(|(block, theirs)| {
+            let number = usize::from(block);
+            let ours = told.leaves.get(number);
+            let ours = Some(ours).filter(|_| !told.leaves.is_zero_block(number));
+            (block, ours, theirs)
+        });
+        let differing = said.filter(|(_, ours, theirs)| ours != theirs);
+        Some(Message::Blocks {
+            region,
+            differing: differing.map(|(block, ours, _)| (block, ours)).collect(),
+        })
+    }
+
     /// The blocks in which the target's region differs from the source's.
     fn open(&mut self, region: u64, theirs: &ShortDigests) -> ProtocolResult<Message> {
         let width = self.width(Width::Eight);
+        if self.begin.mapped {
+            return Err(violates("a whole region is opened in a scan with a map"));
+        }
         let told = self.told(region)?;
         if std::mem::replace(&mut told.opened, true) {
             return Err(violates(format!("region {region} is opened again")));
@@ -320,7 +409,10 @@ impl Run {
         Ok(())
     }
 
-    fn release(&mut self, below: u64) -> ProtocolResult {
+    fn release(&mut self, below: u64, out: &mut Vec<Message>) -> ProtocolResult {
+        if self.begin.mapped {
+            return self.release_opened(below, out);
+        }
         if below > self.told_below {
             return Err(violates(format!(
                 "release of regions below {below}: told were only those below {}",
@@ -328,6 +420,25 @@ impl Run {
             )));
         }
         self.told = self.told.split_off(&below);
+        Ok(())
+    }
+
+    /// Regions that nothing was asked of are released as well; with the last one the target has asked all it wants to.
+    fn release_opened(&mut self, below: u64, out: &mut Vec<Message>) -> ProtocolResult {
+        let rest = self.told.split_off(&below);
+        let released = std::mem::replace(&mut self.told, rest);
+        let unread = released.iter().find(|(_, told)| told.unread.is_some());
+        let count = self.geometry.region_count();
+        if below > count || unread.is_some() {
+            return Err(violates(format!(
+                "release of regions below {below} of {count}: expected all of them to be answered"
+            )));
+        }
+        for told in released.into_values() {
+            self.tree.push(&told.leaves);
+        }
+        self.next = self.next.max(below);
+        self.tell_root(below, out);
         Ok(())
     }
 
@@ -343,6 +454,17 @@ impl Run {
             Width::Whole
         } else {
             short
+        }
+    }
+}
+
+impl Told {
+    fn new(leaves: RegionLeaves) -> Self {
+        Self {
+            opened: false,
+            unread: None,
+            requests: vec![0; leaves.len()],
+            leaves,
         }
     }
 }

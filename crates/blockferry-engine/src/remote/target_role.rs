@@ -4,6 +4,8 @@
 //! region:  scanned here, told there -> equal, done
 //!                                   -> opened -> blocks -> pages wanted -> staged -> done
 //! ```
+//! Where a change map tells what may differ, this side leads: it opens just those blocks of a region, or none.
+//!
 //! Many regions are under way at once, so that latency is paid once for each level. Regions are done in ascending order.
 //! What the source says is checked: each block by its digest when it is staged, everything by the root in the end.
 
@@ -13,7 +15,7 @@ use blockferry_core::{
     Digest, Geometry, REGION_BLOCKS, RegionIndex, RegionLeaves, Root, TreeHasher,
 };
 use blockferry_pipeline::block_in;
-use blockferry_transport::message::{Begin, PageRun};
+use blockferry_transport::message::{Begin, NamedBlock, PageRun};
 use blockferry_transport::{Message, ShortDigests, Width};
 
 use super::{ProtocolError, ProtocolResult, block_number, unexpected, violates};
@@ -43,6 +45,15 @@ pub(super) enum TargetJob {
     Stage(Arrived),
 }
 
+/// What a change map tells of a region. All other blocks are what they are here.
+#[derive(Debug, Default)]
+pub(super) struct Mapped {
+    /// Blocks that may differ, ascending.
+    pub(super) open: Vec<u16>,
+    /// Blocks that are zero.
+    pub(super) zeros: Vec<u16>,
+}
+
 /// Pages that came.
 #[derive(Debug)]
 pub(super) struct Arrived {
@@ -60,13 +71,14 @@ pub(super) struct TargetRole {
     /// they call zero is not known to be.
     whole: bool,
     geometry: Geometry,
+    /// Of what the source told: of all regions, or of the blocks that were opened.
     tree: TreeHasher,
     /// The first region that was not looked at here.
     next: u64,
     /// Regions that are being read here.
     reading: BTreeSet<u64>,
     /// Read here and not compared yet; what is not among them is zero.
-    ours: BTreeMap<u64, RegionLeaves>,
+    ours: BTreeMap<u64, (RegionLeaves, Mapped)>,
     /// Told and not compared yet; what is not among them is zero.
     theirs: BTreeMap<u64, ShortDigests>,
     told_below: u64,
@@ -74,10 +86,14 @@ pub(super) struct TargetRole {
     open: BTreeMap<u64, Open>,
     /// Done, while an earlier one is not.
     done: BTreeMap<u64, RegionLeaves>,
+    /// Of those, the blocks that were opened; all others are zero.
+    opened: BTreeMap<u64, RegionLeaves>,
     /// Done in order, for the host to take.
     finished: Vec<RegionLeaves>,
     /// Regions with data that were done since the source was told so.
     unreleased: u32,
+    /// With a map: nothing more is opened, and the source knows.
+    all_opened: bool,
     /// Bytes of blocks that were asked for and are not staged.
     wanted_bytes: u64,
     jobs: VecDeque<TargetJob>,
@@ -99,12 +115,22 @@ struct Request {
 #[derive(Debug)]
 struct Open {
     ours: RegionLeaves,
-    /// The digest that was told of it; none where the source is zero.
-    told: Option<ShortDigests>,
+    expected: Expected,
     /// What it becomes, once the source said.
     new: Option<RegionLeaves>,
     /// Blocks that are to be staged.
     left: BTreeMap<u16, Left>,
+}
+
+/// What the source's answer has to be.
+#[derive(Debug)]
+enum Expected {
+    /// It is not asked.
+    Nothing,
+    /// Blocks that come to the digest that was told of the region.
+    Region(ShortDigests),
+    /// Some of the blocks that were opened.
+    Opened(Mapped),
 }
 
 /// What is missing of a block.
@@ -133,12 +159,19 @@ impl TargetRole {
             reading: BTreeSet::new(),
             ours: BTreeMap::new(),
             theirs: BTreeMap::new(),
-            told_below: 0,
+            // With a map the source tells nothing that was not asked.
+            told_below: if begin.mapped {
+                geometry.region_count()
+            } else {
+                0
+            },
             compared_below: 0,
             open: BTreeMap::new(),
             done: BTreeMap::new(),
+            opened: BTreeMap::new(),
             finished: Vec::new(),
             unreleased: 0,
+            all_opened: false,
             wanted_bytes: 0,
             jobs: VecDeque::new(),
             requests: VecDeque::new(),
@@ -154,7 +187,7 @@ impl TargetRole {
                 regions,
                 digests,
                 below,
-            } => self.told(&regions, &digests, below, out),
+            } if !self.begin.mapped => self.told(&regions, &digests, below, out),
             Message::Scanned { root, read_bytes } => self.scan_ended(root, read_bytes),
             Message::Blocks { region, differing } => self.differ(region, &differing, out),
             Message::Data {
@@ -177,8 +210,16 @@ impl TargetRole {
             return Some(job);
         }
         let count = self.geometry.region_count();
-        let held = self.reading.len() + self.ours.len() + self.open.len() + self.done.len();
-        if self.next >= count || held >= self.window() {
+        if self.next >= count {
+            self.finish(out);
+            return None;
+        }
+        let mut held = self.reading.len() + self.ours.len() + self.open.len() + self.done.len();
+        if self.begin.mapped {
+            // The source remembers what is open until it is released, and refuses more than the window.
+            held += usize::try_from(self.unreleased).unwrap_or(usize::MAX);
+        }
+        if held >= self.window() {
             return None;
         }
         let found = next_data(self.next).filter(|region| *region < count);
@@ -202,11 +243,12 @@ impl TargetRole {
         std::iter::from_fn(|| self.jobs.pop_front()).find(is_staging)
     }
 
-    /// A region of the target was read.
-    pub(super) fn scanned(&mut self, leaves: RegionLeaves, out: &mut Vec<Message>) {
+    /// A region of the target was read, as far as it is not known. `mapped` counts in a scan with a map.
+    pub(super) fn scanned(&mut self, leaves: RegionLeaves, mapped: Mapped, out: &mut Vec<Message>) {
         let region = leaves.region().get();
-        if self.reading.remove(&region) && (self.whole || !leaves.is_zero()) {
-            self.ours.insert(region, leaves);
+        let is_equal = mapped.open.is_empty() && leaves.is_zero();
+        if self.reading.remove(&region) && (self.whole || !is_equal) {
+            self.ours.insert(region, (leaves, mapped));
         }
         self.compare(out);
     }
@@ -264,7 +306,7 @@ impl TargetRole {
         std::mem::take(&mut self.finished)
     }
 
-    /// The root of the source, once the target is all that the source is.
+    /// The root that the source told, once the target is all that the source is.
     ///
     /// # Errors
     /// A shortened digest was taken for another, or the source told lies.
@@ -320,7 +362,8 @@ impl TargetRole {
     }
 
     fn scan_ended(&mut self, root: Root, read_bytes: u64) -> ProtocolResult {
-        if self.told_below < self.geometry.region_count() || self.root.is_some() {
+        let waits = self.told_below < self.geometry.region_count();
+        if waits || self.all_opened != self.begin.mapped || self.root.is_some() {
             return Err(violates("the root before the last region, or again"));
         }
         self.root = Some(root);
@@ -335,20 +378,27 @@ impl TargetRole {
         while let Some(region) = first_of(&self.ours, &self.theirs).filter(|r| *r < limit) {
             let index = RegionIndex::new(region);
             let ours = self.ours.remove(&region);
-            let ours = ours.unwrap_or_else(|| RegionLeaves::zero(&self.geometry, index));
+            let (ours, mapped) = ours.unwrap_or_else(|| {
+                let zero = RegionLeaves::zero(&self.geometry, index);
+                (zero, Mapped::default())
+            });
+            if self.begin.mapped {
+                self.open_blocks(ours, mapped, out);
+                continue;
+            }
             match self.theirs.remove(&region) {
                 Some(told) if told.matches(0, &ours.digest()) => {
                     let new = ours.clone();
-                    self.open_region(ours, None);
+                    self.open_region(ours, Expected::Nothing);
                     self.becomes(region, new);
                 }
                 Some(told) => {
                     let blocks = ShortDigests::of(self.width(Width::Eight), ours.iter());
                     out.push(Message::OpenRegion { region, blocks });
-                    self.open_region(ours, Some(told));
+                    self.open_region(ours, Expected::Region(told));
                 }
                 None => {
-                    self.open_region(ours, None);
+                    self.open_region(ours, Expected::Nothing);
                     let zero = RegionLeaves::zero(&self.geometry, index);
                     self.becomes(region, zero);
                 }
@@ -359,9 +409,28 @@ impl TargetRole {
         self.finish(out);
     }
 
-    fn open_region(&mut self, ours: RegionLeaves, told: Option<ShortDigests>) {
+    /// Asks for the blocks that may differ, if there are any.
+    fn open_blocks(&mut self, ours: RegionLeaves, mapped: Mapped, out: &mut Vec<Message>) {
+        let region = ours.region().get();
+        if mapped.open.is_empty() {
+            let new = with_zeros(&ours, &mapped);
+            self.open_region(ours, Expected::Nothing);
+            self.becomes(region, new);
+            return;
+        }
+        let held = |block: &u16| {
+            let number = usize::from(*block);
+            let digest = Some(ours.get(number)).filter(|_| !ours.is_zero_block(number));
+            (*block, digest)
+        };
+        let blocks: Vec<NamedBlock> = mapped.open.iter().map(held).collect();
+        out.push(Message::OpenBlocks { region, blocks });
+        self.open_region(ours, Expected::Opened(mapped));
+    }
+
+    fn open_region(&mut self, ours: RegionLeaves, expected: Expected) {
         let open = Open {
-            told,
+            expected,
             new: None,
             left: BTreeMap::new(),
             ours,
@@ -373,32 +442,39 @@ impl TargetRole {
     fn differ(
         &mut self,
         region: u64,
-        differing: &[(u16, Option<Digest>)],
+        differing: &[NamedBlock],
         out: &mut Vec<Message>,
     ) -> ProtocolResult {
         let open = self.open.get(&region).filter(|open| open.new.is_none());
-        let Some(Open {
-            ours,
-            told: Some(told),
-            ..
-        }) = open
-        else {
-            return Err(violates(format!(
-                "blocks of region {region}, which is not open"
-            )));
+        let (mut new, told, opened) = match open.map(|open| (&open.ours, &open.expected)) {
+            Some((ours, Expected::Region(told))) => (ours.clone(), Some(told), None),
+            Some((ours, Expected::Opened(mapped))) => {
+                (with_zeros(ours, mapped), None, Some(&mapped.open))
+            }
+            Some((_, Expected::Nothing)) | None => {
+                return Err(violates(format!(
+                    "blocks of region {region}, which is not open"
+                )));
+            }
         };
-        let mut new = ours.clone();
-        for (block, digest) in differing {
-            let block = usize::from(*block);
-            if block >= new.len() {
-                return Err(violates(format!("region {region} has no block {block}")));
+        for (number, digest) in differing {
+            let block = usize::from(*number);
+            let is_open = opened.is_none_or(|opened| opened.binary_search(number).is_ok());
+            if block >= new.len() || !is_open {
+                return Err(violates(format!(
+                    "block {block} of region {region}, which is not open"
+                )));
             }
             match digest {
                 Some(digest) => new.set(block, *digest),
                 None => new.set_zero(block),
             }
         }
-        if !told.matches(0, &new.digest()) {
+        if let Some(opened) = opened {
+            let opened = only(&new, opened);
+            self.opened.insert(region, opened);
+        }
+        if told.is_some_and(|told| !told.matches(0, &new.digest())) {
             return Err(self.mistaken(format!(
                 "the blocks that differ in region {region} do not come to its digest"
             )));
@@ -560,12 +636,21 @@ impl TargetRole {
         while let Some(entry) = self.done.first_entry()
             && *entry.key() < limit
         {
-            let leaves = entry.remove();
-            self.tree.push(&leaves);
+            let (region, leaves) = entry.remove_entry();
+            if !self.begin.mapped {
+                self.tree.push(&leaves);
+            } else if let Some(opened) = self.opened.remove(&region) {
+                self.tree.push(&opened);
+            }
             self.finished.push(leaves);
             self.unreleased += 1;
         }
-        if self.unreleased > self.begin.window / 4 {
+        let count = self.geometry.region_count();
+        if self.begin.mapped && self.open.is_empty() && self.compared_below == count {
+            if !std::mem::replace(&mut self.all_opened, true) {
+                out.push(Message::Release(count));
+            }
+        } else if self.unreleased > self.begin.window / 4 {
             self.unreleased = 0;
             out.push(Message::Release(limit));
         }
@@ -584,14 +669,32 @@ impl TargetRole {
         }
     }
 
-    /// With whole digests it is a lie, else it may be chance.
+    /// With whole digests, as all are of a scan with a map, it is a lie, else it may be chance.
     fn mistaken(&self, what: String) -> ProtocolError {
-        if self.begin.exact {
+        if self.begin.exact || self.begin.mapped {
             violates(what)
         } else {
             ProtocolError::Mistaken(what)
         }
     }
+}
+
+/// What a region becomes where nothing else of it differs.
+fn with_zeros(ours: &RegionLeaves, mapped: &Mapped) -> RegionLeaves {
+    let mut new = ours.clone();
+    for block in &mapped.zeros {
+        new.set_zero(usize::from(*block));
+    }
+    new
+}
+
+/// These blocks of a region alone.
+fn only(leaves: &RegionLeaves, blocks: &[u16]) -> RegionLeaves {
+    let mut found = RegionLeaves::zero(leaves.geometry(), leaves.region());
+    for block in blocks.iter().copied().map(usize::from) {
+        found.set(block, leaves.get(block));
+    }
+    found
 }
 
 fn first_of<A, B>(one: &BTreeMap<u64, A>, other: &BTreeMap<u64, B>) -> Option<u64> {

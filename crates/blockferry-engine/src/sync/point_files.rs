@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use blockferry_core::Trust;
+
 use super::origin::Origin;
 use super::{Run, writes_blocks};
 use crate::error::{ErrorKind, Result};
@@ -57,15 +59,17 @@ impl Run<'_> {
         if !(trust.target && is_there) {
             return self.without_map(files, "the target's content is not known");
         }
-        if let Origin::Peer(_) = self.origin {
-            return self.without_map(files, "the source is on another machine");
-        }
+        let is_remote = matches!(self.origin, Origin::Peer(_));
         match &self.options.changes {
             Some(changes) if changes.point != point.id.to_string() => {
                 self.without_map(files, "it is relative to another sync point")
             }
             Some(changes) if changes.map.image_bytes() != self.geometry.image_bytes() => {
                 self.without_map(files, "it is of an image of another size")
+            }
+            Some(changes) if is_remote && changes.map.trust() != Trust::Trusted => {
+                // The source tells the digests of all its regions, so that a lie would be found in any case.
+                self.without_map(files, "it is a hint, and the source is on another machine")
             }
             changes => {
                 files.changes = changes.as_ref().map(|c| Arc::clone(&c.map));

@@ -180,7 +180,7 @@ impl Run<'_> {
                 files.exact,
                 threads,
                 context,
-                &mut |region| knowledge.of(region),
+                &mut knowledge,
                 &mut |step| consumer.take(step),
             )?;
             knowledge.check_whole();
