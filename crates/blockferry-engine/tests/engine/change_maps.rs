@@ -11,12 +11,12 @@ use crate::harness::{
     Machine, Source, assert_synced, block_size, edited, image, listening, options, warnings,
 };
 
-const SMALL: u64 = 4096;
-const BYTES: u64 = 5 << 20;
-const PAGES: u64 = BYTES / SMALL;
+pub(crate) const SMALL: u64 = 4096;
+pub(crate) const BYTES: u64 = 5 << 20;
+pub(crate) const PAGES: u64 = BYTES / SMALL;
 
 /// A machine synced once, its source, and the point they have in common.
-fn synced(seed: u64) -> (Machine, Arc<Source>, String) {
+pub(crate) fn synced(seed: u64) -> (Machine, Arc<Source>, String) {
     let old = image(seed, BYTES);
     let machine = Machine::file(&old);
     let source = Source::new(edited(seed, &old, BYTES, 50));
@@ -25,7 +25,7 @@ fn synced(seed: u64) -> (Machine, Arc<Source>, String) {
     (machine, source, receipt.sync_point)
 }
 
-fn delta(changes: Option<ChangesSince>) -> SyncOptions {
+pub(crate) fn delta(changes: Option<ChangesSince>) -> SyncOptions {
     options(|o| {
         o.block_size = block_size(SMALL);
         o.mode = Mode::Delta;
@@ -39,7 +39,7 @@ fn page(number: u64) -> Extent {
 }
 
 /// A map that claims everything but these pages to be the same.
-fn all_but(trust: Trust, changed: &[u64]) -> ChangeMap {
+pub(crate) fn all_but(trust: Trust, changed: &[u64]) -> ChangeMap {
     let mut map = ChangeMap::new(Provenance::Embedder, trust, BYTES);
     map.set(Extent::from_range(0..BYTES), Content::Same);
     changed
@@ -48,12 +48,12 @@ fn all_but(trust: Trust, changed: &[u64]) -> ChangeMap {
     map
 }
 
-fn since(point: &str, map: ChangeMap) -> Option<ChangesSince> {
+pub(crate) fn since(point: &str, map: ChangeMap) -> Option<ChangesSince> {
     Some(ChangesSince::new(point, Arc::new(map)))
 }
 
 /// The first pages from each of these on that hold data: a hole of the target is not read.
-fn pages_with_data<const N: usize>(source: &Source, from: [u64; N]) -> [u64; N] {
+pub(crate) fn pages_with_data<const N: usize>(source: &Source, from: [u64; N]) -> [u64; N] {
     let bytes = source.bytes();
     let is_zero = |n: &u64| {
         let start = usize::try_from(n * SMALL).unwrap();
@@ -62,7 +62,7 @@ fn pages_with_data<const N: usize>(source: &Source, from: [u64; N]) -> [u64; N] 
     from.map(|n| (n..PAGES).find(|n| !is_zero(n)).unwrap())
 }
 
-fn change(source: &Source, pages: &[u64]) {
+pub(crate) fn change(source: &Source, pages: &[u64]) {
     source.change(|bytes| {
         for number in pages {
             bytes[usize::try_from(number * SMALL).unwrap() + 9] ^= 0x11;
@@ -235,6 +235,25 @@ fn a_resumed_run_uses_the_map_and_stages_nothing_again() {
     assert_synced(&machine, &source.bytes(), block_size(SMALL), &receipt);
 }
 
+/// Says the same only where it is, in runs of any length, and often says nothing.
+pub(crate) fn truthful(random: &mut Random, trust: Trust, before: &[u8], now: &[u8]) -> ChangeMap {
+    let mut map = ChangeMap::new(Provenance::Embedder, trust, now.len() as u64);
+    let mut at = 0;
+    while at < now.len() {
+        let end = (at + 1 + usize::try_from(random.below(200_000)).unwrap()).min(now.len());
+        let extent = Extent::from_range(at as u64..end as u64);
+        let content = match before[at..end] == now[at..end] {
+            true if random.chance(4, 5) => Content::Same,
+            _ if now[at..end].iter().all(|b| *b == 0) => Content::Zero,
+            false if random.chance(1, 2) => Content::Data,
+            _ => Content::Unknown,
+        };
+        map.set(extent, content);
+        at = end;
+    }
+    map
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -252,23 +271,9 @@ proptest! {
         let first = machine.sync(&source, &with(None)).unwrap();
         let before = source.bytes();
         source.change(|bytes| *bytes = edited(seed, &before, BYTES, 30));
-        // Says the same only where it is, in runs of any length, and often says nothing.
         let trust = if hint { Trust::Hint } else { Trust::Trusted };
-        let mut map = ChangeMap::new(Provenance::Embedder, trust, BYTES);
         let now = source.bytes();
-        let mut at = 0;
-        while at < now.len() {
-            let end = (at + 1 + usize::try_from(random.below(200_000)).unwrap()).min(now.len());
-            let extent = Extent::from_range(at as u64..end as u64);
-            let content = match before[at..end] == now[at..end] {
-                true if random.chance(4, 5) => Content::Same,
-                _ if now[at..end].iter().all(|b| *b == 0) => Content::Zero,
-                false if random.chance(1, 2) => Content::Data,
-                _ => Content::Unknown,
-            };
-            map.set(extent, content);
-            at = end;
-        }
+        let map = truthful(&mut random, trust, &before, &now);
 
         let receipt = machine.sync(&source, &with(since(&first.sync_point, map))).unwrap();
 

@@ -155,7 +155,7 @@ fn a_rescan_reads_both_sides_whatever_is_known() {
 }
 
 /// Every way of losing or damaging the manifest.
-fn damage(machine: &Machine, how: &str) {
+pub(crate) fn damage(machine: &Machine, how: &str) {
     let point = machine.open().replica().point().unwrap().id;
     let name = format!("{point}.manifest");
     let path = format!("state/{name}");
@@ -187,7 +187,7 @@ fn damage(machine: &Machine, how: &str) {
     }
 }
 
-const DAMAGES: [&str; 8] = [
+pub(crate) const DAMAGES: [&str; 8] = [
     "missing",
     "header",
     "first region",

@@ -20,3 +20,4 @@ mod reading;
 mod real;
 mod remote;
 mod remote_crashes;
+mod remote_maps;

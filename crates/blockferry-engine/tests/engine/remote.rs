@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use blockferry_core::{ChangeMap, Content, Extent, Geometry, Provenance, Root, Trust};
+use blockferry_core::{Geometry, Root};
 use blockferry_device::{BlockSource, Clock, Evidence, Identity};
 use blockferry_engine::{
-    ChangesSince, Context, Error, ErrorKind, Mode, Prediction, Receipt, Result, Strategy,
-    SyncOptions, Target, TargetOptions, Undo, predict, predict_from_peer, serve_source,
-    sync_from_peer,
+    Context, Error, ErrorKind, Mode, Prediction, Receipt, Result, Strategy, SyncOptions, Target,
+    TargetOptions, Undo, predict, predict_from_peer, serve_source, sync_from_peer,
 };
 use blockferry_testkit::{Random, VirtualClock, images};
 use blockferry_transport::frame::FrameDecoder;
@@ -41,7 +40,12 @@ pub(crate) struct Ran {
 }
 
 /// A sync over this pair of links.
-fn run(machine: &Machine, source: &Arc<Source>, options: &SyncOptions, link: (Link, Link)) -> Ran {
+pub(crate) fn run(
+    machine: &Machine,
+    source: &Arc<Source>,
+    options: &SyncOptions,
+    link: (Link, Link),
+) -> Ran {
     run_in(machine, source, options, link, &Context::default())
 }
 
@@ -543,31 +547,6 @@ fn a_rate_holds_back_what_comes_from_another_machine() {
     let least = receipt.staged_bytes as f64 / 100_000.0 - 2.0;
     assert!(clock.now().as_secs_f64() > least, "{:?}", clock.now());
     assert!(least > 5.0, "{} bytes", receipt.staged_bytes);
-}
-
-#[test]
-fn a_change_map_of_a_source_on_another_machine_is_said_not_to_be_used() {
-    let old = image(46, BYTES);
-    let machine = Machine::file(&old);
-    let source = Source::new(old);
-    let options = delta(None);
-    let point = machine.sync(&source, &options).unwrap().sync_point;
-    source.change(|bytes| bytes[5000] ^= 1);
-    let mut map = ChangeMap::new(Provenance::Embedder, Trust::Trusted, BYTES);
-    map.set(Extent::from_range(0..BYTES), Content::Same);
-    let mut mapped = options.clone();
-    mapped.changes = Some(ChangesSince::new(point, Arc::new(map)));
-
-    let ran = run(&machine, &source, &mapped, Link::pair().unwrap());
-
-    let receipt = ran.target.unwrap();
-    let said = |why: &String| why.contains("the source is on another machine");
-    assert!(
-        receipt.fallbacks.iter().any(said),
-        "{:?}",
-        receipt.fallbacks
-    );
-    assert_synced(&machine, &source.bytes(), options.block_size, &receipt);
 }
 
 /// A source's side that answers a wish for a sample with these messages, and what became of the prediction.
