@@ -5,25 +5,32 @@ use std::thread;
 
 use blockferry_device::BlockSource;
 use blockferry_transfer_log::{GroupCommitted, GroupDirectory, GroupId, SessionId};
+use blockferry_transport::Connection;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Context, SyncOptions};
 use crate::receipt::Receipt;
-use crate::sync::{random_id, sync_in_group};
+use crate::sync::{random_id, sync_from_peer_in, sync_in_group};
 use crate::target::Target;
 
 /// One disk of a group.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Member<'a> {
-    /// What it is brought to.
-    pub source: Arc<dyn BlockSource>,
+    origin: Origin,
     /// Opened with the verdicts of the same group directory.
     pub target: &'a mut Target,
     /// How.
     pub options: SyncOptions,
     /// Who hears of it.
     pub context: Context,
+}
+
+/// What a member is brought to.
+#[derive(Debug)]
+enum Origin {
+    Device(Arc<dyn BlockSource>),
+    Peer(Connection),
 }
 
 impl<'a> Member<'a> {
@@ -36,7 +43,24 @@ impl<'a> Member<'a> {
         context: Context,
     ) -> Self {
         Self {
-            source,
+            origin: Origin::Device(source),
+            target,
+            options,
+            context,
+        }
+    }
+
+    /// Brings `target`, together with the other members, to a source on the other side of `connection`, where
+    /// [`serve_source`](crate::serve_source) runs. Which is told what came of this member once all are decided.
+    #[must_use]
+    pub fn from_peer(
+        connection: Connection,
+        target: &'a mut Target,
+        options: SyncOptions,
+        context: Context,
+    ) -> Self {
+        Self {
+            origin: Origin::Peer(connection),
             target,
             options,
             context,
@@ -73,13 +97,18 @@ pub fn sync_group(members: Vec<Member<'_>>, directory: &GroupDirectory) -> Resul
 
 fn run(member: Member<'_>, cut: &Cut<'_>) -> Result<Receipt> {
     let place = Place { cut };
-    let outcome = sync_in_group(
-        member.source,
-        member.target,
-        &member.options,
-        &member.context,
-        cut,
-    );
+    let Member {
+        origin,
+        target,
+        options,
+        context,
+    } = member;
+    let outcome = match origin {
+        Origin::Device(source) => sync_in_group(source, target, &options, &context, cut),
+        Origin::Peer(connection) => {
+            sync_from_peer_in(connection, target, &options, &context, Some(cut))
+        }
+    };
     // Whoever arrived has been counted; whoever did not fails the others.
     drop(place);
     outcome

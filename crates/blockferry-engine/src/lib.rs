@@ -38,7 +38,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use export::{ExportPoint, Exported, export};
 pub use fence::Attempt;
 pub use group::{Member, sync_group};
-pub use options::{ChangesSince, Context, Mode, SyncOptions};
+pub use options::{ChangesSince, Context, Mode, SourceCheck, SyncOptions};
 pub use points::sync_from;
 pub use predict::{predict, predict_from_peer};
 pub use receipt::{Outcome, Prediction, RECEIPT_VERSION, Receipt};

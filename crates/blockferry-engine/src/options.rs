@@ -112,6 +112,30 @@ pub struct SyncOptions {
     pub attempt: Option<Attempt>,
     /// Nothing but the content with this root is committed.
     pub expected_root: Option<Root>,
+    /// Asked when the source was read for the last time, and before anything is committed.
+    pub check: Option<SourceCheck>,
+}
+
+/// Whether what was read of a source still counts, where only the caller can know: as of a snapshot that may overflow, or
+/// a disk that is only at rest while something holds. An error ends the run, and nothing is committed.
+#[derive(Clone)]
+pub struct SourceCheck(Arc<dyn Fn() -> blockferry_device::Result<()> + Send + Sync>);
+
+impl SourceCheck {
+    /// By asking `check`. It may be asked again: reading goes on where something read or staged was not to be relied on.
+    pub fn new(check: impl Fn() -> blockferry_device::Result<()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(check))
+    }
+
+    pub(crate) fn ask(&self) -> blockferry_device::Result<()> {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for SourceCheck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SourceCheck")
+    }
 }
 
 /// A change map of the source, and the sync point it is relative to. What a map below
@@ -156,6 +180,7 @@ impl Default for SyncOptions {
             changes: None,
             attempt: None,
             expected_root: None,
+            check: None,
         }
     }
 }

@@ -77,10 +77,24 @@ pub fn sync_from_peer(
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Receipt> {
+    sync_from_peer_in(connection, target, options, context, None)
+}
+
+/// As [`sync_from_peer`], alone or as a member of a group that decides for all.
+pub(crate) fn sync_from_peer_in(
+    connection: Connection,
+    target: &mut Target,
+    options: &SyncOptions,
+    context: &Context,
+    cut: Option<&Cut<'_>>,
+) -> Result<Receipt> {
     let peer = Rc::new(Peer::new(connection));
     let origin = Origin::Peer(Rc::clone(&peer));
     let run = Run::new(origin, target, options, context);
-    let outcome = run.and_then(|run| run.sync(target));
+    let outcome = run.and_then(|mut run| {
+        run.cut = cut;
+        run.sync(target)
+    });
     if let Some(peer) = Rc::into_inner(peer) {
         peer.finish(outcome.as_ref().map(|r| r.to_json(MAX_JSON_BYTES)));
     }
@@ -157,6 +171,7 @@ impl<'a> Run<'a> {
         if resumed.is_none() && self.is_proven_identical(target)? {
             let root = target.replica.point().map(|point| point.root);
             root.map_or(Ok(()), |root| self.check_expected(root))?;
+            self.ask_check()?;
             self.wait_for_others()?;
             return self.proven_receipt(target);
         }

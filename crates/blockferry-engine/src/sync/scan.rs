@@ -59,6 +59,7 @@ impl Run<'_> {
             };
             self.time("scanning", start);
             self.check_source_unchanged()?;
+            self.ask_check()?;
             if let Some(doubt) = doubt {
                 doubts += 1;
                 if doubts > MOST_DOUBTS {
@@ -324,6 +325,20 @@ impl Run<'_> {
             ),
         )
         .resumable(true))
+    }
+
+    /// What only the caller can know of the source, which is not read any more.
+    pub(super) fn ask_check(&self) -> Result<()> {
+        let Some(check) = &self.options.check else {
+            return Ok(());
+        };
+        check.ask().map_err(|cause| {
+            let address = &self.stamp.address;
+            let text = format!(
+                "source {address}: what was read is no point any more; nothing was committed"
+            );
+            Error::source(text, cause).resumable(true)
+        })
     }
 }
 

@@ -1,15 +1,18 @@
 //! Several disks, one cut (I12): whatever happens to one of them, and whenever the power fails, all are at the same.
 
 use std::sync::Arc;
+use std::thread;
 
 use blockferry_device::BlockSource;
 use blockferry_engine::{
     Context, ErrorKind, GroupDirectory, Member, Mode, Place, Receipt, Result, Strategy,
-    SyncOptions, Target, sync_group,
+    SyncOptions, Target, serve_source, sync_group,
 };
 use blockferry_testkit::{ImageLimits, SimDisk, SimOptions};
+use blockferry_transport::{Connection, Deadlines, Link};
 
 use crate::harness::{Source, block_size, edited, image, options};
+use crate::remote::cut_after;
 
 const BYTES: u64 = 96 << 10;
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
@@ -119,6 +122,84 @@ fn a_disk_that_fails_keeps_the_others_where_they_were_and_is_the_one_that_is_nam
         assert!(!group.assert_one_cut(&group.disk));
         sources[failing].heal();
         group.sync(&sources).unwrap();
+        assert!(group.assert_one_cut(&group.disk));
+    }
+}
+
+/// As `sync_on`, but the first of the disks come from peers over these links. What their sides were told is the second.
+fn sync_from_peers(
+    disk: &SimDisk,
+    sources: &[Arc<Source>],
+    links: Vec<(Link, Link)>,
+) -> (Result<Vec<Receipt>>, Vec<Result<Vec<u8>>>) {
+    let directory = GroupDirectory::new(disk.dir("job"));
+    let mut targets: Vec<Target> = DISKS
+        .iter()
+        .map(|name| open(disk, name, &directory))
+        .collect();
+    let (mut members, mut serving) = (Vec::new(), Vec::new());
+    let mut links = links.into_iter();
+    for (target, source) in targets.iter_mut().zip(sources) {
+        let source = Arc::<Source>::clone(source) as Arc<dyn BlockSource>;
+        let Some((here, there)) = links.next() else {
+            members.push(Member::new(source, target, redo(), Context::default()));
+            continue;
+        };
+        serving.push(thread::spawn(move || {
+            let connection = Connection::open(there, Deadlines::default()).unwrap();
+            serve_source(&source, connection, 1, &Context::default())
+        }));
+        let connection = Connection::open(here, Deadlines::default()).unwrap();
+        members.push(Member::from_peer(
+            connection,
+            target,
+            redo(),
+            Context::default(),
+        ));
+    }
+    let outcome = sync_group(members, &directory);
+    let told = serving.into_iter().map(|serving| serving.join().unwrap());
+    (outcome, told.collect())
+}
+
+#[test]
+fn disks_of_a_group_that_come_from_other_machines_are_at_the_same_cut() {
+    for peers in 1..=3 {
+        let group = Group::new();
+        let links = (0..peers).map(|_| Link::pair().unwrap()).collect();
+
+        let (outcome, told) = sync_from_peers(&group.disk, &group.sources(), links);
+
+        let receipts = outcome.unwrap();
+        assert!(group.assert_one_cut(&group.disk), "{peers} peers");
+        assert_eq!(told.len(), peers);
+        for (receipt, told) in receipts.iter().zip(told) {
+            let told: Receipt = serde_json::from_slice(&told.unwrap()).unwrap();
+            assert_eq!(told.sync_point, receipt.sync_point);
+        }
+        assert_eq!(group.disk.dir("job").names().unwrap(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_peer_that_is_cut_off_keeps_all_disks_of_the_group_where_they_were() {
+    for after in [300, 6000] {
+        let group = Group::new();
+        let sources = group.sources();
+        let links = vec![Link::pair().unwrap(), cut_after(after)];
+
+        let (outcome, told) = sync_from_peers(&group.disk, &sources, links);
+
+        let error = outcome.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Peer, "{error}");
+        assert!(!group.assert_one_cut(&group.disk));
+        let told: Vec<ErrorKind> = told
+            .iter()
+            .map(|t| t.as_ref().unwrap_err().kind())
+            .collect();
+        assert_eq!(told, [ErrorKind::Interrupted, ErrorKind::Peer]);
+        let links = vec![Link::pair().unwrap(), Link::pair().unwrap()];
+        sync_from_peers(&group.disk, &sources, links).0.unwrap();
         assert!(group.assert_one_cut(&group.disk));
     }
 }

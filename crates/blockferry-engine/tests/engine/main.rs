@@ -7,6 +7,7 @@
 
 mod anchors;
 mod change_maps;
+mod checks;
 mod equal;
 mod groups;
 mod harness;
