@@ -116,13 +116,13 @@ pub struct SyncOptions {
     pub check: Option<SourceCheck>,
 }
 
-/// Whether what was read of a source still counts, where only the caller can know: as of a snapshot that may overflow, or
-/// a disk that is only at rest while something holds. An error ends the run, and nothing is committed.
+/// Whether what was read of a source counts, where only the caller can know: a snapshot may have been lost meanwhile. An
+/// error ends the run, and nothing is committed.
 #[derive(Clone)]
 pub struct SourceCheck(Arc<dyn Fn() -> blockferry_device::Result<()> + Send + Sync>);
 
 impl SourceCheck {
-    /// By asking `check`. It may be asked again: reading goes on where something read or staged was not to be relied on.
+    /// Asks `check`; again where the source has to be read again, because something did not survive or was doubted.
     pub fn new(check: impl Fn() -> blockferry_device::Result<()> + Send + Sync + 'static) -> Self {
         Self(Arc::new(check))
     }
@@ -139,7 +139,8 @@ impl fmt::Debug for SourceCheck {
 }
 
 /// A change map of the source, and the sync point it is relative to. What a map below
-/// [`Trust::Trusted`](blockferry_core::Trust::Trusted) claims to be the same is read in samples all the same.
+/// [`Trust::Trusted`](blockferry_core::Trust::Trusted) claims to be the same is read in samples all the same; of a source
+/// on the other side of a connection such a map is not used.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ChangesSince {

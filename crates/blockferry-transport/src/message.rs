@@ -761,6 +761,23 @@ mod tests {
     }
 
     #[test]
+    fn the_document_names_every_message_by_its_number() {
+        let document = include_str!("../../../docs/format/wire.md");
+        let rows = document.lines().filter_map(|line| {
+            let mut cells = line.split('|').map(str::trim).skip(1);
+            Some((cells.next()?, cells.nth(1)?))
+        });
+        let named: std::collections::BTreeSet<(String, &str)> = rows
+            .flat_map(|(kinds, names)| kinds.split(", ").zip(names.split(", ")))
+            .map(|(kind, name)| (kind.to_owned(), name))
+            .collect();
+        for message in one_of_each() {
+            let (kind, name) = message.kind();
+            assert!(named.contains(&(kind.to_string(), name)), "{kind} {name}");
+        }
+    }
+
+    #[test]
     fn numbers_out_of_order_and_runs_that_overlap_are_refused() {
         let run = |first, count| PageRun {
             first,

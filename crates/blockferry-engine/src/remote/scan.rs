@@ -18,6 +18,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::data::Unpacked;
 use super::sampling::take_sample;
+use super::source_role::MAX_WINDOW;
 use super::target_role::{Arrived, Mapped, TargetJob, TargetRole};
 use super::{ProtocolError, block_number, failed_peer, lost, violated};
 use crate::error::{Error, ErrorKind, Result};
@@ -28,6 +29,7 @@ use crate::sample::Sample;
 
 /// Regions that the source may be ahead.
 const WINDOW: u32 = 64;
+const _: () = assert!(WINDOW <= MAX_WINDOW, "with a map that many are opened");
 /// How pages are packed: what two processors pack as fast as a link of 1 Gbit/s carries it, a tenth smaller than by the
 /// level below. Where the link is slower, the source packs harder.
 pub(super) const LEVEL: i8 = 2;

@@ -13,7 +13,7 @@ use blockferry_transport::{Message, ShortDigests, Width};
 use super::{ProtocolResult, block_number, unexpected, violates};
 
 /// Most regions that may be read ahead of the last released one, whatever the target asks for.
-const MAX_WINDOW: u32 = 256;
+pub(super) const MAX_WINDOW: u32 = 256;
 /// How often a block may be asked for: once by its pages, and once whole.
 const MAX_REQUESTS: u8 = 2;
 /// Most requests for pages that wait.
@@ -305,12 +305,10 @@ impl Run {
         let index = RegionIndex::new(region);
         let leaves = RegionLeaves::zero(&self.geometry, index);
         let numbers: Vec<u16> = blocks.iter().map(|(block, _)| *block).collect();
-        if numbers
-            .last()
-            .is_none_or(|block| usize::from(*block) >= leaves.len())
-        {
+        let last = numbers.last().copied();
+        if last.is_none_or(|block| usize::from(block) >= leaves.len()) {
             return Err(violates(format!(
-                "open blocks of region {region}: expected some of its {}, found {numbers:?}",
+                "open blocks of region {region}: expected some of its {}, found as the last {last:?}",
                 leaves.len()
             )));
         }

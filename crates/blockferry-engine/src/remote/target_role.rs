@@ -90,7 +90,7 @@ pub(super) struct TargetRole {
     opened: BTreeMap<u64, RegionLeaves>,
     /// Done in order, for the host to take.
     finished: Vec<RegionLeaves>,
-    /// Regions with data that were done since the source was told so.
+    /// Regions that the source remembers, and that were done since it was told so.
     unreleased: u32,
     /// With a map: nothing more is opened, and the source knows.
     all_opened: bool,
@@ -211,12 +211,13 @@ impl TargetRole {
         }
         let count = self.geometry.region_count();
         if self.next >= count {
+            // Nothing else ends a scan with a map of an image that has no region.
             self.finish(out);
             return None;
         }
         let mut held = self.reading.len() + self.ours.len() + self.open.len() + self.done.len();
         if self.begin.mapped {
-            // The source remembers what is open until it is released, and refuses more than the window.
+            // The source remembers these as well, and refuses more than the window.
             held += usize::try_from(self.unreleased).unwrap_or(usize::MAX);
         }
         if held >= self.window() {
@@ -637,13 +638,18 @@ impl TargetRole {
             && *entry.key() < limit
         {
             let (region, leaves) = entry.remove_entry();
-            if !self.begin.mapped {
-                self.tree.push(&leaves);
-            } else if let Some(opened) = self.opened.remove(&region) {
-                self.tree.push(&opened);
+            // With a map the source knows only of regions that were opened.
+            let opened = self.opened.remove(&region);
+            let told = if self.begin.mapped {
+                opened.as_ref()
+            } else {
+                Some(&leaves)
+            };
+            if let Some(told) = told {
+                self.tree.push(told);
+                self.unreleased += 1;
             }
             self.finished.push(leaves);
-            self.unreleased += 1;
         }
         let count = self.geometry.region_count();
         if self.begin.mapped && self.open.is_empty() && self.compared_below == count {

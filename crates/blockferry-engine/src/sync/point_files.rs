@@ -68,7 +68,7 @@ impl Run<'_> {
                 self.without_map(files, "it is of an image of another size")
             }
             Some(changes) if is_remote && changes.map.trust() != Trust::Trusted => {
-                // The source tells the digests of all its regions, so that a lie would be found in any case.
+                // Comparing everything finds every lie there; samples would find some.
                 self.without_map(files, "it is a hint, and the source is on another machine")
             }
             changes => {
