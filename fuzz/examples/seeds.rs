@@ -62,23 +62,25 @@ fn main() -> std::io::Result<()> {
         seeds.write("nbd", name, &bytes)?;
     }
     // Images that differ, shortened digests or whole ones, all of it or what differs; pages that come twice; one message
-    // in so many changed on its way, of all or of those with pages.
-    for (name, shape, changed) in [
-        ("delta", 0b1000, 0),
-        ("exact", 0b1_0011, 0),
-        ("whole", 0x80 | 0b1010, 0),
-        ("alike", 0b1010, 0),
-        ("twice", 0x40 | 0b1000, 0),
-        ("changed", 0b1000, 5),
-        ("changed-exact", 0b1_0011, 9),
-        ("changed-whole", 0x80 | 0b1010, 17),
-        ("changed-pages", 0x20 | 0b1000, 2),
+    // in so many changed on its way, of all or of those with pages; as many regions at once, and with a map.
+    for (name, shape, changed, window) in [
+        ("delta", 0b1000, 0, 8),
+        ("exact", 0b1_0011, 0, 8),
+        ("whole", 0x80 | 0b1010, 0, 8),
+        ("alike", 0b1010, 0, 8),
+        ("twice", 0x40 | 0b1000, 0, 8),
+        ("changed", 0b1000, 5, 8),
+        ("changed-exact", 0b1_0011, 9, 8),
+        ("changed-whole", 0x80 | 0b1010, 17, 8),
+        ("changed-pages", 0x20 | 0b1000, 2, 8),
+        ("mapped", 0b1000, 0, 0x81),
+        ("changed-mapped", 0b1_0010, 9, 0x82),
     ] {
         let draws = (0u8..=255)
             .cycle()
             .take(600)
             .map(|n| n.wrapping_mul(97) >> 2);
-        let bytes: Vec<u8> = [shape, changed, 8].into_iter().chain(draws).collect();
+        let bytes: Vec<u8> = [shape, changed, window].into_iter().chain(draws).collect();
         seeds.write("roles", name, &bytes)?;
     }
     // These read an arbitrary structure out of their bytes: any bytes will do.

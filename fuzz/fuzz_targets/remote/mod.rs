@@ -59,8 +59,8 @@ pub(super) fn run(bytes: &[u8]) {
         block_size: block_size(),
         exact: shape & 1 == 1,
         level: 1,
-        window: u32::from(*window),
-        mapped: *window >= 128,
+        window: u32::from(*window & 0x7F),
+        mapped: *window & 0x80 != 0,
     };
     let images = images();
     let old = &images[usize::from(shape >> 1) % 4];
