@@ -151,6 +151,15 @@ fn regions_that_a_map_says_are_equal_cost_no_message() {
     );
 }
 
+#[test]
+fn an_image_without_regions_is_done_at_once_with_a_map_and_without() {
+    for begin in [begin(false), mapped()] {
+        let mut pair = Pair::new(&[], &[], begin, false, drawn(1));
+
+        assert_eq!(pair.run(), Ok(pair.root()));
+    }
+}
+
 /// Blocks that the map says are zero.
 fn told_zeros(pair: &Pair) -> usize {
     let blocks = (0..).zip(pair.new.chunks(16 * 1024).zip(&pair.may_differ));
