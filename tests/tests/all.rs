@@ -7,6 +7,7 @@ mod export;
 mod failing_devices;
 mod failover;
 mod failures;
+mod far_jobs;
 mod fixtures;
 mod full_disks;
 mod kills;

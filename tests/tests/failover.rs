@@ -17,7 +17,7 @@ use crate::lab::{Answer, Lab, MIB, seeded, skipped, while_starting, with_files};
 
 const BYTES: u64 = 12 * MIB;
 /// Of the machine at the other site: who writes its disks.
-const EXPORTS: &str = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
+pub(crate) const EXPORTS: &str = "--export type=nbd,id=w-disk0,node-name=root,name=w-disk0,writable=on \
                        --export type=nbd,id=w-disk1,node-name=data,name=w-disk1,writable=on";
 
 /// Two sites in one directory: a machine with two disks, and their replicas.
@@ -72,37 +72,8 @@ impl Sites {
     }
 
     fn with_a_replica(self, on_trial: &str, started_with: &str) -> Away {
-        let away = self.lab.path("away");
-        fs::create_dir(&away).expect("a directory");
-        let script = format!(
-            "#!/bin/sh\ncd {away}\n\
-             if [ -e pid ]; then pid=\"$(cat pid)\"; kill \"$pid\"\n\
-             while kill -0 \"$pid\" 2>/dev/null; do sleep 0.02; done; rm -f pid qmp nbd; fi\n\
-             if [ \"$1\" = stop ]; then exit 0; fi\n\
-             set --\ndriver=raw\n\
-             if [ -n \"$BLOCKFERRY_DISK_0_OVERLAY\" ]; then {on_trial}; fi\n\
-             exec qemu-storage-daemon --daemonize --pidfile pid \
-             --chardev socket,path=qmp,server=on,wait=off,id=m --monitor chardev=m \
-             --nbd-server addr.type=unix,addr.path=nbd,max-connections=64 \
-             --blockdev driver=$driver,node-name=root,file.driver=file,file.filename=$BLOCKFERRY_DISK_0_TARGET \
-             --blockdev driver=$driver,node-name=data,file.driver=file,file.filename=$BLOCKFERRY_DISK_1_TARGET \
-             \"$@\" {started_with} 2>log\n",
-            away = away.display()
-        );
-        fs::write(self.lab.path("replica.sh"), script).expect("written");
-        let path = |name: &str| self.lab.path(name).display().to_string();
         let mut job = fs::read_to_string(self.lab.path("web.toml")).expect("read");
-        job.push_str(&format!(
-            "[hooks]\nstart-target = [\"sh\", \"{script}\", \"start\"]\nstop-target = [\"sh\", \"{script}\", \"stop\"]\n\
-             [reverse.machine]\nqmp = \"{}\"\nnbd = \"{}\"\n\
-             [[reverse.disk]]\nnode = \"root\"\ntarget = \"{}\"\nwriters = [\"w-disk0\"]\n\
-             [[reverse.disk]]\nnode = \"data\"\ntarget = \"{}\"\nwriters = [\"w-disk1\"]\n",
-            path("away/qmp"),
-            path("away/nbd"),
-            path("disk0"),
-            path("disk1"),
-            script = path("replica.sh"),
-        ));
+        job.push_str(&replica_of(&self.lab, "", on_trial, started_with));
         fs::write(self.lab.path("web.toml"), job).expect("written");
         Away { sites: self }
     }
@@ -138,8 +109,43 @@ impl Sites {
     }
 }
 
+/// A replica that runs in a storage daemon of its own in the directory `away`: what a job says of it. The disks that lead back
+/// are in the directory `disks`, whose name ends with a slash.
+pub(crate) fn replica_of(lab: &Lab, disks: &str, on_trial: &str, started_with: &str) -> String {
+    let away = lab.path("away");
+    fs::create_dir(&away).expect("a directory");
+    let script = format!(
+        "#!/bin/sh\ncd {away}\n\
+         if [ -e pid ]; then pid=\"$(cat pid)\"; kill \"$pid\"\n\
+         while kill -0 \"$pid\" 2>/dev/null; do sleep 0.02; done; rm -f pid qmp nbd; fi\n\
+         if [ \"$1\" = stop ]; then exit 0; fi\n\
+         set --\ndriver=raw\n\
+         if [ -n \"$BLOCKFERRY_DISK_0_OVERLAY\" ]; then {on_trial}; fi\n\
+         exec qemu-storage-daemon --daemonize --pidfile pid \
+         --chardev socket,path=qmp,server=on,wait=off,id=m --monitor chardev=m \
+         --nbd-server addr.type=unix,addr.path=nbd,max-connections=64 \
+         --blockdev driver=$driver,node-name=root,file.driver=file,file.filename=$BLOCKFERRY_DISK_0_TARGET \
+         --blockdev driver=$driver,node-name=data,file.driver=file,file.filename=$BLOCKFERRY_DISK_1_TARGET \
+         \"$@\" {started_with} 2>log\n",
+        away = away.display()
+    );
+    fs::write(lab.path("replica.sh"), script).expect("written");
+    let path = |name: &str| lab.path(name).display().to_string();
+    format!(
+        "[hooks]\nstart-target = [\"sh\", \"{script}\", \"start\"]\nstop-target = [\"sh\", \"{script}\", \"stop\"]\n\
+         [reverse.machine]\nqmp = \"{}\"\nnbd = \"{}\"\n\
+         [[reverse.disk]]\nnode = \"root\"\ntarget = \"{}\"\nwriters = [\"w-disk0\"]\n\
+         [[reverse.disk]]\nnode = \"data\"\ntarget = \"{}\"\nwriters = [\"w-disk1\"]\n",
+        path("away/qmp"),
+        path("away/nbd"),
+        path(&format!("{disks}disk0")),
+        path(&format!("{disks}disk1")),
+        script = path("replica.sh"),
+    )
+}
+
 /// Writes the two disks of a machine, which hold `content`.
-fn writer(nbd: &Path, content: Vec<Vec<u8>>, pause: Duration, seed: u64) -> Writer {
+pub(crate) fn writer(nbd: &Path, content: Vec<Vec<u8>>, pause: Duration, seed: u64) -> Writer {
     let devices = ["w-disk0", "w-disk1"].map(|export| {
         let address = NbdAddress::unix(nbd, export).expect("fits");
         let opened = NbdDevice::open_target(&address, &NbdOptions::default());
@@ -208,22 +214,22 @@ impl Away {
     }
 }
 
-fn changed(answer: &Answer) -> Vec<u64> {
+pub(crate) fn changed(answer: &Answer) -> Vec<u64> {
     let passes = answer.lines.iter().filter(|line| line["event"] == "pass");
     passes
         .filter_map(|pass| pass["changed_bytes"].as_u64())
         .collect()
 }
 
-fn warnings(answer: &Answer) -> Vec<&str> {
+pub(crate) fn warnings(answer: &Answer) -> Vec<&str> {
     let warnings = answer.lines.iter().filter(|line| line["type"] == "warning");
     warnings.filter_map(|line| line["code"].as_str()).collect()
 }
 
 /// Between two pages that are written.
-const OFTEN: Duration = Duration::from_micros(500);
+pub(crate) const OFTEN: Duration = Duration::from_micros(500);
 /// However slow the rest is, half a disk is not written like that.
-const SELDOM: Duration = Duration::from_millis(20);
+pub(crate) const SELDOM: Duration = Duration::from_millis(20);
 const START: &str = "failover start web.toml";
 const READY: &str = "failover start web.toml --until ready";
 

@@ -10,20 +10,23 @@ use serde_json::Value;
 
 use crate::lab::{Answer, Child, Lab, MIB, output, seeded, skipped, thorough, tool};
 
-const FAR: &str = "10.111.0.2";
+pub(crate) const NEAR: &str = "10.111.0.1";
+pub(crate) const FAR: &str = "10.111.0.2";
 
 /// Two hosts that share nothing but a cable, and the disks of this test.
-struct Hosts {
-    lab: Lab,
+pub(crate) struct Hosts {
+    pub(crate) lab: Lab,
     near: String,
     far: String,
     sshd: std::process::Child,
+    /// Of the near host, where a test began it.
+    near_sshd: Option<std::process::Child>,
     shell: String,
 }
 
 impl Hosts {
     /// `None` where there is no root, no sshd or no namespaces.
-    fn new(name: &str) -> Option<Self> {
+    pub(crate) fn new(name: &str) -> Option<Self> {
         let lab = Lab::new();
         let id = std::process::id();
         let (near, far) = (
@@ -31,7 +34,7 @@ impl Hosts {
             format!("bf-{name}-far-{id}"),
         );
         let cabled = connect(&near, &far);
-        let sshd = cabled.and_then(|()| start_sshd(&lab, &far));
+        let sshd = cabled.and_then(|()| start_sshd(&lab, &far, FAR, "far-state-root"));
         let Some((sshd, shell)) = sshd else {
             remove(&near, &far);
             return None;
@@ -41,6 +44,7 @@ impl Hosts {
             near,
             far,
             sshd,
+            near_sshd: None,
             shell,
         })
     }
@@ -52,10 +56,31 @@ impl Hosts {
 
     /// The command on the near host, in JSON.
     fn command(&self, line: &str) -> Command {
+        self.command_behind(&[], line)
+    }
+
+    /// The same, started by another program with these arguments.
+    pub(crate) fn command_behind(&self, before: &[&str], line: &str) -> Command {
+        self.command_on(&self.near, before, line)
+    }
+
+    /// The command on the far host, for which the near one is another.
+    pub(crate) fn far_command(&mut self, line: &str) -> Command {
+        if self.near_sshd.is_none() {
+            let started = start_sshd(&self.lab, &self.near, NEAR, "state-root");
+            self.near_sshd = Some(started.expect("the other one started").0);
+        }
+        let mut command = self.command_on(&self.far, &[], line);
+        command.env("BLOCKFERRY_STATE_ROOT", self.lab.path("far-state-root"));
+        command
+    }
+
+    fn command_on(&self, host: &str, before: &[&str], line: &str) -> Command {
         let near = self.lab.command(line);
         let mut command = crate::lab::command_of(self.lab.root(), "ip");
         command
-            .args(["netns", "exec", &self.near])
+            .args(["netns", "exec", host])
+            .args(before)
             .arg(near.get_program())
             .args(near.get_args())
             .arg("--remote-path")
@@ -115,12 +140,12 @@ impl Hosts {
         panic!("the port stays in use");
     }
 
-    fn cable(&self, state: &str) {
+    pub(crate) fn cable(&self, state: &str) {
         tool(&["ip", "-n", &self.near, "link", "set", "cable", state]).expect("the cable is there");
     }
 
     /// Pulls it and puts it back, at random; 20 times in the long mode.
-    fn pull_cable(&self, random: &mut Random) {
+    pub(crate) fn pull_cable(&self, random: &mut Random) {
         for _ in 0..if thorough() { 20 } else { 3 } {
             self.cable("down");
             pause(random, 400);
@@ -130,7 +155,7 @@ impl Hosts {
     }
 
     /// Kills the far end's blockferry, or all that sshd started.
-    fn kill(&self, what: &str) {
+    pub(crate) fn kill(&self, what: &str) {
         let processes = tool(&["ip", "netns", "pids", &self.far]).expect("the namespace is there");
         for id in processes.split_whitespace() {
             let words = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
@@ -145,8 +170,10 @@ impl Hosts {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        self.sshd.kill().ok();
-        self.sshd.wait().ok();
+        for sshd in std::iter::once(&mut self.sshd).chain(&mut self.near_sshd) {
+            sshd.kill().ok();
+            sshd.wait().ok();
+        }
         self.kill("");
         remove(&self.near, &self.far);
     }
@@ -173,10 +200,18 @@ fn remove(near: &str, far: &str) {
 }
 
 /// An sshd that knows one key, and the remote shell that has it.
-fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
+fn start_sshd(
+    lab: &Lab,
+    host: &str,
+    address: &str,
+    state_root: &str,
+) -> Option<(std::process::Child, String)> {
     let sshd = tool(&["sh", "-c", "command -v sshd"])?;
     let path = |name: &str| lab.path(name).display().to_string();
     for key in ["host-key", "user-key"] {
+        if lab.path(key).exists() {
+            continue;
+        }
         tool(&[
             "ssh-keygen",
             "-q",
@@ -189,26 +224,27 @@ fn start_sshd(lab: &Lab, far: &str) -> Option<(std::process::Child, String)> {
         ])?;
     }
     let config = format!(
-        "ListenAddress {FAR}\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n\
+        "ListenAddress {address}\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n\
          PidFile none\nSetEnv BLOCKFERRY_STATE_ROOT={}\n",
         path("host-key"),
         path("user-key.pub"),
-        path("far-state-root"),
+        path(state_root),
     );
-    fs::write(lab.path("sshd_config"), config).expect("written");
+    let config_path = format!("sshd-config-{address}");
+    fs::write(lab.path(&config_path), config).expect("written");
     // What it parts its privileges in; a package makes it when the service starts.
     fs::create_dir_all("/run/sshd").ok()?;
-    let log = lab.path("sshd.log");
+    let log = lab.path(&format!("sshd-log-{address}"));
     let mut daemon = Command::new("ip")
         .args([
             "netns",
             "exec",
-            far,
+            host,
             sshd.trim(),
             "-D",
             "-e",
             "-f",
-            &path("sshd_config"),
+            &path(&config_path),
         ])
         .stderr(fs::File::create(&log).expect("created"))
         .spawn()
@@ -256,7 +292,7 @@ fn disturbed(hosts: &Hosts, line: &str, mut disturb: impl FnMut()) -> Answer {
     answer
 }
 
-fn reconnected(answer: &Answer) -> usize {
+pub(crate) fn reconnected(answer: &Answer) -> usize {
     let again = |line: &&Value| line["code"] == "reconnecting";
     answer.lines.iter().filter(again).count()
 }

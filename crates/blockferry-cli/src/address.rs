@@ -290,6 +290,11 @@ impl Remote {
         Ok(Self { host, port, path })
     }
 
+    /// A host alone, of which no disk is named yet.
+    pub(crate) fn of_host(host: &str) -> Result<Self, &'static str> {
+        Self::new(host, None, PathBuf::from("/"))
+    }
+
     /// `[user@]host[:port]/path`, in which `%FF` stands for the byte 255.
     fn from_url(url: &str) -> Result<Self, &'static str> {
         let slash = url.find('/').ok_or("expected a path behind the host")?;

@@ -236,26 +236,34 @@ impl Pace {
 /// How another host is reached.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reach {
+    #[command(flatten)]
+    pub(crate) shell: RemoteShell,
+    /// The certificates of this host, for blockferry:// [default: /etc/blockferry/certs, or in ~/.config]
+    #[arg(long, value_name = "DIR", value_parser = directory())]
+    pub(crate) certs: Option<PathBuf>,
+}
+
+/// How blockferry is started on another host.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RemoteShell {
     /// The remote shell, with its options [default: ssh]
     #[arg(short = 'e', long, value_name = "COMMAND")]
     pub(crate) rsh: Option<String>,
     /// How blockferry is started on the other host, by its shell
     #[arg(long, value_name = "COMMAND", default_value = "blockferry")]
     pub(crate) remote_path: String,
-    /// The certificates of this host, for blockferry:// [default: /etc/blockferry/certs, or in ~/.config]
-    #[arg(long, value_name = "DIR", value_parser = directory())]
-    pub(crate) certs: Option<PathBuf>,
 }
 
 impl Reach {
     /// The options as they are typed, each behind a blank.
     pub(crate) fn words(&self) -> String {
         let mut words = String::new();
-        if let Some(rsh) = &self.rsh {
+        if let Some(rsh) = &self.shell.rsh {
             words.push_str(&format!(" --rsh {}", quoted(rsh)));
         }
-        if self.remote_path != "blockferry" {
-            words.push_str(&format!(" --remote-path {}", quoted(&self.remote_path)));
+        let remote_path = &self.shell.remote_path;
+        if remote_path != "blockferry" {
+            words.push_str(&format!(" --remote-path {}", quoted(remote_path)));
         }
         if let Some(certs) = &self.certs {
             let certs = std::path::absolute(certs).unwrap_or_else(|_| certs.clone());
@@ -387,7 +395,7 @@ pub(crate) struct FailoverArguments {
     /// What to do with the job
     #[arg(value_enum)]
     pub(crate) action: FailoverAction,
-    /// The job by its name; to start or reverse one, the file that describes it
+    /// The job by its name; to start or reverse one, the file that describes it; to reverse one of another host, HOST:JOB
     #[arg(value_name = "JOB")]
     pub(crate) job: OsString,
     /// complete: not before TIME, as 2026-11-28T02:00:00Z, or +30m
@@ -405,6 +413,8 @@ pub(crate) struct FailoverArguments {
     /// commit, reverse: end the machine that the job came from, which is kept as it was stopped otherwise
     #[arg(long)]
     pub(crate) release_source: bool,
+    #[command(flatten)]
+    pub(crate) shell: RemoteShell,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

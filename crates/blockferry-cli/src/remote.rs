@@ -2,6 +2,7 @@
 //! that shell's standard input and output; or a server that listens there, over TLS.
 
 mod asked;
+mod hosts;
 mod patience;
 mod server;
 mod shell;
@@ -16,6 +17,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 
 pub(crate) use asked::Asked;
+pub(crate) use hosts::OverShell;
 pub(crate) use patience::Patience;
 pub(crate) use server::{certs_dir, identity};
 
@@ -42,7 +44,7 @@ impl<'a> Way<'a> {
     /// Finds out how the host is reached.
     pub(crate) fn new(there: &'a There, reach: &'a Reach) -> Result<Self, Failure> {
         let means = match there {
-            There::Shell(remote) => Means::Shell(shell::Shell::new(remote, reach)?),
+            There::Shell(remote) => Means::Shell(shell::Shell::new(remote, &reach.shell)?),
             There::Server(export) => Means::Server(server::Server::new(export, reach)?),
         };
         Ok(Self { there, means })

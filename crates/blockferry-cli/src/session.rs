@@ -16,7 +16,7 @@ use crate::signals::{self, Received};
 pub(crate) const STATE_ROOT_VARIABLE: &str = "BLOCKFERRY_STATE_ROOT";
 
 /// One invocation of the command.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Session {
     pub(crate) output: Arc<Output>,
     cancel: CancelToken,

@@ -17,6 +17,8 @@ pub enum ErrorKind {
     Refused,
     /// The source, or the machine it belongs to, failed; it goes on running unless the message says otherwise.
     Source,
+    /// Another host cannot be reached, or the way to it failed.
+    Peer,
     /// A target was refused or failed; all are at a consistent point.
     Target,
     /// A hook failed.
@@ -84,6 +86,7 @@ impl Error {
     pub(crate) fn engine(message: impl Into<String>, cause: blockferry_engine::Error) -> Self {
         let kind = match cause.kind() {
             EngineKind::Usage => ErrorKind::Usage,
+            EngineKind::Peer if cause.is_lost_link() => ErrorKind::Peer,
             EngineKind::Source | EngineKind::Peer => ErrorKind::Source,
             EngineKind::DecisionPending => ErrorKind::DecisionPending,
             EngineKind::Corruption => ErrorKind::Corruption,

@@ -11,12 +11,13 @@ use serde::Serialize;
 
 use crate::convergence::{Pass, predicted_downtime};
 use crate::error::{Error, ErrorKind, Result};
+use crate::far::{self, FarSource, Hosts};
 use crate::overlay;
 use crate::runner::Runner;
-use crate::source::Source;
+use crate::source::{Source, SourceMachine};
 use crate::spec::{JobSpec, Reverse};
 use crate::state::{Input, State};
-use crate::store::{Filter, JobEvent, JobRecord, Operation, Request, Store, now_ms};
+use crate::store::{Filter, JobEvent, JobRecord, Origin, Request, Store, now_ms};
 
 const LOCK_NAME: &str = "lock";
 
@@ -91,6 +92,8 @@ pub struct JobContext {
     /// what is added to them: `--agent` and its socket, `--scripts` and their file, each if there is one, and the deadline
     /// in milliseconds. Without it nothing is brought to rest, and points are crash-consistent.
     pub freeze_guard: Option<Vec<OsString>>,
+    /// The way to other hosts; without it no machine can be on one.
+    pub hosts: Option<Arc<dyn Hosts>>,
 }
 
 impl std::fmt::Debug for JobContext {
@@ -108,7 +111,34 @@ impl JobContext {
             cancel: CancelToken::new(),
             targets,
             freeze_guard: None,
+            hosts: None,
         }
+    }
+
+    /// The machine that a job copies.
+    pub(crate) fn machine_of(
+        &self,
+        spec: &JobSpec,
+        scratch: &Path,
+    ) -> Result<Box<dyn SourceMachine>> {
+        let Some(host) = &spec.machine.host else {
+            let guard = self.freeze_guard.clone();
+            return Ok(Box::new(Source::new(spec, scratch, guard)));
+        };
+        let hosts = self.hosts(host)?;
+        Ok(Box::new(FarSource::new(spec, host, hosts)))
+    }
+
+    /// A committed job of another host, and what is known of its disks.
+    fn job_of(&self, host: &str, name: &str) -> Result<(JobSpec, Vec<Origin>)> {
+        far::job_of(&*self.hosts(host)?, host, name)
+    }
+
+    fn hosts(&self, host: &str) -> Result<Arc<dyn Hosts>> {
+        self.hosts.clone().ok_or_else(|| {
+            let text = format!("there is no way to host {host} here");
+            Error::new(ErrorKind::Usage, text)
+        })
     }
 }
 
@@ -246,7 +276,7 @@ impl Jobs {
                 );
                 return Err(Error::new(ErrorKind::Refused, text));
             }
-            None => self.store.create(spec, Operation::Failover)?,
+            None => self.store.create(spec)?,
         };
         self.runner(&job, context)?.run(until)
     }
@@ -345,6 +375,8 @@ impl Jobs {
     /// the job itself says, to the disks that it came from, which then goes on as [`Self::start`]. Of a disk that is as
     /// it was at the last cut no more travels than what the replica changed since; one that was written is compared.
     ///
+    /// A job of another host that came from a machine on this one is named `HOST:NAME`: its way back is a job of this host.
+    ///
     /// # Errors
     /// The job is not committed, was not cut over, or says nothing of a way back; its first machine still has the disks
     /// and is not to be ended; or as [`Self::start`].
@@ -356,41 +388,61 @@ impl Jobs {
         until: Until,
         context: &JobContext,
     ) -> Result<State> {
-        let mut job = self.find(name)?;
-        refused(&job, Input::Reverse)?;
-        job.spec.reverse = way.or(job.spec.reverse);
-        let not_now = |why: &str| {
-            let text = format!("job {name}: it cannot be reversed: {why}");
-            Err(Error::new(ErrorKind::Refused, text))
+        let (host, (mut first, origins)) = match name.rsplit_once(':') {
+            Some((host, there)) => {
+                let found = context.job_of(host, there)?;
+                (Some(host.to_owned()), found)
+            }
+            None => (None, self.to_reverse(name)?),
         };
-        let Some(mut spec) = job.spec.reversed() else {
+        let not_now = |why: &str| Err(not_reversed(name, why));
+        let elsewhere = first.machine.host.take();
+        if let (None, Some(elsewhere)) = (&host, elsewhere) {
+            return not_now(&format!(
+                "its way back is a job of {elsewhere}: there, failover reverse THIS-HOST:{name}"
+            ));
+        }
+        first.reverse = way.or(first.reverse);
+        let Some(mut spec) = first.reversed() else {
             return not_now(
                 "it says nothing of the machine of the replica: expected [reverse] in its file",
             );
         };
-        if self.store.origins(job.id)?.is_empty() {
-            return not_now(
-                "its source was never stopped for it; a job of another name can copy the other way",
-            );
-        }
-        let mut first = Source::new(&job.spec, &self.job_directory(name), None);
-        if first.reach().is_ok() {
+        spec.machine.host = host;
+        let directory = self.job_directory(&spec.name);
+        let mut machine = Source::new(&first, &directory, None);
+        if machine.reach().is_ok() {
             if source == OldSource::Keep {
                 return not_now(
                     "the machine that it came from has its disks still: end it, or let it be ended (--release-source)",
                 );
             }
-            first.end()?;
+            machine.end()?;
         }
         // Once its overlays were merged its disks are nodes of other names.
-        let mut replica = Source::new(&spec, &self.job_directory(name), None);
-        let targets = job.spec.disk.iter().map(|disk| &*disk.target);
-        if replica.find_disks(targets).is_ok() {
-            spec.disk = replica.disks().to_vec();
+        let mut replica = context.machine_of(&spec, &directory)?;
+        let targets: Vec<PathBuf> = first.disk.iter().map(|disk| disk.target.clone()).collect();
+        if let Ok(nodes) = replica.nodes_of(&targets) {
+            for (disk, node) in spec.disk.iter_mut().zip(nodes) {
+                disk.node = node;
+            }
         }
         replica.release();
-        let job = self.store.create(&spec, Operation::Reverse(job.id))?;
+        let job = self.store.create_way_back(&spec, &origins)?;
         self.runner(&job, context)?.run(until)
+    }
+
+    /// A committed job, and what is known of its disks on the way back.
+    pub(crate) fn to_reverse(&self, name: &str) -> Result<(JobSpec, Vec<Origin>)> {
+        let job = self.find(name)?;
+        refused(&job, Input::Reverse)?;
+        let origins = self.store.origins(job.id)?;
+        if origins.is_empty() {
+            let why =
+                "its source was never stopped for it; a job of another name can copy the other way";
+            return Err(not_reversed(name, why));
+        }
+        Ok((job.spec, origins))
     }
 
     fn find(&self, name: &str) -> Result<JobRecord> {
@@ -471,6 +523,11 @@ impl Jobs {
             }
         }
     }
+}
+
+fn not_reversed(name: &str, why: &str) -> Error {
+    let text = format!("job {name}: it cannot be reversed: {why}");
+    Error::new(ErrorKind::Refused, text)
 }
 
 /// Why a job cannot do this now.

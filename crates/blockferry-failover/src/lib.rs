@@ -21,13 +21,16 @@
 //! What keeps its promises: every pass goes through the transfer log of its target, several disks are committed by one
 //! record, the point before the job is kept by an anchor, and a state is durable before what it names is begun.
 
+mod changes;
 mod convergence;
 mod error;
+mod far;
 mod hooks;
 mod jobs;
 mod overlay;
 mod runner;
 mod scripts;
+mod serve;
 mod source;
 mod spec;
 mod state;
@@ -35,8 +38,10 @@ mod store;
 
 pub use convergence::{Next, Pass, next, predicted_downtime};
 pub use error::{Error, ErrorKind, Result};
+pub use far::{HostConnection, Hosts};
 pub use jobs::{DiskStatus, JobContext, JobObserver, JobStatus, Jobs, OldSource, Told, Until};
 pub use scripts::{AtRest, Scripts};
+pub use serve::serve_machine;
 pub use spec::{
     DiskSpec, HookTimeout, Hooks, JobSpec, MachineSpec, QuiesceBy, Reverse, parse_duration,
 };

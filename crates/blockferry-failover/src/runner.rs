@@ -3,10 +3,10 @@
 use std::iter;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use blockferry_core::{BlockSize, ChangeMap, Content, Extent, ExtentSet};
+use blockferry_core::{BlockSize, ExtentSet};
 use blockferry_device::{
     CancelToken, Consistency, Error as DeviceError, ErrorKind as DeviceErrorKind, LockGuard,
     OsDirectory,
@@ -19,24 +19,29 @@ use blockferry_nbd::open_overlay;
 use blockferry_pipeline::Event;
 use blockferry_qemu::Layers;
 
+use crate::changes::{changed_extents, with_extents};
 use crate::convergence::{Next, Pass, next, predicted_downtime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hooks;
 use crate::jobs::{JobContext, Told, Until, refused};
 use crate::overlay;
-use crate::source::{Cut, Source};
+use crate::source::{Cut, CutSource, Source, SourceMachine};
 use crate::state::{Input, Recovery, State};
 use crate::store::{JobRecord, Origin, Request, Store, now_ms};
 
 /// How often requests of other processes are looked for.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// How much longer than the budget a machine on another host waits to be held or let go, before it goes on by itself.
+const GOING_ON: Duration = Duration::from_secs(1);
+/// A way to another host is given up when nothing came over it for so long.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// The same, where a source is to be let go.
+const UNDOING: Duration = Duration::from_secs(60);
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 const SCHEME: &str = "failover://";
 /// A time at which only requests without one are due.
 const CANCELS_ONLY: i64 = 0;
-
-/// Runs of what a replica wrote that are remembered; more of them are made coarser.
-const MOST_RUNS: usize = 1 << 16;
-const COARSE_BYTES: u64 = 1 << 16;
 
 /// A job that this process works on.
 #[derive(Debug)]
@@ -46,13 +51,15 @@ pub(crate) struct Runner<'s> {
     path: PathBuf,
     groups: GroupDirectory,
     context: JobContext,
-    source: Source,
+    source: Box<dyn SourceMachine>,
     /// Of a job that leads back: what its targets are, unless somebody wrote them meanwhile.
     origins: Vec<Origin>,
     /// Open while they are worked on; closed by any failure.
     targets: Vec<Target>,
     /// When the last cut was made.
     last_cut: Option<Instant>,
+    /// How often what was staged became durable: more of it came over.
+    checkpoints: Arc<AtomicU64>,
     _lock: Box<dyn LockGuard>,
 }
 
@@ -65,7 +72,7 @@ impl<'s> Runner<'s> {
         lock: Box<dyn LockGuard>,
         context: JobContext,
     ) -> Result<Self> {
-        let source = Source::new(&job.spec, &path, context.freeze_guard.clone());
+        let source = context.machine_of(&job.spec, &path)?;
         let origins = match job.leads_back() {
             true => store.origins(job.id)?,
             false => Vec::new(),
@@ -80,6 +87,7 @@ impl<'s> Runner<'s> {
             origins,
             targets: Vec::new(),
             last_cut: None,
+            checkpoints: Arc::default(),
             _lock: lock,
         })
     }
@@ -88,9 +96,10 @@ impl<'s> Runner<'s> {
     pub(crate) fn run(mut self, until: Until) -> Result<State> {
         self.recover()?;
         refused(&self.job, Input::PassBegins)?;
+        self.source.reach()?;
         self.keep_anchors()?;
         loop {
-            self.live_pass()?;
+            self.persist(PATIENCE, Self::live_pass)?;
             match next(&self.passes()?, self.job.spec.downtime_budget) {
                 Next::Again => {
                     if self.is_cancelled_by_request()? {
@@ -114,6 +123,44 @@ impl<'s> Runner<'s> {
             if let Some(state) = self.wait_until_refresh()? {
                 return Ok(state);
             }
+        }
+    }
+
+    /// Does what fails because of the way to another host again and again, until `patience` has passed in which nothing
+    /// came over it.
+    fn persist(
+        &mut self,
+        patience: Duration,
+        mut act: impl FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        let (mut since, mut wait) = (Instant::now(), FIRST_WAIT);
+        loop {
+            let before = self.checkpoints.load(Ordering::Relaxed);
+            let error = match act(self) {
+                Err(error) if error.kind() == ErrorKind::Peer => error,
+                outcome => return outcome,
+            };
+            // What else was opened over it is of no use any more.
+            self.source.release();
+            if self.checkpoints.load(Ordering::Relaxed) != before {
+                (since, wait) = (Instant::now(), FIRST_WAIT);
+            }
+            if since.elapsed() >= patience {
+                return Err(error);
+            }
+            let text = format!("{}; trying again in {} s", error.in_full(), wait.as_secs());
+            self.warn("reconnecting", text);
+            self.rest(wait);
+            wait = (2 * wait).min(LONGEST_WAIT);
+        }
+    }
+
+    /// Ends early when the work is cancelled meanwhile.
+    fn rest(&self, time: Duration) {
+        let cancel = &self.context.cancel;
+        let (end, was_cancelled) = (Instant::now() + time, cancel.is_cancelled());
+        while Instant::now() < end && cancel.is_cancelled() == was_cancelled {
+            std::thread::sleep(TICK);
         }
     }
 
@@ -218,6 +265,7 @@ impl<'s> Runner<'s> {
         self.live_pass()?;
         self.step(Input::Converged, "a fresh pass was copied")?;
         self.check_budget()?;
+        self.source.make_ready()?;
         self.step(Input::CutoverBegins, "the source is being stopped")?;
         let began = Instant::now();
         match self.stop_and_copy(began) {
@@ -248,15 +296,13 @@ impl<'s> Runner<'s> {
 
     /// From the running source to targets that hold its last cut; within the budget, or not at all.
     fn stop_and_copy(&mut self, began: Instant) -> Result<()> {
-        let (consistency, warnings) = self.source.quiesce()?;
+        let budget = self.job.spec.downtime_budget;
+        let (consistency, warnings) = self.source.quiesce(budget + GOING_ON)?;
         for warning in warnings {
             self.warn("not_quiesced", warning);
         }
         self.step(Input::StepDone, "the source is stopped")?;
-        let alarm = Alarm::set(
-            began + self.job.spec.downtime_budget,
-            self.context.cancel.clone(),
-        );
+        let alarm = Alarm::set(began + budget, self.context.cancel.clone());
         let done = self.pass(&alarm.token, |source, number| {
             source.cut_at_rest(number, consistency)
         });
@@ -266,11 +312,15 @@ impl<'s> Runner<'s> {
                 format!(
                     "job {}: the last pass took longer than the budget of {:.2} s allows",
                     self.job.name,
-                    self.job.spec.downtime_budget.as_secs_f64()
+                    budget.as_secs_f64()
                 ),
             )),
             Err(error) => Err(error),
-            Ok(()) => self.step(Input::StepDone, "the targets hold the last cut"),
+            Ok(()) => {
+                // Before it is recorded that the replica may start: one of both stands still at any time.
+                self.source.hold()?;
+                self.step(Input::StepDone, "the targets hold the last cut")
+            }
         }
     }
 
@@ -337,7 +387,7 @@ impl<'s> Runner<'s> {
             self.remove_overlays()?;
         }
         self.undo_hook("unfence-source", &hooks.unfence_source)?;
-        self.source.resume()?;
+        self.persist(UNDOING, |runner| runner.source.resume())?;
         self.step(Input::StepDone, "the source goes on")
     }
 
@@ -515,10 +565,11 @@ impl<'s> Runner<'s> {
             renamed.map_err(|error| DeviceError::new(DeviceErrorKind::Io, error.in_full()))
         };
         replica.merge(number, &layers, &self.context.cancel, &mut counts)?;
-        let targets = self.job.spec.disk.iter().map(|disk| &*disk.target);
-        replica.find_disks(targets.clone())?;
+        let disks = self.job.spec.disk.iter();
+        let targets: Vec<PathBuf> = disks.map(|disk| disk.target.clone()).collect();
+        replica.find_disks(&targets)?;
         // They are the machine's own now, and none of their points is left.
-        for target in targets {
+        for target in &targets {
             forget(target, &self.context.targets)
                 .map_err(|e| Error::engine("let the old point of a target go", e))?;
         }
@@ -655,14 +706,14 @@ impl<'s> Runner<'s> {
         self.check_cancelled()?;
         self.step(Input::PassBegins, "a pass begins")?;
         let token = self.context.cancel.clone();
-        self.pass(&token, Source::cut)
+        self.pass(&token, |source, number| source.cut(number))
     }
 
     /// Cuts, copies, and lets the cut go.
     fn pass(
         &mut self,
         cancel: &CancelToken,
-        take: impl FnOnce(&mut Source, u64) -> Result<Cut>,
+        take: impl FnOnce(&mut dyn SourceMachine, u64) -> Result<Cut>,
     ) -> Result<()> {
         let held = self.open_targets()?;
         if self.job.state != State::LastPass {
@@ -670,8 +721,9 @@ impl<'s> Runner<'s> {
         }
         let highest = held.iter().flatten().max().copied().unwrap_or(0);
         let number = self.store.take_number(self.job.id, highest + 1)?;
+        self.source.make_ready()?;
         let began = Instant::now();
-        let cut = take(&mut self.source, number)?;
+        let cut = take(&mut *self.source, number)?;
         let since = self.since_last_cut(began)?;
         for warning in &cut.warnings {
             self.warn("not_frozen", warning.clone());
@@ -715,13 +767,14 @@ impl<'s> Runner<'s> {
             .map(|index| self.engine_context(index, cancel))
             .collect();
         let mode = self.job.spec.mode;
-        let mut members = Vec::new();
+        let (mut members, mut carriers) = (Vec::new(), Vec::new());
         let origins = self.origins.iter().map(Some).chain(iter::repeat(None));
         let disks = cut.disks.into_iter().zip(&mut self.targets).zip(held);
         let disks = disks.zip(origins).zip(addresses).zip(contexts);
         for (((((disk, target), held), origin), address), context) in disks {
             let since = target.replica().point().map(|point| point.id.to_string());
             let mut options = SyncOptions::default();
+            options.check = Some(cut.check.clone());
             // Only the first pass has something to choose.
             options.mode = if held.is_some() { Mode::Delta } else { mode };
             options.source_address = address;
@@ -737,9 +790,17 @@ impl<'s> Runner<'s> {
             options.changes = since
                 .zip(changes)
                 .map(|(since, map)| ChangesSince::new(since, map));
-            members.push(Member::new(disk.source, target, options, context));
+            members.push(match disk.source {
+                CutSource::Here(source) => Member::new(source, target, options, context),
+                CutSource::There(far) => {
+                    carriers.push(far.carrier);
+                    Member::from_peer(far.connection, target, options, context)
+                }
+            });
         }
-        match sync_group(members, &self.groups) {
+        let synced = sync_group(members, &self.groups);
+        drop(carriers);
+        match synced {
             Ok(receipts) => Ok(receipts
                 .iter()
                 .map(|receipt| receipt.changed_bytes.unwrap_or(receipt.staged_bytes))
@@ -883,7 +944,15 @@ impl<'s> Runner<'s> {
     }
 
     fn engine_context(&self, index: usize, cancel: &CancelToken) -> Context {
-        disk_context(&self.context, index, cancel)
+        let mut context = disk_context(&self.context, index, cancel);
+        let (observer, checkpoints) = (context.observer, Arc::clone(&self.checkpoints));
+        context.observer = Arc::new(move |event: &Event| {
+            if let Event::Checkpoint { .. } = event {
+                checkpoints.fetch_add(1, Ordering::Relaxed);
+            }
+            observer.event(event);
+        });
+        context
     }
 
     fn check_cancelled(&self) -> Result<()> {
@@ -939,28 +1008,6 @@ fn disk_context(context: &JobContext, index: usize, cancel: &CancelToken) -> Con
         .with_observer(move |event: &Event| observer.told(&Told::Disk(index, event.clone())));
     context.cancel = cancel.clone();
     context
-}
-
-/// What a map says to have changed, in at most [`MOST_RUNS`] runs.
-fn changed_extents(map: &ChangeMap) -> ExtentSet {
-    let whole = Extent::from_range(0..map.image_bytes());
-    let mut unit_bytes = 1;
-    loop {
-        let mut changed = ExtentSet::new();
-        for (extent, _) in map.runs(whole).filter(|(_, c)| *c != Content::Same) {
-            changed.insert(extent.widened(unit_bytes));
-        }
-        if changed.len() <= MOST_RUNS {
-            return changed;
-        }
-        unit_bytes = (unit_bytes * 2).max(COARSE_BYTES);
-    }
-}
-
-fn with_extents(mut map: Arc<ChangeMap>, changed: &ExtentSet) -> Arc<ChangeMap> {
-    let added = Arc::make_mut(&mut map);
-    changed.iter().for_each(|e| added.set(e, Content::Data));
-    map
 }
 
 /// Cancels a token at a moment, or when another one is cancelled, unless it is dropped before.

@@ -1,23 +1,26 @@
 //! The source of a job: a QEMU machine, its points, and how it is stopped and let go.
+//!
+//! [`SourceMachine`] is what a job asks of it. [`Source`] is one on this host; [`FarSource`](crate::far::FarSource) asks
+//! one on another host, where a [`Source`] does it.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use blockferry_core::ChangeMap;
-use blockferry_device::{
-    BlockSource, CancelToken, Consistency, ErrorKind as ErrorKindOfDevice, Evidence, ReadRequest,
-    Status,
-};
+use blockferry_device::{BlockSource, CancelToken, Consistency, ErrorKind as ErrorKindOfDevice};
+use blockferry_engine::SourceCheck;
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::freeze::Guarded;
 use blockferry_qemu::{Agent, Held, Layers, Lost, Machine, MachineOptions, PointExport};
 use serde_json::json;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::far::HostConnection;
 use crate::scripts::Scripts;
-use crate::spec::{DiskSpec, JobSpec, QuiesceBy};
+use crate::spec::{JobSpec, QuiesceBy};
 
 /// For the guest to shut down.
 const SHUTTING_DOWN: Duration = Duration::from_secs(120);
@@ -27,6 +30,49 @@ const ENDING: Duration = Duration::from_secs(30);
 const AGENT: Duration = Duration::from_secs(5);
 /// For a freeze that a stop follows: the guest stands still, nothing waits for its end.
 const FREEZE_BEFORE_STOP: Duration = Duration::from_secs(60);
+
+/// What a job asks of the machine that it copies, wherever that is.
+pub(crate) trait SourceMachine: Debug {
+    /// Lets the connection go; it is made again when it is needed.
+    fn release(&mut self);
+
+    /// Makes sure that the machine is there.
+    fn reach(&mut self) -> Result<()>;
+
+    /// Ends what is under way and makes the bitmaps say what changed since the cuts that the targets hold.
+    fn settle(&mut self, held: &[Option<u64>]) -> Result<Vec<Lost>>;
+
+    /// Makes what the next cut is read over, while nothing is held up.
+    fn make_ready(&mut self) -> Result<()>;
+
+    /// A cut while the machine runs.
+    fn cut(&mut self, number: u64) -> Result<Cut>;
+
+    /// Stops the machine: nothing is written any more. [`Self::resume`] takes it back, also after a failure here. A machine
+    /// on another host goes on by itself after `patience`, unless it is to be held.
+    fn quiesce(&mut self, patience: Duration) -> Result<(Consistency, Vec<String>)>;
+
+    /// The last cut, once the machine is stopped.
+    fn cut_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Cut>;
+
+    /// From here on it stays stopped, whatever becomes of this process and of the way to the machine.
+    fn hold(&mut self) -> Result<()>;
+
+    /// The machine is stopped, and its disks were not written since cut `number`.
+    fn stood_still(&mut self, number: u64) -> Result<()>;
+
+    /// Lets the machine go on as before [`Self::quiesce`], however far that came. Harmless where it runs.
+    fn resume(&mut self) -> Result<()>;
+
+    /// The nodes whose data are these files or devices of its host.
+    fn nodes_of(&mut self, files: &[PathBuf]) -> Result<Vec<String>>;
+
+    /// Takes everything of this job away from the machine.
+    fn leave(&mut self) -> Result<()>;
+
+    /// Ends the machine, and waits until it has.
+    fn end(&mut self) -> Result<()>;
+}
 
 /// One moment of all disks.
 #[derive(Debug)]
@@ -38,13 +84,31 @@ pub(crate) struct Cut {
     pub(crate) held_up: Duration,
     /// What did not go as hoped.
     pub(crate) warnings: Vec<String>,
+    /// Whether its points are still what they were.
+    pub(crate) check: SourceCheck,
 }
 
 #[derive(Debug)]
 pub(crate) struct CutDisk {
-    pub(crate) source: Arc<dyn BlockSource>,
+    pub(crate) source: CutSource,
     /// Since the cut that the target holds.
     pub(crate) changes: Option<Arc<ChangeMap>>,
+}
+
+/// Where the point of a disk is read.
+#[derive(Debug)]
+pub(crate) enum CutSource {
+    Here(Arc<dyn BlockSource>),
+    There(HostConnection),
+}
+
+/// A cut that is exported, and not read yet.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) consistency: Consistency,
+    pub(crate) points: Vec<PointExport>,
+    pub(crate) held_up: Duration,
+    pub(crate) warnings: Vec<String>,
 }
 
 /// An application or a guest at rest.
@@ -54,7 +118,7 @@ struct AtRest {
     consistency: Consistency,
 }
 
-/// The machine of a job. It is connected to when it is needed, and let go in between: its QMP socket serves one client.
+/// A machine on this host. It is connected to when it is needed, and let go in between: its QMP socket serves one client.
 #[derive(Debug)]
 pub(crate) struct Source {
     spec: JobSpec,
@@ -81,19 +145,8 @@ impl Source {
         }
     }
 
-    /// Lets the connection go.
-    pub(crate) fn release(&mut self) {
-        *self.lock() = None;
-    }
-
     fn lock(&self) -> MutexGuard<'_, Option<Machine>> {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes sure that the machine is there.
-    pub(crate) fn reach(&mut self) -> Result<()> {
-        self.release();
-        self.with("reach the machine", |_machine| Ok(()))
     }
 
     /// Runs `act`; a machine that failed is connected to afresh the next time.
@@ -113,22 +166,8 @@ impl Source {
         Ok(done)
     }
 
-    /// Ends what is under way and makes the bitmaps say what changed since the cuts that the targets hold.
-    pub(crate) fn settle(&mut self, held: &[Option<u64>]) -> Result<Vec<Lost>> {
-        let held: Vec<Held> = self
-            .disks
-            .iter()
-            .zip(held)
-            .map(|(disk, number)| match number {
-                Some(number) => Held::cut(disk, *number),
-                None => Held::unknown(disk),
-            })
-            .collect();
-        self.with("tidy up in the machine", |machine| machine.settle(&held))
-    }
-
-    /// A cut while the machine runs.
-    pub(crate) fn cut(&mut self, number: u64) -> Result<Cut> {
+    /// Makes a cut while the machine runs, and exports it.
+    pub(crate) fn take(&mut self, number: u64) -> Result<Taken> {
         let disks = self.disks.clone();
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let mut warnings = Vec::new();
@@ -155,57 +194,50 @@ impl Source {
             _ => Consistency::Crash,
         };
         let points = self.with("export a cut", |machine| machine.publish(number, &disks))?;
-        self.opened(number, &points, consistency, held_up, warnings)
-    }
-
-    /// The last cut, once the machine is stopped.
-    pub(crate) fn cut_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Cut> {
-        let disks = self.disks.clone();
-        let points = self.with("the last cut", |machine| {
-            machine.cut_at_rest(number, &disks)?;
-            machine.publish_at_rest(number, &disks)
-        })?;
-        self.opened(number, &points, consistency, Duration::ZERO, Vec::new())
-    }
-
-    fn opened(
-        &self,
-        number: u64,
-        points: &[PointExport],
-        consistency: Consistency,
-        held_up: Duration,
-        warnings: Vec<String>,
-    ) -> Result<Cut> {
-        let open = |point| self.open_point(number, point);
-        let disks = points.iter().map(open).collect::<Result<_>>()?;
-        Ok(Cut {
+        Ok(Taken {
             consistency,
-            disks,
+            points,
             held_up,
             warnings,
         })
     }
 
-    fn open_point(&self, number: u64, point: &PointExport) -> Result<CutDisk> {
-        let failed = |cause| Error::source(format!("open the point of {}", point.disk), cause);
-        let address = NbdAddress::unix(&point.socket, &point.export).map_err(failed)?;
-        let mut options = NbdOptions::default();
-        options.bitmap.clone_from(&point.bitmap);
-        let source = NbdDevice::open_source(&address, &options).map_err(failed)?;
-        let changes = match point.bitmap {
-            Some(_) => source.changes().map_err(failed)?,
-            None => None,
-        };
-        let source = Point {
-            export: source,
-            machine: Arc::clone(&self.machine),
-            number,
-            disks: self.disks.clone(),
-        };
-        Ok(CutDisk {
-            source: Arc::new(source),
-            changes: changes.map(Arc::new),
+    /// Makes the last cut, once the machine is stopped, and exports it.
+    pub(crate) fn take_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Taken> {
+        let disks = self.disks.clone();
+        let points = self.with("the last cut", |machine| {
+            machine.cut_at_rest(number, &disks)?;
+            machine.publish_at_rest(number, &disks)
+        })?;
+        Ok(Taken {
+            consistency,
+            points,
+            held_up: Duration::ZERO,
+            warnings: Vec::new(),
         })
+    }
+
+    fn opened(&self, number: u64, taken: Taken) -> Result<Cut> {
+        let disks = taken.points.iter().map(|point| {
+            let (source, changes) = open_point(point)?;
+            Ok(CutDisk {
+                source: CutSource::Here(source),
+                changes: changes.map(Arc::new),
+            })
+        });
+        let (machine, names) = (Arc::clone(&self.machine), self.disks.clone());
+        Ok(Cut {
+            disks: disks.collect::<Result<_>>()?,
+            consistency: taken.consistency,
+            held_up: taken.held_up,
+            warnings: taken.warnings,
+            check: SourceCheck::new(move || check(&machine, number, &names)),
+        })
+    }
+
+    /// Whether the points of a cut are still what they were.
+    pub(crate) fn check(&self, number: u64) -> blockferry_device::Result<()> {
+        check(&self.machine, number, &self.disks)
     }
 
     /// Brings the application and the guest to rest, where there are scripts or an agent. What keeps an agent from that is
@@ -247,49 +279,6 @@ impl Source {
         }
     }
 
-    /// Stops the machine: nothing is written any more. [`Self::resume`] takes it back, also after a failure here.
-    pub(crate) fn quiesce(&mut self) -> Result<(Consistency, Vec<String>)> {
-        let mut warnings = Vec::new();
-        let has_guest = self
-            .with("look at the machine", Machine::is_running)?
-            .is_some();
-        let mut consistency = Consistency::Crash;
-        let mut at_rest = None;
-        match self.spec.machine.quiesce {
-            QuiesceBy::PowerDown if has_guest => {
-                self.with("shut the guest down", |m| m.power_down(SHUTTING_DOWN))?;
-                consistency = Consistency::AtRest;
-            }
-            QuiesceBy::Stop => {}
-            _ => at_rest = self.freeze(FREEZE_BEFORE_STOP, &mut warnings)?,
-        }
-        if has_guest && consistency != Consistency::AtRest {
-            self.with("stop the guest", Machine::stop)?;
-        }
-        self.take_writers_away()?;
-        if let Some(at_rest) = at_rest {
-            at_rest.guarded.leave_frozen();
-            consistency = at_rest.consistency;
-        }
-        Ok((consistency, warnings))
-    }
-
-    /// The machine is stopped, and its disks were not written since cut `number`.
-    pub(crate) fn stood_still(&mut self, number: u64) -> Result<()> {
-        let disks = self.disks.clone();
-        let running = self.with("look at the machine", Machine::is_running)?;
-        let writers = self.with("look for writers", |m| m.writable_exports(&disks))?;
-        let written = self.with("look at the bitmaps", |m| m.written_since(number, &disks))?;
-        let text = match (running, writers.first(), written.first()) {
-            (Some(true), ..) => "the machine runs".to_owned(),
-            (_, Some(writer), _) => format!("export {writer:?} may be written"),
-            (.., Some(disk)) => format!("disk {disk:?} was written"),
-            _ => return Ok(()),
-        };
-        let text = format!("the source did not stand still since its last cut: {text}");
-        Err(Error::new(ErrorKind::Source, text))
-    }
-
     fn take_writers_away(&mut self) -> Result<()> {
         let disks = self.disks.clone();
         let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
@@ -305,27 +294,6 @@ impl Source {
             self.with("take a writer away", |m| m.remove_export(&export))?;
         }
         Ok(())
-    }
-
-    /// Lets the machine go on as before [`Self::quiesce`], however far that came. Harmless where it runs.
-    pub(crate) fn resume(&mut self) -> Result<()> {
-        self.give_writers_back()?;
-        let running = self.with("look at the machine", Machine::is_running)?;
-        if running == Some(false) {
-            self.with("let the guest go on", Machine::resume)?;
-        }
-        if let Some(agent) = self
-            .spec
-            .machine
-            .agent
-            .as_ref()
-            .filter(|_| running.is_some())
-        {
-            thaw(agent)?;
-        }
-        // Whether it is at rest nobody knows any more.
-        let scripts = self.spec.machine.scripts.as_deref();
-        scripts.map_or(Ok(()), |scripts| Scripts::load(scripts)?.run_post())
     }
 
     fn give_writers_back(&mut self) -> Result<()> {
@@ -361,18 +329,12 @@ impl Source {
     }
 
     /// Finds its disks by the files that they are, wherever their nodes have other names than the job says.
-    pub(crate) fn find_disks<'p>(&mut self, files: impl Iterator<Item = &'p Path>) -> Result<()> {
-        for (index, file) in files.enumerate() {
-            let node = self.with("look for a disk", |machine| machine.raw_node_of(file))?;
-            self.spec.disk[index].node.clone_from(&node);
-            self.disks[index] = node;
+    pub(crate) fn find_disks(&mut self, files: &[PathBuf]) -> Result<()> {
+        self.disks = self.nodes_of(files)?;
+        for (disk, node) in self.spec.disk.iter_mut().zip(&self.disks) {
+            disk.node.clone_from(node);
         }
         Ok(())
-    }
-
-    /// The disks as they are named now.
-    pub(crate) fn disks(&self) -> &[DiskSpec] {
-        &self.spec.disk
     }
 
     /// Merges overlays while they are written, see [`Machine::merge_overlays`].
@@ -387,9 +349,123 @@ impl Source {
             machine.merge_overlays(number, layers, cancel, counts)
         })
     }
+}
 
-    /// Ends the machine, and waits until it has.
-    pub(crate) fn end(&mut self) -> Result<()> {
+impl SourceMachine for Source {
+    fn release(&mut self) {
+        *self.lock() = None;
+    }
+
+    fn reach(&mut self) -> Result<()> {
+        self.release();
+        self.with("reach the machine", |_machine| Ok(()))
+    }
+
+    fn settle(&mut self, held: &[Option<u64>]) -> Result<Vec<Lost>> {
+        let held: Vec<Held> = self
+            .disks
+            .iter()
+            .zip(held)
+            .map(|(disk, number)| match number {
+                Some(number) => Held::cut(disk, *number),
+                None => Held::unknown(disk),
+            })
+            .collect();
+        self.with("tidy up in the machine", |machine| machine.settle(&held))
+    }
+
+    /// Its exports are opened at once.
+    fn make_ready(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn cut(&mut self, number: u64) -> Result<Cut> {
+        let taken = self.take(number)?;
+        self.opened(number, taken)
+    }
+
+    fn quiesce(&mut self, _patience: Duration) -> Result<(Consistency, Vec<String>)> {
+        let mut warnings = Vec::new();
+        let has_guest = self
+            .with("look at the machine", Machine::is_running)?
+            .is_some();
+        let mut consistency = Consistency::Crash;
+        let mut at_rest = None;
+        match self.spec.machine.quiesce {
+            QuiesceBy::PowerDown if has_guest => {
+                self.with("shut the guest down", |m| m.power_down(SHUTTING_DOWN))?;
+                consistency = Consistency::AtRest;
+            }
+            QuiesceBy::Stop => {}
+            _ => at_rest = self.freeze(FREEZE_BEFORE_STOP, &mut warnings)?,
+        }
+        if has_guest && consistency != Consistency::AtRest {
+            self.with("stop the guest", Machine::stop)?;
+        }
+        self.take_writers_away()?;
+        if let Some(at_rest) = at_rest {
+            at_rest.guarded.leave_frozen();
+            consistency = at_rest.consistency;
+        }
+        Ok((consistency, warnings))
+    }
+
+    fn cut_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Cut> {
+        let taken = self.take_at_rest(number, consistency)?;
+        self.opened(number, taken)
+    }
+
+    /// Nothing lets it go on but this process.
+    fn hold(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn stood_still(&mut self, number: u64) -> Result<()> {
+        let disks = self.disks.clone();
+        let running = self.with("look at the machine", Machine::is_running)?;
+        let writers = self.with("look for writers", |m| m.writable_exports(&disks))?;
+        let written = self.with("look at the bitmaps", |m| m.written_since(number, &disks))?;
+        let text = match (running, writers.first(), written.first()) {
+            (Some(true), ..) => "the machine runs".to_owned(),
+            (_, Some(writer), _) => format!("export {writer:?} may be written"),
+            (.., Some(disk)) => format!("disk {disk:?} was written"),
+            _ => return Ok(()),
+        };
+        let text = format!("the source did not stand still since its last cut: {text}");
+        Err(Error::new(ErrorKind::Source, text))
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.give_writers_back()?;
+        let running = self.with("look at the machine", Machine::is_running)?;
+        if running == Some(false) {
+            self.with("let the guest go on", Machine::resume)?;
+        }
+        if let Some(agent) = self
+            .spec
+            .machine
+            .agent
+            .as_ref()
+            .filter(|_| running.is_some())
+        {
+            thaw(agent)?;
+        }
+        // Whether it is at rest nobody knows any more.
+        let scripts = self.spec.machine.scripts.as_deref();
+        scripts.map_or(Ok(()), |scripts| Scripts::load(scripts)?.run_post())
+    }
+
+    fn nodes_of(&mut self, files: &[PathBuf]) -> Result<Vec<String>> {
+        let node = |file: &PathBuf| self.with("look for a disk", |m| m.raw_node_of(file));
+        files.iter().map(node).collect()
+    }
+
+    fn leave(&mut self) -> Result<()> {
+        let disks = self.disks.clone();
+        self.with("leave the machine", |machine| machine.leave(&disks))
+    }
+
+    fn end(&mut self) -> Result<()> {
         self.with("end the machine", Machine::quit)?;
         let end = Instant::now() + ENDING;
         while self.reach().is_ok() {
@@ -401,59 +477,34 @@ impl Source {
         }
         Ok(())
     }
-
-    /// Takes everything of this job away from the machine.
-    pub(crate) fn leave(&mut self) -> Result<()> {
-        let disks = self.disks.clone();
-        self.with("leave the machine", |machine| machine.leave(&disks))
-    }
 }
 
-/// The point of a disk. It is asked whether it still is one whenever the sync asks for evidence that it did not change:
-/// at its beginning, and before it commits.
-#[derive(Debug)]
-struct Point {
-    export: Arc<NbdDevice>,
-    machine: Arc<Mutex<Option<Machine>>>,
+/// Opens the point of a disk to read, with what changed since the cut that the target holds.
+pub(crate) fn open_point(point: &PointExport) -> Result<(Arc<NbdDevice>, Option<ChangeMap>)> {
+    let failed = |cause| Error::source(format!("open the point of {}", point.disk), cause);
+    let address = NbdAddress::unix(&point.socket, &point.export).map_err(failed)?;
+    let mut options = NbdOptions::default();
+    options.bitmap.clone_from(&point.bitmap);
+    let source = NbdDevice::open_source(&address, &options).map_err(failed)?;
+    let changes = match point.bitmap {
+        Some(_) => source.changes().map_err(failed)?,
+        None => None,
+    };
+    Ok((source, changes))
+}
+
+fn check(
+    machine: &Mutex<Option<Machine>>,
     number: u64,
-    disks: Vec<String>,
-}
-
-impl BlockSource for Point {
-    fn label(&self) -> &str {
-        self.export.label()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.export.size_bytes()
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> blockferry_device::Result<()> {
-        self.export.read_at(offset, buffer)
-    }
-
-    fn read_batch(&self, requests: &mut [ReadRequest<'_>]) -> blockferry_device::Result<()> {
-        self.export.read_batch(requests)
-    }
-
-    fn preferred_depth(&self) -> usize {
-        self.export.preferred_depth()
-    }
-
-    fn status_at(&self, offset: u64) -> blockferry_device::Result<(Status, u64)> {
-        self.export.status_at(offset)
-    }
-
-    fn evidence(&self) -> blockferry_device::Result<Evidence> {
-        let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
-        match machine.as_mut() {
-            Some(machine) => machine.check(self.number, &self.disks)?,
-            None => {
-                let text = "the machine of a point that is read was let go";
-                return Err(blockferry_device::Error::new(ErrorKindOfDevice::Io, text));
-            }
+    disks: &[String],
+) -> blockferry_device::Result<()> {
+    let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
+    match machine.as_mut() {
+        Some(machine) => machine.check(number, disks),
+        None => {
+            let text = "the machine of a point that is read was let go";
+            Err(blockferry_device::Error::new(ErrorKindOfDevice::Io, text))
         }
-        Ok(Evidence::unknown())
     }
 }
 

@@ -87,6 +87,10 @@ pub struct Reverse {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct MachineSpec {
+    /// The host that it runs on, as ssh names it: `host` or `user@host`; without one it is this host. All paths here are
+    /// on that host, where blockferry has to be as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// Its QMP socket.
     pub qmp: PathBuf,
     /// The socket of its guest's agent.
@@ -213,7 +217,7 @@ impl JobSpec {
             .map_err(|cause| Error::because(ErrorKind::Usage, "write the job down", cause))
     }
 
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let refused = |why: String| Err(Error::new(ErrorKind::Usage, why));
         self.name
             .parse::<blockferry_qemu::Tag>()
@@ -223,6 +227,10 @@ impl JobSpec {
             return Ok(());
         };
         check_disks(&way.disk).or_else(|why| refused(format!("reverse.disk: {why}")))?;
+        if way.machine.host.is_some() {
+            let why = "reverse.machine: expected no host: the replica runs where its disks are";
+            return refused(why.to_owned());
+        }
         if way.disk.len() != self.disk.len() {
             return refused(format!(
                 "reverse.disk: expected as many as there are disks, {}, found {}",

@@ -74,23 +74,7 @@ const SCHEMA_2: &str = "
     ) STRICT;
 ";
 
-/// What a job does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Operation {
-    Failover,
-    /// The way back of this job.
-    Reverse(i64),
-}
-
-impl Operation {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Failover => "failover",
-            Self::Reverse(_) => REVERSE,
-        }
-    }
-}
-
+const FAILOVER: &str = "failover";
 const REVERSE: &str = "reverse";
 
 /// What a disk was when its machine was stopped for good, and what became of its replica.
@@ -274,7 +258,23 @@ impl Store {
     ///
     /// # Errors
     /// A job of this name is not at its end, or the database failed.
-    pub(crate) fn create(&mut self, spec: &JobSpec, operation: Operation) -> Result<JobRecord> {
+    pub(crate) fn create(&mut self, spec: &JobSpec) -> Result<JobRecord> {
+        self.insert(spec, FAILOVER, &[])
+    }
+
+    /// Records a new job that leads back from one whose disks were `origins`.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub(crate) fn create_way_back(
+        &mut self,
+        spec: &JobSpec,
+        origins: &[Origin],
+    ) -> Result<JobRecord> {
+        self.insert(spec, REVERSE, origins)
+    }
+
+    fn insert(&mut self, spec: &JobSpec, operation: &str, origins: &[Origin]) -> Result<JobRecord> {
         if let Some(earlier) = self.find(&spec.name)?
             && !earlier.state.is_final()
         {
@@ -287,26 +287,17 @@ impl Store {
         let (now, toml) = (now_ms(), spec.to_toml()?);
         let failed = |cause| Error::store(format!("record job {}", spec.name), cause);
         let transaction = self.database.transaction().map_err(failed)?;
-        transaction
-            .execute(
-                "INSERT INTO jobs (name, operation, state, spec, created_ms, updated_ms)
-                 VALUES (?1, ?5, ?2, ?3, ?4, ?4)",
-                params![
-                    spec.name,
-                    State::Created.to_string(),
-                    toml,
-                    now,
-                    operation.name()
-                ],
-            )
-            .map_err(failed)?;
+        // No cut has the number of one before.
+        let last = origins.iter().map(|origin| origin.number).max();
+        let next = i64::try_from(last.unwrap_or(0) + 1).unwrap_or(i64::MAX);
+        let sql =
+            "INSERT INTO jobs (name, operation, state, spec, created_ms, updated_ms, next_number)
+                   VALUES (?1, ?2, ?3, ?4, ?5, ?5, ?6)";
+        let state = State::Created.to_string();
+        let values = params![spec.name, operation, state, toml, now, next];
+        transaction.execute(sql, values).map_err(failed)?;
         let id = transaction.last_insert_rowid();
-        if let Operation::Reverse(from) = operation {
-            let sql = "INSERT INTO origins SELECT ?1, disk, number, root, changed FROM origins WHERE job = ?2";
-            transaction.execute(sql, [id, from]).map_err(failed)?;
-            let sql = "UPDATE jobs SET next_number = (SELECT next_number FROM jobs WHERE id = ?2) WHERE id = ?1";
-            transaction.execute(sql, [id, from]).map_err(failed)?;
-        }
+        insert_origins(&transaction, id, origins)?;
         note(&transaction, id, State::Created, "the job was created").map_err(failed)?;
         transaction.commit().map_err(failed)?;
         self.load(id)
@@ -416,19 +407,7 @@ impl Store {
     pub(crate) fn note_origins(&mut self, job: i64, origins: &[Origin]) -> Result<()> {
         let failed = |cause| Error::store("note what the last cut was", cause);
         let transaction = self.database.transaction().map_err(failed)?;
-        for (disk, origin) in (0_i64..).zip(origins) {
-            let runs: Vec<[u64; 2]> = origin
-                .changed
-                .iter()
-                .map(|e| [e.start(), e.end()])
-                .collect();
-            let changed = serde_json::to_string(&runs)
-                .map_err(|cause| Error::because(ErrorKind::Internal, "note extents", cause))?;
-            let number = i64::try_from(origin.number).unwrap_or(i64::MAX);
-            let sql = "INSERT OR REPLACE INTO origins VALUES (?1, ?2, ?3, ?4, ?5)";
-            let values = params![job, disk, number, origin.root, changed];
-            transaction.execute(sql, values).map_err(failed)?;
-        }
+        insert_origins(&transaction, job, origins)?;
         transaction.commit().map_err(failed)
     }
 
@@ -607,6 +586,25 @@ impl Store {
     }
 }
 
+/// What the disks of a job were, one row for each.
+fn insert_origins(database: &Connection, job: i64, origins: &[Origin]) -> Result<()> {
+    let failed = |cause| Error::store("note what the last cut was", cause);
+    for (disk, origin) in (0_i64..).zip(origins) {
+        let runs: Vec<[u64; 2]> = origin
+            .changed
+            .iter()
+            .map(|e| [e.start(), e.end()])
+            .collect();
+        let changed = serde_json::to_string(&runs)
+            .map_err(|cause| Error::because(ErrorKind::Internal, "note extents", cause))?;
+        let number = i64::try_from(origin.number).unwrap_or(i64::MAX);
+        let sql = "INSERT OR REPLACE INTO origins VALUES (?1, ?2, ?3, ?4, ?5)";
+        let values = params![job, disk, number, origin.root, changed];
+        database.execute(sql, values).map_err(failed)?;
+    }
+    Ok(())
+}
+
 fn note(database: &Connection, job: i64, state: State, text: &str) -> rusqlite::Result<()> {
     let sql = "INSERT INTO events VALUES (?1, ?2, ?3, ?4)";
     let values = params![job, now_ms(), state.to_string(), text];
@@ -668,7 +666,7 @@ mod tests {
     fn a_job_is_there_again_as_it_was_with_all_that_happened() {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
-        let job = store.create(&spec("web1"), Operation::Failover).unwrap();
+        let job = store.create(&spec("web1")).unwrap();
         store
             .move_to(job.id, State::Syncing, "the first pass")
             .unwrap();
@@ -695,12 +693,10 @@ mod tests {
             .map(|e| e.text)
             .collect();
         assert_eq!(told, ["the job was created", "the first pass"]);
-        let refused = store
-            .create(&spec("web1"), Operation::Failover)
-            .unwrap_err();
+        let refused = store.create(&spec("web1")).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Refused);
         store.move_to(job.id, State::RolledBack, "done").unwrap();
-        assert!(store.create(&spec("web1"), Operation::Failover).unwrap().id > job.id);
+        assert!(store.create(&spec("web1")).unwrap().id > job.id);
     }
 
     #[test]
@@ -708,8 +704,8 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
         let (one, other) = (
-            store.create(&spec("a"), Operation::Failover).unwrap().id,
-            store.create(&spec("b"), Operation::Failover).unwrap().id,
+            store.create(&spec("a")).unwrap().id,
+            store.create(&spec("b")).unwrap().id,
         );
         let mut asking = Store::open(place.path()).unwrap();
         asking.ask(one, Request::Complete(77)).unwrap();
@@ -733,7 +729,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
         for name in ["a", "b", "c"] {
-            store.create(&spec(name), Operation::Failover).unwrap();
+            store.create(&spec(name)).unwrap();
         }
         let b = store.find("b").unwrap().unwrap();
         store.move_to(b.id, State::Ready, "ready").unwrap();
@@ -769,8 +765,8 @@ mod tests {
     fn a_job_that_is_refreshed_for_months_keeps_the_last_of_its_story() {
         let place = tempfile::tempdir().unwrap();
         let mut store = Store::open(place.path()).unwrap();
-        let other = store.create(&spec("a"), Operation::Failover).unwrap().id;
-        let job = store.create(&spec("b"), Operation::Failover).unwrap().id;
+        let other = store.create(&spec("a")).unwrap().id;
+        let job = store.create(&spec("b")).unwrap().id;
         let many = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
                     INSERT INTO events SELECT ?1, n, 'syncing', 'old' FROM n";
         store.database.execute(many, [job]).unwrap();
@@ -805,7 +801,7 @@ mod tests {
         old.pragma_update(None, "user_version", 1).unwrap();
         drop(old);
         let mut store = Store::open(place.path()).unwrap();
-        let job = store.create(&spec("web1"), Operation::Failover).unwrap();
+        let job = store.create(&spec("web1")).unwrap();
         assert_eq!(store.origins(job.id).unwrap(), []);
         let mut changed = ExtentSet::new();
         changed.insert(Extent::from_range(4096..8192));
@@ -823,8 +819,7 @@ mod tests {
         store.note_origins(job.id, &noted).unwrap();
         store.move_to(job.id, State::Committed, "").unwrap();
 
-        let back = Operation::Reverse(job.id);
-        let back = store.create(&spec("web1"), back).unwrap();
+        let back = store.create_way_back(&spec("web1"), &noted).unwrap();
 
         assert!(back.leads_back() && !job.leads_back());
         assert_eq!(store.origins(back.id).unwrap(), noted);

@@ -108,6 +108,16 @@ pub struct Lost {
     pub why: String,
 }
 
+impl Lost {
+    /// It is not known what changed on `disk`.
+    pub fn new(disk: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            disk: disk.into(),
+            why: why.into(),
+        }
+    }
+}
+
 /// A point that can be read over NBD.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -27,6 +27,8 @@ const _: () = assert!(
 pub const MAX_PAGES: usize = 256;
 /// Most runs in one [`Message::Data`]: as many as a record of the transfer log has extents.
 pub const MAX_RUNS: usize = 256;
+/// Most bytes of what is asked of a machine or answered: the changes of a disk among them.
+pub const MAX_ASKED_BYTES: usize = 1024 * 1024;
 /// Most bytes of one compressed frame of pages, which unpacks to at most 1 MiB.
 pub const MAX_FRAME_BYTES: usize = 1024 * 1024 + 8 * 1024;
 
@@ -118,6 +120,10 @@ pub enum Message {
         /// The blocks that are to be read.
         blocks: Vec<NamedBlock>,
     },
+    /// Something is wanted of the machine that the side which was connected to has: JSON.
+    Ask(Vec<u8>),
+    /// What came of it: JSON.
+    Answer(Vec<u8>),
 }
 
 /// A block, counted in its region, and its digest, `None` if it is zero; ascending in a message.
@@ -175,14 +181,16 @@ pub struct Open {
     pub options: Vec<u8>,
 }
 
-/// Which side of a sync.
+/// What a side has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "there are two sides")]
+#[expect(clippy::exhaustive_enums, reason = "a side decides for each")]
 pub enum Role {
-    /// It has the source.
+    /// The source of a sync.
     Source,
-    /// It has the target.
+    /// Its target.
     Target,
+    /// A machine whose disks are copied by a job.
+    Machine,
 }
 
 /// The source as it is at some moment.
@@ -252,6 +260,8 @@ mod kind {
     pub(super) const SAMPLE: u8 = 19;
     pub(super) const SAMPLED: u8 = 20;
     pub(super) const OPEN_BLOCKS: u8 = 21;
+    pub(super) const ASK: u8 = 22;
+    pub(super) const ANSWER: u8 = 23;
 }
 
 impl Message {
@@ -278,6 +288,8 @@ impl Message {
             Self::Sample(_) => (kind::SAMPLE, "sample"),
             Self::Sampled(_) => (kind::SAMPLED, "sampled"),
             Self::OpenBlocks { .. } => (kind::OPEN_BLOCKS, "open blocks"),
+            Self::Ask(_) => (kind::ASK, "ask"),
+            Self::Answer(_) => (kind::ANSWER, "answer"),
         }
     }
 
@@ -339,6 +351,9 @@ impl Message {
             }
             Self::Outcome(json) | Self::Event(json) => {
                 e.bytes_u16(json);
+            }
+            Self::Ask(json) | Self::Answer(json) => {
+                e.bytes_u32(json);
             }
             Self::Open(open) => open.encode(e),
             Self::Sample(sample) => sample.encode(e),
@@ -409,6 +424,8 @@ impl Message {
                 region: d.u64()?,
                 blocks: decode_named(d)?,
             },
+            kind::ASK => Self::Ask(d.bytes_u32(MAX_ASKED_BYTES)?.to_vec()),
+            kind::ANSWER => Self::Answer(d.bytes_u32(MAX_ASKED_BYTES)?.to_vec()),
             _ => return Err(invalid("no message has this kind".to_owned())),
         })
     }
@@ -419,6 +436,7 @@ impl Open {
         e.u8(match self.role {
             Role::Source => 0,
             Role::Target => 1,
+            Role::Machine => 2,
         })
         .bytes_u16(&self.path)
         .bytes_u16(&self.options);
@@ -426,9 +444,11 @@ impl Open {
 
     fn decode(d: &mut Decoder<'_>) -> Decoded<Self> {
         Ok(Self {
-            role: match flag(d)? {
-                false => Role::Source,
-                true => Role::Target,
+            role: match d.u8()? {
+                0 => Role::Source,
+                1 => Role::Target,
+                2 => Role::Machine,
+                other => return Err(invalid(format!("expected role 0, 1 or 2, found {other}"))),
             },
             path: d.bytes_u16(MAX_TEXT_BYTES)?.to_vec(),
             options: d.bytes_u16(MAX_JSON_BYTES)?.to_vec(),
@@ -717,6 +737,8 @@ mod tests {
                 region: 5,
                 blocks: vec![(0, Some(digest(1))), (255, None)],
             },
+            Message::Ask(b"{\"cut\":7}".to_vec()),
+            Message::Answer(b"\"done\"".to_vec()),
         ]
     }
 
@@ -749,12 +771,8 @@ mod tests {
             longer.body.push(0);
             assert!(Message::decode(&longer).is_err(), "{}", message.name());
         }
-        assert_eq!(
-            kinds,
-            (kind::BEGIN..=kind::OPEN_BLOCKS).collect(),
-            "one of each"
-        );
-        for kind in [0, kind::OPEN_BLOCKS + 1, 255] {
+        assert_eq!(kinds, (kind::BEGIN..=kind::ANSWER).collect(), "one of each");
+        for kind in [0, kind::ANSWER + 1, 255] {
             let body = Vec::new();
             assert!(Message::decode(&Frame { kind, body }).is_err());
         }

@@ -224,7 +224,11 @@ mod tests {
             .lines()
             .filter(|line| line.ends_with(',') && line.contains(": ") && usual.contains(line))
             .collect();
-        let of_the_library = ["    changes: None,", "    expected_root: None,"];
+        let of_the_library = [
+            "    changes: None,",
+            "    expected_root: None,",
+            "    check: None,",
+        ];
         assert_eq!(same, of_the_library, "what was not asked for");
     }
 

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::address::Remote;
-use crate::arguments::Reach;
+use crate::arguments::RemoteShell;
 use crate::engine::transport;
 use crate::engine::{Connection, Deadlines, Link};
 use crate::exit::Exit;
@@ -38,13 +38,13 @@ pub(super) struct Shell<'a> {
 
 impl<'a> Shell<'a> {
     /// Finds out how the host is reached.
-    pub(super) fn new(remote: &'a Remote, reach: &'a Reach) -> Result<Self, Failure> {
+    pub(super) fn new(remote: &'a Remote, shell: &'a RemoteShell) -> Result<Self, Failure> {
         let variable = || {
             std::env::var(RSH_VARIABLE)
                 .ok()
                 .filter(|rsh| !rsh.trim().is_empty())
         };
-        let rsh = reach
+        let rsh = shell
             .rsh
             .clone()
             .or_else(variable)
@@ -60,7 +60,7 @@ impl<'a> Shell<'a> {
         Ok(Self {
             remote,
             words,
-            remote_path: &reach.remote_path,
+            remote_path: &shell.remote_path,
         })
     }
 

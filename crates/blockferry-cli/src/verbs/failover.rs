@@ -1,8 +1,8 @@
 //! `failover ACTION JOB`: jobs that bring a running machine over.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use crate::failure::Failure;
 use crate::output::Output;
 use crate::progress::{Display, Look};
 use crate::quote::quoted;
+use crate::remote::OverShell;
 use crate::session::{Session, device_state_root};
 use crate::verbs::report::{Facts, age, duration, short};
 
@@ -33,7 +34,8 @@ pub(crate) fn run(arguments: &FailoverArguments, session: &Session) -> Result<Ex
         return status(&jobs, &name(&arguments.job)?, session);
     }
     let (_, display) = session.context(Look::Story);
-    let context = context(session, &display);
+    let mut context = context(session, &display);
+    context.hosts = Some(Arc::new(OverShell::new(&arguments.shell, session)));
     let until = match arguments.until {
         Some(_) => Until::Ready,
         None => Until::Cutover,
@@ -68,7 +70,9 @@ pub(crate) fn run(arguments: &FailoverArguments, session: &Session) -> Result<Ex
     drop(context);
     drop(display);
     outcome.map_err(|error| failure(&error, session))?;
-    status(&jobs, &name, session)
+    // The way back of another host's job is one of this host.
+    let name = name.rsplit(':').next().unwrap_or(&name);
+    status(&jobs, name, session)
 }
 
 /// Freezes an application and its guest for whoever started this process, and does nothing else.
@@ -153,15 +157,13 @@ fn name(job: &OsStr) -> Result<String, Failure> {
 }
 
 pub(crate) fn jobs(session: &Session) -> Result<Jobs, Failure> {
-    Jobs::open(&device_state_root().join("jobs")).map_err(|error| failure(&error, session))
+    Jobs::open(&jobs_directory()).map_err(|error| failure(&error, session))
 }
 
 fn context(session: &Session, display: &Display) -> JobContext {
     let mut context = JobContext::new(session.target_options());
     context.cancel = session.cancel_token();
-    context.freeze_guard = std::env::current_exe()
-        .ok()
-        .map(|program| vec![program.into(), "freeze-guard".into()]);
+    context.freeze_guard = freeze_guard();
     let teller = Teller {
         output: Arc::clone(&session.output),
         progress: display.observer(),
@@ -171,10 +173,22 @@ fn context(session: &Session, display: &Display) -> JobContext {
     context
 }
 
+/// This program, to guard freezes.
+pub(crate) fn freeze_guard() -> Option<Vec<OsString>> {
+    let program = std::env::current_exe().ok()?;
+    Some(vec![program.into(), "freeze-guard".into()])
+}
+
+/// Where the jobs of this host are, and the overlays of machines whose jobs are on others.
+pub(crate) fn jobs_directory() -> PathBuf {
+    device_state_root().join("jobs")
+}
+
 pub(crate) fn failure(error: &Error, session: &Session) -> Failure {
     let exit = match error.kind() {
         ErrorKind::Usage => Exit::Usage,
         ErrorKind::Source => Exit::Source,
+        ErrorKind::Peer => Exit::Peer,
         ErrorKind::Hook => Exit::Hook,
         ErrorKind::DecisionPending => Exit::DecisionPending,
         ErrorKind::Corruption => Exit::Corruption,

@@ -6,21 +6,26 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::address::Readable;
 use crate::arguments::ServeArguments;
+use crate::engine::failover::serve_machine;
+use crate::engine::nbd::NbdAddress;
 use crate::engine::transport::message::{Open, Role};
 use crate::engine::transport::{self, Message};
 use crate::engine::{
-    self, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver, Target,
-    TargetOptions,
+    self, BlockSource, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver,
+    Target, TargetOptions,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::file_url;
 use crate::remote::Asked;
 use crate::session::Session;
+use crate::verbs::failover::{freeze_guard, jobs_directory};
 
 mod config;
 mod listen;
@@ -53,7 +58,21 @@ fn over_stdio(session: &Session) -> Result<Exit, Failure> {
     let lost = |error: &transport::Error| Failure::from_error(Exit::Peer, error);
     let connection =
         Connection::open(stdio()?, Deadlines::default()).map_err(|error| lost(&error))?;
-    let opened = opened(&connection).map_err(|error| lost(&error))?;
+    let opened = match opened(&connection) {
+        Ok(opened) => opened,
+        // Kept ready by a job, and not needed.
+        Err(error) if error.kind() == transport::ErrorKind::Lost => return Ok(Exit::Done),
+        Err(error) => return Err(lost(&error)),
+    };
+    if let Ok(Open {
+        role: Role::Machine,
+        ..
+    }) = &opened
+    {
+        // The other side was told, or is gone.
+        let served = serve_machine(connection, &jobs_directory(), freeze_guard());
+        return Ok(served.map_or(Exit::Source, |()| Exit::Done));
+    }
     let served = opened.and_then(|open| {
         let asked = Asked::from_json(&open.options).map_err(|why| not_known(&why))?;
         Ok((open, asked))
@@ -168,7 +187,7 @@ fn serve_source(
     asked: &Asked,
     context: &Context,
 ) -> Result<(), Error> {
-    match super::open_path(path, asked.pace.crash_consistent) {
+    match open_disk(path, asked.pace.crash_consistent) {
         Ok(disk) => engine::serve_source(&disk, connection, threads(asked), context).map(drop),
         Err(failure) => {
             let mut text = failure.message().to_owned();
@@ -178,6 +197,20 @@ fn serve_source(
             refuse(connection, Error::new(ErrorKind::Source, text))
         }
     }
+}
+
+/// A path, or an NBD export that this host reaches.
+fn open_disk(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
+    let text = path.to_str().unwrap_or_default();
+    if !["nbd://", "nbd+unix://"]
+        .iter()
+        .any(|scheme| text.starts_with(scheme))
+    {
+        return super::open_path(path, crash_consistent);
+    }
+    let export = text.parse::<NbdAddress>();
+    let export = export.map_err(|error| Failure::source(&error))?;
+    super::open(&Readable::Nbd(export), crash_consistent)
 }
 
 /// As many as asked for, or as there are processors.

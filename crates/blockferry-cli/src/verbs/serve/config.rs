@@ -145,6 +145,8 @@ impl Export {
         let admitted = match role {
             Role::Source => &self.read,
             Role::Target => &self.write,
+            // An export is a disk.
+            Role::Machine => return false,
         };
         admitted.iter().any(|name| name == ANYONE || peer.is(name))
     }

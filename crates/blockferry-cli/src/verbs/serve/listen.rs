@@ -218,6 +218,7 @@ impl Server {
         let does = match granted.role {
             Role::Source => "reads",
             Role::Target => "writes",
+            Role::Machine => "asks",
         };
         let path = granted.disk.path.display().to_string();
         info!(%from, peer = peer_name, does, path, "begins");
@@ -268,6 +269,7 @@ impl Server {
             let may = match open.role {
                 Role::Source => "read",
                 Role::Target => "write",
+                Role::Machine => "ask",
             };
             refused(format!(
                 "there is no export {name} that {peer_name} may {may}"
