@@ -27,8 +27,8 @@ class Broken(Exception):
     """Something did not hold."""
 
 
-def machine(site, images, disks, stopped):
-    """The command line of a machine with two disks, each (driver, path), whose files are in `site`."""
+def machine(site, images, disks, waits):
+    """The command line of a machine with two disks, each (driver, path), whose files are in `site`; with what makes it wait."""
     line = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-cpu", "max", "-smp", "2", "-m", "512"]
     line += ["-nodefaults", "-display", "none", "-serial", f"file:{site}/console", "-daemonize", "-pidfile", f"{site}/pid"]
     line += ["-kernel", f"{images}/vmlinuz", "-initrd", f"{images}/initrd", "-append", "root=/dev/vda rw console=ttyS0 quiet"]
@@ -41,7 +41,7 @@ def machine(site, images, disks, stopped):
     line += ["-device", "virtio-serial", "-chardev", f"socket,path={site}/agent,server=on,wait=off,id=agent"]
     line += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
     line += ["-chardev", f"file,path={site}/told,append=on,id=told", "-device", "virtserialport,chardev=told,name=told"]
-    return line + (["-S"] if stopped else [])
+    return line + waits
 
 
 def pid_of(site):
@@ -68,8 +68,8 @@ def command(site, name):
         return answer["return"]
 
 
-def start(site, images, disks, stopped=False):
-    subprocess.run(machine(site, images, disks, stopped), check=True)
+def start(site, images, disks, waits=()):
+    subprocess.run(machine(site, images, disks, list(waits)), check=True)
 
 
 def stop(site):
@@ -99,8 +99,10 @@ def hook(verb, site, images):
         overlay = os.environ.get(f"BLOCKFERRY_DISK_{number}_OVERLAY")
         on_trial = overlay is not None
         disks.append(("qcow2", overlay) if overlay else ("raw", os.environ[f"BLOCKFERRY_DISK_{number}_TARGET"]))
+    if os.environ.get("BLOCKFERRY_HAND_OVER") == "warm":
+        return start(site, images, disks, ["-incoming", "defer"])
     # Committed, it is let go once what it writes is recorded.
-    start(site, images, disks, stopped=not on_trial)
+    start(site, images, disks, [] if on_trial else ["-S"])
 
 
 class Told:
@@ -175,7 +177,7 @@ class Story:
             # What the replica was before the job.
             shutil.copyfile(self.away / f"disk{number}", self.place / f"before{number}")
 
-    def describe(self):
+    def describe(self, hand_over):
         def section(site, prefix, other):
             lines = [f"[{prefix}machine]", f'qmp = "{site}/qmp"', f'agent = "{site}/agent"']
             for number in range(len(DISKS)):
@@ -184,7 +186,7 @@ class Story:
                      for verb in ("start", "stop")]
             return lines + [f"[{prefix}hooks]", *hooks]
 
-        job = ['name = "guest"', 'downtime-budget = "5s"', 'refresh = "2s"']
+        job = ['name = "guest"', 'downtime-budget = "5s"', 'refresh = "2s"', f'hand-over = "{hand_over}"']
         job += section(self.home, "", self.away) + section(self.away, "reverse.", self.home)
         (self.place / "guest.toml").write_text("\n".join(job) + "\n")
 
@@ -203,6 +205,21 @@ class Story:
                  f"replica has {root} and {data}, all whole; {first - stopped_at:.1f} s between two acknowledged writes")
         return pause
 
+    def hand_over(self, source, replica):
+        """As `cut_over`, but the guest goes on in the replica, with its memory. Returns the guest's own gap."""
+        told = self.told[replica]
+        before = len(told.lines)
+        lines = self.run("failover", "complete", "guest")
+        first, (_, number) = told.wait("wrote", before)
+        time.sleep(0.1)
+        stopped_at, acknowledged = self.told[source].last()
+        self.expect(int(number) == acknowledged + 1, f"{acknowledged} was acknowledged, and then {number}")
+        self.expect(told.lines[before][1][0] == "wrote", "the guest booted instead of going on")
+        gap = first - stopped_at
+        self.say(f"  pause {lines[-1]['downtime_seconds']:.3f} s (source stopped → guest runs in the replica); {gap:.3f} s between two "
+                 f"acknowledged writes, {acknowledged} and {number}")
+        return gap
+
     def expect(self, holds, otherwise):
         if not holds:
             raise Broken(otherwise)
@@ -212,7 +229,7 @@ class Story:
         version = subprocess.run(["qemu-system-x86_64", "--version"], text=True, capture_output=True).stdout
         self.say("a guest is made, for " + version.splitlines()[0])
         self.images()
-        self.describe()
+        self.describe("cold")
         job = str(self.place / "guest.toml")
         self.told = {site: Told(site) for site in (self.home, self.away)}
         home, away = self.told[self.home], self.told[self.away]
@@ -237,8 +254,10 @@ class Story:
             self.expect(same.returncode == 0, f"disk {number} is not what it was before the job")
         self.say("rolled back: the source goes on where it stood, the targets are what they were, bit for bit")
 
+        self.say("cutover once more: the guest goes on in the replica, memory and all")
+        self.describe("warm")
         self.run("failover", "start", job, "--until", "ready")
-        self.cut_over(self.home, self.away)
+        self.hand_over(self.home, self.away)
         seen = len(away.lines)
         self.run("failover", "commit", "guest", "--live", "--release-source")
         away.wait("wrote", seen)
@@ -253,7 +272,7 @@ class Story:
         size = sum((self.home / f"disk{n}").stat().st_size for n in range(len(DISKS)))
         self.expect(moved < size / 4, f"{moved} of {size} bytes travelled")
         self.expect(not [line for line in lines if line.get("type") == "warning"], "the way back was not watched")
-        self.cut_over(self.away, self.home)
+        self.hand_over(self.away, self.home)
         seen = len(home.lines)
         self.run("failover", "commit", "guest", "--release-source")
         home.wait("checked", seen)

@@ -427,6 +427,43 @@ fn what_was_committed_comes_back_with_no_more_than_what_changed_since() {
 }
 
 #[test]
+fn a_replica_that_runs_already_is_kept_when_its_start_was_cut_short() {
+    let name = "a_replica_that_runs_already_is_kept_when_its_start_was_cut_short";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    let away = sites.with_a_trial();
+    let lab = &away.sites.lab;
+    let job = fs::read_to_string(lab.path("web.toml")).expect("read");
+    let slowly = "start-target = [\"sh\", \"-c\", \"sh $0 start && sleep 3\", ";
+    let job = job.replace("start-target = [\"sh\", ", slowly);
+    fs::write(lab.path("web.toml"), job.replace(", \"start\"]", "]")).expect("written");
+    lab.must(READY);
+    let mut cutover = lab.start("failover complete web");
+    assert!(cutover.wait_for(|line| line["state"] == "starting"));
+    let end = Instant::now() + Duration::from_secs(30);
+    while !lab.path("away/nbd").exists() {
+        assert!(Instant::now() < end, "the replica does not start");
+        thread::sleep(Duration::from_millis(10));
+    }
+    cutover.kill();
+    assert_eq!(away.sites.state(), "starting");
+    let writer = away.writer(OFTEN, 1);
+    thread::sleep(Duration::from_millis(100));
+    let written = writer.stop();
+
+    lab.must("failover complete web");
+
+    assert_eq!(away.sites.state(), "commit-pending");
+    away.stop();
+    lab.must("failover commit web");
+    assert!(
+        written.is_on(&away.sites.replicas()),
+        "what the replica acknowledged is missing"
+    );
+}
+
+#[test]
 fn an_old_disk_that_was_written_is_compared_in_full_which_is_said() {
     let name = "an_old_disk_that_was_written_is_compared_in_full_which_is_said";
     let Some(sites) = Sites::new(name) else {

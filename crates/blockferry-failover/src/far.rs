@@ -94,6 +94,10 @@ pub(crate) enum Ask {
     CutAtRest(u64),
     Check(u64),
     Hold,
+    /// Where to, and milliseconds: for the rest of it, and after which a guest that stands still goes on by itself.
+    SendMemory(String, u64, u64),
+    IsSent,
+    HandOver,
     StoodStill(u64),
     Resume,
     Nodes(Vec<PathBuf>),
@@ -113,6 +117,7 @@ pub(crate) enum Answer {
     Cut(Box<FarCut>),
     Quiesced(String, Vec<String>),
     Nodes(Vec<String>),
+    Sent(bool),
     /// What it was to do, and what is known of its disks: of each a number, a root, and what was written.
     Job(Box<JobSpec>, Vec<(u64, String, Runs)>),
     Failed(Failed),
@@ -394,6 +399,10 @@ fn unexpected(answer: &Answer) -> Error {
     Error::new(ErrorKind::Source, text)
 }
 
+pub(crate) fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn panicked() -> Error {
     Error::new(ErrorKind::Internal, "a thread that connected panicked")
 }
@@ -451,8 +460,7 @@ impl SourceMachine for FarSource {
     }
 
     fn quiesce(&mut self, patience: Duration) -> Result<(Consistency, Vec<String>)> {
-        let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
-        match self.ask(&Ask::Quiesce(patience_ms))? {
+        match self.ask(&Ask::Quiesce(milliseconds(patience)))? {
             Answer::Quiesced(told, warnings) => Ok((consistency(&told)?, warnings)),
             other => Err(unexpected(&other)),
         }
@@ -466,6 +474,22 @@ impl SourceMachine for FarSource {
 
     fn hold(&mut self) -> Result<()> {
         self.tell(&Ask::Hold)
+    }
+
+    fn send_memory(&mut self, uri: &str, pause: Duration, patience: Duration) -> Result<()> {
+        let (pause_ms, patience_ms) = (milliseconds(pause), milliseconds(patience));
+        self.tell(&Ask::SendMemory(uri.to_owned(), pause_ms, patience_ms))
+    }
+
+    fn is_sent(&mut self) -> Result<bool> {
+        match self.ask(&Ask::IsSent)? {
+            Answer::Sent(sent) => Ok(sent),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        self.tell(&Ask::HandOver)
     }
 
     fn stood_still(&mut self, number: u64) -> Result<()> {

@@ -43,7 +43,8 @@ pub use jobs::{DiskStatus, JobContext, JobObserver, JobStatus, Jobs, OldSource, 
 pub use scripts::{AtRest, Scripts};
 pub use serve::serve_machine;
 pub use spec::{
-    DiskSpec, HookTimeout, Hooks, JobSpec, MachineSpec, QuiesceBy, Reverse, parse_duration,
+    DiskSpec, HandOverBy, HookTimeout, Hooks, JobSpec, MachineSpec, QuiesceBy, Reverse,
+    parse_duration,
 };
 pub use state::{Input, Recovery, Refusal, State};
 pub use store::{Filter, JobEvent, JobRecord};

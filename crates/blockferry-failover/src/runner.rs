@@ -1,7 +1,7 @@
 //! Works on one job: passes, cutover, commit, roll back. Whatever it begins is durable in the job's state before.
 
 use std::iter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,8 +12,8 @@ use blockferry_device::{
     OsDirectory,
 };
 use blockferry_engine::{
-    ChangesSince, Context, GroupDirectory, Member, Mode, SyncOptions, Target, Undo, accept,
-    drop_anchor, forget, keep_anchor, return_to_anchor, status, sync_group,
+    ChangesSince, Context, GroupDirectory, Member, Mode, PointStatus, SyncOptions, Target, Undo,
+    accept, drop_anchor, forget, keep_anchor, return_to_anchor, status, sync_group,
 };
 use blockferry_nbd::open_overlay;
 use blockferry_pipeline::Event;
@@ -26,6 +26,7 @@ use crate::hooks;
 use crate::jobs::{JobContext, Told, Until, refused};
 use crate::overlay;
 use crate::source::{Cut, CutSource, Source, SourceMachine};
+use crate::spec::HandOverBy;
 use crate::state::{Input, Recovery, State};
 use crate::store::{JobRecord, Origin, Request, Store, now_ms};
 
@@ -33,6 +34,11 @@ use crate::store::{JobRecord, Origin, Request, Store, now_ms};
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 /// How much longer than the budget a machine on another host waits to be held or let go, before it goes on by itself.
 const GOING_ON: Duration = Duration::from_secs(1);
+/// For the memory of a guest to travel.
+const SENDING: Duration = Duration::from_secs(600);
+/// How long sending the rest of it may take while the guest stands still.
+const REST: Duration = Duration::from_millis(50);
+const SHORT_TICK: Duration = Duration::from_millis(2);
 /// A way to another host is given up when nothing came over it for so long.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// The same, where a source is to be let go.
@@ -247,7 +253,8 @@ impl<'s> Runner<'s> {
             let text = "nothing keeps the source from coming back: there is no fence-source hook";
             self.warn("not_fenced", text.to_owned());
         }
-        self.go_forward()?;
+        // Its memory is gone with it.
+        self.fence_and_start()?;
         Ok(self.job.state)
     }
 
@@ -267,11 +274,10 @@ impl<'s> Runner<'s> {
         self.check_budget()?;
         self.source.make_ready()?;
         self.step(Input::CutoverBegins, "the source is being stopped")?;
-        let began = Instant::now();
-        match self.stop_and_copy(began) {
-            Ok(()) => {}
+        let began = match self.stop_and_copy() {
+            Ok(began) => began,
             Err(error) => return Err(self.abort(error)),
-        }
+        };
         self.go_forward()?;
         let downtime = began.elapsed().as_secs_f64();
         self.store.note_downtime(self.job.id, downtime)?;
@@ -294,10 +300,18 @@ impl<'s> Runner<'s> {
         }
     }
 
-    /// From the running source to targets that hold its last cut; within the budget, or not at all.
-    fn stop_and_copy(&mut self, began: Instant) -> Result<()> {
+    /// From the running source to targets that hold its last cut; within the budget, or not at all. Returns when the
+    /// source came to stand still.
+    fn stop_and_copy(&mut self) -> Result<Instant> {
         let budget = self.job.spec.downtime_budget;
-        let (consistency, warnings) = self.source.quiesce(budget + GOING_ON)?;
+        let mut began = Instant::now();
+        let (consistency, warnings) = if self.is_warm() {
+            self.send_memory()?;
+            began = Instant::now();
+            (Consistency::Crash, Vec::new())
+        } else {
+            self.source.quiesce(budget + GOING_ON)?
+        };
         for warning in warnings {
             self.warn("not_quiesced", warning);
         }
@@ -319,13 +333,86 @@ impl<'s> Runner<'s> {
             Ok(()) => {
                 // Before it is recorded that the replica may start: one of both stands still at any time.
                 self.source.hold()?;
-                self.step(Input::StepDone, "the targets hold the last cut")
+                self.step(Input::StepDone, "the targets hold the last cut")?;
+                Ok(began)
             }
         }
     }
 
-    /// Fences the source and starts the replica. Does again what a crash may have cut short.
+    fn is_warm(&self) -> bool {
+        self.job.spec.hand_over == HandOverBy::Warm
+    }
+
+    /// The replica's machine waits for the memory of the guest, which travels while it runs. Returns once it stands still
+    /// and only the rest of it is missing.
+    fn send_memory(&mut self) -> Result<()> {
+        let (mut replica, uri) = self.replica()?;
+        self.make_overlays()?;
+        let hook = self.job.spec.hooks.start_target.clone();
+        let waiting = [("BLOCKFERRY_HAND_OVER".to_owned(), "warm".to_owned())];
+        self.run_hook("start-target", &hook, &waiting, &self.context.cancel)?;
+        replica.receive_memory(&uri)?;
+        let budget = self.job.spec.downtime_budget;
+        self.source
+            .send_memory(&uri, REST.min(budget / 2), budget + GOING_ON)?;
+        let end = Instant::now() + SENDING;
+        while !self.source.is_sent()? {
+            self.check_cancelled()?;
+            if Instant::now() >= end {
+                let text = format!(
+                    "job {}: the guest changes its memory faster than it travels: it was sent for {} s",
+                    self.job.name,
+                    SENDING.as_secs()
+                );
+                return Err(Error::new(ErrorKind::Refused, text));
+            }
+            std::thread::sleep(SHORT_TICK);
+        }
+        Ok(())
+    }
+
+    /// The machine of the replica, and where it takes the memory of a guest.
+    fn replica(&self) -> Result<(Source, String)> {
+        let way = self.job.spec.reversed().ok_or_else(|| {
+            let text = "a warm hand-over needs the machine of the replica";
+            Error::new(ErrorKind::Usage, text)
+        })?;
+        let socket = || format!("unix:{}", self.path.join("memory").display());
+        let uri = way.machine.memory.clone().unwrap_or_else(socket);
+        Ok((Source::new(&way, &self.path, None), uri))
+    }
+
+    /// The guest goes on in the machine of the replica, unless it does already. From there on nothing leads back by itself: it
+    /// may have acknowledged something.
+    fn hand_over(&mut self) -> Result<()> {
+        if self.job.state == State::Fencing {
+            self.step(Input::StepDone, "the guest is being handed over")?;
+        }
+        let (mut replica, _) = self.replica()?;
+        self.targets.clear();
+        if !replica.runs().is_ok_and(|runs| runs)
+            && let Err(error) = self.source.hand_over()
+        {
+            return Err(self.abort(error));
+        }
+        replica.wait_until_it_runs()?;
+        let hook = self.job.spec.hooks.fence_source.clone();
+        self.hook("fence-source", &hook)?;
+        self.step(
+            Input::StepDone,
+            "the guest goes on in the replica: commit it, or roll back",
+        )
+    }
+
+    /// On to the replica. Does again what a crash may have cut short.
     fn go_forward(&mut self) -> Result<()> {
+        match self.is_warm() {
+            true => self.hand_over(),
+            false => self.fence_and_start(),
+        }
+    }
+
+    fn fence_and_start(&mut self) -> Result<()> {
         if self.job.state == State::Fencing {
             let hook = self.job.spec.hooks.fence_source.clone();
             if let Err(error) = self.hook("fence-source", &hook) {
@@ -344,11 +431,16 @@ impl<'s> Runner<'s> {
 
     fn start_replica(&mut self) -> Result<()> {
         self.targets.clear();
-        for (index, disk) in self.job.spec.disk.iter().enumerate() {
-            overlay::create(&overlay::path(&self.path, index), &disk.target)?;
-        }
+        self.make_overlays()?;
         let hook = self.job.spec.hooks.start_target.clone();
         self.hook("start-target", &hook)
+    }
+
+    fn make_overlays(&self) -> Result<()> {
+        let mut disks = self.job.spec.disk.iter().enumerate();
+        disks.try_for_each(|(index, disk)| {
+            overlay::create(&overlay::path(&self.path, index), &disk.target)
+        })
     }
 
     /// Lets the source go on; the targets are at a consistent point, the last cut or the one before.
@@ -420,12 +512,16 @@ impl<'s> Runner<'s> {
 
     /// Nobody let the source go on, and nothing wrote its disks, since the cut that the targets hold.
     fn stood_still(&mut self) -> Result<()> {
-        let held = self.open_targets()?;
-        let Some(number) = held.iter().flatten().max() else {
+        let mut held = None;
+        for (index, disk) in self.job.spec.disk.iter().enumerate() {
+            let point = point_of(&disk.target, &self.context)?;
+            held = held.max(self.number_of(index, &point.source, &point.root));
+        }
+        let Some(number) = held else {
             let text = format!("job {}: its targets hold none of its cuts", self.job.name);
             return Err(Error::new(ErrorKind::Target, text));
         };
-        self.source.stood_still(*number)
+        self.source.stood_still(number)
     }
 
     pub(crate) fn cancel(mut self) -> Result<State> {
@@ -733,7 +829,8 @@ impl<'s> Runner<'s> {
         let seconds = began.elapsed().as_secs_f64();
         let pass = Pass::new(number, changed, seconds, since);
         self.record(&pass, consistency, held_up)?;
-        if self.job.state != State::LastPass {
+        // An export of ours would be in the way of the machine that takes the guest over.
+        if self.job.state != State::LastPass || self.is_warm() {
             self.settle(&vec![Some(number); self.targets.len()])?;
         }
         Ok(())
@@ -899,21 +996,28 @@ impl<'s> Runner<'s> {
 
     /// One that leads on, and is killed when the work is cancelled.
     fn hook(&self, step: &str, command: &[String]) -> Result<()> {
-        self.run_hook(step, command, &self.context.cancel)
+        self.run_hook(step, command, &[], &self.context.cancel)
     }
 
     /// One that undoes, which is wanted most when the work was cancelled.
     fn undo_hook(&self, step: &str, command: &[String]) -> Result<()> {
-        self.run_hook(step, command, &CancelToken::new())
+        self.run_hook(step, command, &[], &CancelToken::new())
     }
 
-    fn run_hook(&self, step: &str, command: &[String], cancel: &CancelToken) -> Result<()> {
+    fn run_hook(
+        &self,
+        step: &str,
+        command: &[String],
+        more: &[(String, String)],
+        cancel: &CancelToken,
+    ) -> Result<()> {
         let mut environment = vec![
             ("BLOCKFERRY_JOB".to_owned(), self.job.name.clone()),
             ("BLOCKFERRY_STEP".to_owned(), step.to_owned()),
         ];
+        environment.extend_from_slice(more);
         for (index, disk) in self.job.spec.disk.iter().enumerate() {
-            let mut add = |what: &str, path: &std::path::Path| {
+            let mut add = |what: &str, path: &Path| {
                 let name = format!("BLOCKFERRY_DISK_{index}_{what}");
                 environment.push((name, path.display().to_string()));
             };
@@ -967,6 +1071,16 @@ impl<'s> Runner<'s> {
     }
 }
 
+/// The point that a target is at, by its state alone: the replica may have it open.
+fn point_of(target: &Path, context: &JobContext) -> Result<PointStatus> {
+    let found =
+        status(target, &context.targets).map_err(|e| Error::engine("look at a target", e))?;
+    found.point.ok_or_else(|| {
+        let text = format!("{}: it is at no known point", target.display());
+        Error::new(ErrorKind::Target, text)
+    })
+}
+
 /// What the targets hold before what the replica wrote is merged: the last cut, as the source's disks do, and what was
 /// written since that no bitmap will know. Added to what was noted before: of a merge that was begun in another way, too.
 /// Returns the number of the bitmaps that will know the rest.
@@ -980,16 +1094,9 @@ fn note_origins(
     if origins.is_empty() {
         let number = store.take_number(job.id, 0)?;
         for disk in &job.spec.disk {
-            // By its state alone: a machine may have it open.
-            let found = status(&disk.target, &context.targets)
-                .map_err(|e| Error::engine("look at a target", e))?;
-            let point = found.point.ok_or_else(|| {
-                let text = format!("{}: it is at no known point", disk.target.display());
-                Error::new(ErrorKind::Target, text)
-            })?;
             origins.push(Origin {
                 number,
-                root: point.root,
+                root: point_of(&disk.target, context)?.root,
                 changed: ExtentSet::new(),
             });
         }

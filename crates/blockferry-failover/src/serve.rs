@@ -12,7 +12,7 @@ use blockferry_transport::{Connection, Message};
 
 use crate::changes::{Runs, Travelling};
 use crate::error::{Error, ErrorKind, Result};
-use crate::far::{Answer, Ask, Failed, FarCut, packed};
+use crate::far::{Answer, Ask, Failed, FarCut, milliseconds, packed};
 use crate::jobs::Jobs;
 use crate::source::{Source, SourceMachine, Taken, open_point};
 
@@ -64,6 +64,8 @@ enum Stopped {
     Never,
     /// It goes on at this moment, unless it is to be held.
     Until(Instant),
+    /// The guest's memory travels; once it stands still it goes on after this time.
+    Once(Duration),
     /// It went on by itself.
     Over,
 }
@@ -156,6 +158,24 @@ impl Serving {
                 stands_still(stopped)?;
                 self.stopped = Stopped::Never;
             }
+            Ask::SendMemory(uri, pause_ms, patience_ms) => {
+                self.stopped = Stopped::Once(Duration::from_millis(patience_ms));
+                self.source()?.send_memory(
+                    &uri,
+                    Duration::from_millis(pause_ms),
+                    Duration::from_millis(patience_ms),
+                )?;
+            }
+            Ask::IsSent => {
+                let sent = source.is_sent()?;
+                if let Stopped::Once(patience) = stopped
+                    && sent
+                {
+                    self.stopped = Stopped::Until(Instant::now() + patience);
+                }
+                return Ok(Answer::Sent(sent));
+            }
+            Ask::HandOver => source.hand_over()?,
             Ask::StoodStill(number) => source.stood_still(number)?,
             Ask::Resume => {
                 source.resume()?;
@@ -193,9 +213,9 @@ impl Serving {
 
     /// Nobody said that it is to be held.
     fn let_go(&mut self) -> Result<()> {
-        let Stopped::Until(_) = self.stopped else {
+        if let Stopped::Never | Stopped::Over = self.stopped {
             return Ok(());
-        };
+        }
         self.stopped = Stopped::Over;
         let mut attempt = 1;
         loop {
@@ -211,7 +231,7 @@ impl Serving {
 fn stands_still(stopped: Stopped) -> Result<()> {
     let why = match stopped {
         Stopped::Until(_) => return Ok(()),
-        Stopped::Never => "it was not stopped over this connection",
+        Stopped::Never | Stopped::Once(_) => "it was not stopped over this connection",
         Stopped::Over => "it went on, since nobody said in time that it is to be held",
     };
     let text = format!("the machine does not stand still for the job: {why}");
@@ -231,7 +251,7 @@ fn cut(taken: Taken) -> Result<Answer> {
     }
     Ok(Answer::Cut(Box::new(FarCut {
         consistency: taken.consistency.to_string(),
-        held_up_ms: u64::try_from(taken.held_up.as_millis()).unwrap_or(u64::MAX),
+        held_up_ms: milliseconds(taken.held_up),
         warnings: taken.warnings,
         points,
     })))

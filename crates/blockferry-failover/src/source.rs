@@ -14,7 +14,7 @@ use blockferry_device::{BlockSource, CancelToken, Consistency, ErrorKind as Erro
 use blockferry_engine::SourceCheck;
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::freeze::Guarded;
-use blockferry_qemu::{Agent, Held, Layers, Lost, Machine, MachineOptions, PointExport};
+use blockferry_qemu::{Agent, HandOver, Held, Layers, Lost, Machine, MachineOptions, PointExport};
 use serde_json::json;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -57,6 +57,18 @@ pub(crate) trait SourceMachine: Debug {
 
     /// From here on it stays stopped, whatever becomes of this process and of the way to the machine.
     fn hold(&mut self) -> Result<()>;
+
+    /// Begins to send the guest's memory to `uri`, while it runs. Once it stands still it is as after [`Self::quiesce`].
+    fn send_memory(&mut self, uri: &str, pause: Duration, patience: Duration) -> Result<()>;
+
+    /// Whether the guest stands still, and the rest of its memory waits for [`Self::hand_over`].
+    ///
+    /// # Errors
+    /// Its memory does not travel any more.
+    fn is_sent(&mut self) -> Result<bool>;
+
+    /// The guest goes on in the machine that takes its memory.
+    fn hand_over(&mut self) -> Result<()>;
 
     /// The machine is stopped, and its disks were not written since cut `number`.
     fn stood_still(&mut self, number: u64) -> Result<()>;
@@ -337,6 +349,22 @@ impl Source {
         Ok(())
     }
 
+    /// Waits for the memory of a guest.
+    pub(crate) fn receive_memory(&mut self, uri: &str) -> Result<()> {
+        self.with("wait for the memory", |machine| machine.receive_memory(uri))
+    }
+
+    /// Whether its guest runs.
+    pub(crate) fn runs(&mut self) -> Result<bool> {
+        let running = self.with("look at the replica", Machine::is_running)?;
+        Ok(running == Some(true))
+    }
+
+    /// Waits until a guest that was handed over runs.
+    pub(crate) fn wait_until_it_runs(&mut self) -> Result<()> {
+        self.with("look at the replica", Machine::wait_until_it_runs)
+    }
+
     /// Merges overlays while they are written, see [`Machine::merge_overlays`].
     pub(crate) fn merge(
         &mut self,
@@ -415,6 +443,24 @@ impl SourceMachine for Source {
         self.opened(number, taken)
     }
 
+    fn send_memory(&mut self, uri: &str, pause: Duration, _patience: Duration) -> Result<()> {
+        self.with("send the memory", |machine| machine.send_memory(uri, pause))
+    }
+
+    fn is_sent(&mut self) -> Result<bool> {
+        self.with("send the memory", |machine| {
+            match machine.hand_over_state()? {
+                HandOver::Waiting => Ok(true),
+                HandOver::Travelling | HandOver::Switching => Ok(false),
+                _ => Err(machine.not_handed_over()),
+            }
+        })
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        self.with("hand the guest over", Machine::hand_over)
+    }
+
     /// Nothing lets it go on but this process.
     fn hold(&mut self) -> Result<()> {
         Ok(())
@@ -437,6 +483,12 @@ impl SourceMachine for Source {
 
     fn resume(&mut self) -> Result<()> {
         self.give_writers_back()?;
+        if self
+            .with("look at the machine", Machine::is_running)?
+            .is_some()
+        {
+            self.with("take the guest back", Machine::take_back)?;
+        }
         let running = self.with("look at the machine", Machine::is_running)?;
         if running == Some(false) {
             self.with("let the guest go on", Machine::resume)?;

@@ -49,6 +49,9 @@ pub struct JobSpec {
     /// How long the source may stand still.
     #[serde(default = "two_seconds", with = "duration")]
     pub downtime_budget: Duration,
+    /// What becomes of the guest at the cutover.
+    #[serde(default)]
+    pub hand_over: HandOverBy,
     /// How often the target is refreshed while the job waits for its cutover.
     #[serde(default = "a_minute", with = "duration")]
     pub refresh: Duration,
@@ -110,6 +113,10 @@ pub struct MachineSpec {
     /// How it is stopped for the last pass.
     #[serde(default)]
     pub quiesce: QuiesceBy,
+    /// Where it takes the memory of a guest that is handed over to it, as QEMU names it: `tcp:HOST:PORT`; by default a
+    /// socket of the job, which another host does not reach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
 }
 
 /// How a machine is stopped for the last pass.
@@ -124,6 +131,18 @@ pub enum QuiesceBy {
     PowerDown,
     /// Its processors are stopped.
     Stop,
+}
+
+/// What becomes of the guest at the cutover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[expect(clippy::exhaustive_enums, reason = "callers decide for each")]
+pub enum HandOverBy {
+    /// Its replica boots.
+    #[default]
+    Cold,
+    /// It goes on in the machine of the replica, that of [`JobSpec::reverse`], with its memory.
+    Warm,
 }
 
 /// One disk.
@@ -224,8 +243,21 @@ impl JobSpec {
             .map_err(|cause| Error::new(ErrorKind::Usage, format!("name: {cause}")))?;
         check_disks(&self.disk).or_else(|why| refused(format!("disk: {why}")))?;
         let Some(way) = &self.reverse else {
-            return Ok(());
+            return match self.hand_over {
+                HandOverBy::Cold => Ok(()),
+                HandOverBy::Warm => refused(
+                    "hand-over: a warm one needs the machine of the replica: expected [reverse]"
+                        .to_owned(),
+                ),
+            };
         };
+        if self.hand_over == HandOverBy::Warm
+            && self.machine.host.is_some()
+            && way.machine.memory.is_none()
+        {
+            let why = "reverse.machine.memory: expected tcp:HOST:PORT, where a machine on another host sends its memory";
+            return refused(why.to_owned());
+        }
         check_disks(&way.disk).or_else(|why| refused(format!("reverse.disk: {why}")))?;
         if way.machine.host.is_some() {
             let why = "reverse.machine: expected no host: the replica runs where its disks are";

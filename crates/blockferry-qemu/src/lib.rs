@@ -30,6 +30,7 @@ mod agent;
 pub mod freeze;
 mod lines;
 mod machine;
+mod memory;
 mod merge;
 mod names;
 mod nodes;
@@ -37,6 +38,7 @@ mod qmp;
 
 pub use agent::Agent;
 pub use machine::{DiskNode, Held, Lost, Machine, MachineOptions, PointExport};
+pub use memory::HandOver;
 pub use merge::Layers;
 pub use names::Tag;
 pub use qmp::{Event, Qmp};

@@ -1,0 +1,179 @@
+//! Handing the memory of a guest over, so that it never boots: QEMU's own migration, whose last step waits for ours.
+//!
+//! ```text
+//! source:  runs ── memory travels ── stands still (pre-switchover) ── disks are brought over ── rest of it ── ended
+//! replica: waits ─────────────────────────────────────────────────────────────────────────────────────────── runs
+//! ```
+//! Until the last step the source goes on if anything fails. The replica does not touch its disks before.
+
+use std::time::{Duration, Instant};
+
+use blockferry_device::{Error, ErrorKind, Result};
+use serde_json::{Value, json};
+
+use crate::machine::Machine;
+
+/// How often a migration is looked at while a guest stands still.
+const TICK: Duration = Duration::from_millis(2);
+/// For the rest of it, and for a replica to go on.
+const SWITCHING: Duration = Duration::from_secs(30);
+/// As much as the way takes: whoever wants less limits the way.
+const MAX_BANDWIDTH: u64 = 1 << 40;
+
+/// How far the memory of a machine was handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HandOver {
+    /// Nothing is under way, or what was is undone: the machine has its guest.
+    None,
+    /// Memory travels, the guest runs.
+    Travelling,
+    /// The guest stands still and waits for the last step.
+    Waiting,
+    /// The last step is under way.
+    Switching,
+    /// The guest is the other machine's.
+    Done,
+}
+
+impl HandOver {
+    fn of(status: &str) -> Self {
+        match status {
+            "setup" | "active" | "postcopy-active" | "wait-unplug" => Self::Travelling,
+            "pre-switchover" => Self::Waiting,
+            "device" | "cancelling" => Self::Switching,
+            "completed" => Self::Done,
+            _ => Self::None,
+        }
+    }
+}
+
+impl Machine {
+    /// Waits for memory at `uri`, as `unix:/run/memory` or `tcp:0.0.0.0:4444`. The machine was started with `-incoming defer`.
+    ///
+    /// # Errors
+    /// It was not, or the machine refused.
+    pub fn receive_memory(&mut self, uri: &str) -> Result<()> {
+        self.set_capabilities()?;
+        let arguments = json!({"uri": uri});
+        self.qmp().execute("migrate-incoming", arguments).map(drop)
+    }
+
+    /// Begins to send the memory to whoever waits at `uri`, while the guest runs: it stands still once it is
+    /// [`HandOver::Waiting`], when sending the rest takes `pause` or less.
+    ///
+    /// # Errors
+    /// The machine refused.
+    pub fn send_memory(&mut self, uri: &str, pause: Duration) -> Result<()> {
+        self.set_capabilities()?;
+        let limit_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+        let limits = json!({"downtime-limit": limit_ms, "max-bandwidth": MAX_BANDWIDTH});
+        self.qmp().execute("migrate-set-parameters", limits)?;
+        let arguments = json!({"uri": uri});
+        self.qmp().execute("migrate", arguments).map(drop)
+    }
+
+    /// The last step: the guest goes on in the other machine. May be called again, whatever came of it before.
+    ///
+    /// # Errors
+    /// It did not come to that: the guest has to be taken back.
+    pub fn hand_over(&mut self) -> Result<()> {
+        let end = Instant::now() + SWITCHING;
+        let mut was_asked = false;
+        loop {
+            match self.hand_over_state()? {
+                HandOver::Done => return Ok(()),
+                HandOver::Waiting if !was_asked => {
+                    let state = json!({"state": "pre-switchover"});
+                    self.qmp().execute("migrate-continue", state)?;
+                    was_asked = true;
+                }
+                HandOver::Waiting | HandOver::Switching if Instant::now() < end => {
+                    std::thread::sleep(TICK);
+                }
+                HandOver::Waiting | HandOver::Switching => {
+                    let text = format!(
+                        "hand the guest over: it did not go on within {} s",
+                        SWITCHING.as_secs()
+                    );
+                    return Err(Error::new(ErrorKind::Io, text));
+                }
+                HandOver::None | HandOver::Travelling => return Err(self.not_handed_over()),
+            }
+        }
+    }
+
+    /// Ends a hand-over that did not come to its last step. Harmless where there is none, or where it is done.
+    ///
+    /// # Errors
+    /// The machine failed, or does not let go of it.
+    pub fn take_back(&mut self) -> Result<()> {
+        let end = Instant::now() + SWITCHING;
+        let mut was_asked = false;
+        loop {
+            match self.hand_over_state()? {
+                HandOver::None | HandOver::Done => return Ok(()),
+                _ if !was_asked => {
+                    self.qmp().execute("migrate_cancel", json!({}))?;
+                    was_asked = true;
+                }
+                _ if Instant::now() >= end => {
+                    let text = "take the guest back: its hand-over does not end";
+                    return Err(Error::new(ErrorKind::Io, text));
+                }
+                _ => std::thread::sleep(TICK),
+            }
+        }
+    }
+
+    /// How far it is.
+    ///
+    /// # Errors
+    /// The machine did not answer.
+    pub fn hand_over_state(&mut self) -> Result<HandOver> {
+        let found = self.qmp().execute("query-migrate", json!({}))?;
+        let status = found.get("status").and_then(Value::as_str);
+        Ok(HandOver::of(status.unwrap_or_default()))
+    }
+
+    /// That it failed, with the words of QEMU.
+    pub fn not_handed_over(&mut self) -> Error {
+        let found = self.qmp().execute("query-migrate", json!({}));
+        let why = found.ok().and_then(|found| {
+            let why = found.get("error-desc").and_then(Value::as_str);
+            why.map(crate::lines::shown)
+        });
+        let why = why.unwrap_or_else(|| "QEMU does not say why".to_owned());
+        let text = format!("hand the memory of the guest over: {why}");
+        Error::new(ErrorKind::Io, text)
+    }
+
+    /// Waits until a guest that was handed over to this machine runs.
+    ///
+    /// # Errors
+    /// It does not, or the machine did not answer.
+    pub fn wait_until_it_runs(&mut self) -> Result<()> {
+        let end = Instant::now() + SWITCHING;
+        while self.is_running()? != Some(true) {
+            if Instant::now() >= end {
+                let text = format!(
+                    "the guest that was handed over does not run after {} s",
+                    SWITCHING.as_secs()
+                );
+                return Err(Error::new(ErrorKind::Io, text));
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    /// The same on both sides: the last step waits, and the source hears whether the guest arrived.
+    fn set_capabilities(&mut self) -> Result<()> {
+        let on = ["pause-before-switchover", "return-path"];
+        let on = on.map(|capability| json!({"capability": capability, "state": true}));
+        let arguments = json!({"capabilities": on});
+        self.qmp()
+            .execute("migrate-set-capabilities", arguments)
+            .map(drop)
+    }
+}
