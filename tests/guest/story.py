@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,11 @@ class Told:
             time.sleep(0.01)
         raise Broken(f"the guest did not say {word!r} within {seconds} s")
 
+    def pace(self):
+        """Seconds between two acknowledged writes, as long as nothing holds them up: the median of the last hundred."""
+        wrote = [at for at, line in self.lines[-100:] if line[0] == "wrote"]
+        return statistics.median(later - earlier for earlier, later in zip(wrote, wrote[1:]))
+
     def last(self):
         """Time and number of the last write that was acknowledged."""
         wrote = [(at, int(line[1])) for at, line in self.lines if line[0] == "wrote"]
@@ -206,7 +212,7 @@ class Story:
         return pause
 
     def hand_over(self, source, replica):
-        """As `cut_over`, but the guest goes on in the replica, with its memory. Returns the guest's own gap."""
+        """As `cut_over`, but the guest goes on in the replica, with its memory."""
         told = self.told[replica]
         before = len(told.lines)
         lines = self.run("failover", "complete", "guest")
@@ -215,10 +221,9 @@ class Story:
         stopped_at, acknowledged = self.told[source].last()
         self.expect(int(number) == acknowledged + 1, f"{acknowledged} was acknowledged, and then {number}")
         self.expect(told.lines[before][1][0] == "wrote", "the guest booted instead of going on")
-        gap = first - stopped_at
+        gap, pace = first - stopped_at, self.told[source].pace()
         self.say(f"  pause {lines[-1]['downtime_seconds']:.3f} s (source stopped → guest runs in the replica); {gap:.3f} s between two "
-                 f"acknowledged writes, {acknowledged} and {number}")
-        return gap
+                 f"acknowledged writes, {acknowledged} and {number}, {pace:.3f} s otherwise")
 
     def expect(self, holds, otherwise):
         if not holds:

@@ -20,3 +20,4 @@ mod syscalls;
 mod targets;
 mod two_hosts;
 mod undo;
+mod warm;

@@ -515,3 +515,93 @@ impl SourceMachine for FarSource {
         self.tell(&Ask::End)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use blockferry_transport::{Deadlines, Link};
+
+    use super::*;
+
+    const SPEC: &str = "name = \"web\"\n[machine]\nhost = \"b\"\nqmp = \"/q\"\n[[disk]]\nnode = \"d\"\ntarget = \"/t\"\n";
+
+    /// A host whose blockferry answers the first ask as it should, and the next ones with this.
+    struct Scripted(String, AtomicU32);
+
+    impl Hosts for Scripted {
+        fn connect(&self, _host: &str) -> Result<HostConnection> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            let (near, far) = Link::pair().unwrap();
+            let told = self.0.clone();
+            std::thread::spawn(move || {
+                let connection = Connection::open(far, Deadlines::default()).unwrap();
+                connection.trust();
+                let mut answers = vec![told.as_str(), "\"done\""];
+                while let Ok(message) = connection.receive() {
+                    if let Message::Ask(_) = message {
+                        let answer = answers.pop().unwrap_or(&told);
+                        let answer = Message::Answer(answer.as_bytes().to_vec());
+                        connection.outbox().send(answer).unwrap();
+                    }
+                }
+            });
+            let connection = Connection::open(near, Deadlines::default());
+            let connection = connection.map_err(|e| Error::because(ErrorKind::Peer, "open", e))?;
+            Ok(HostConnection::new(connection, ()))
+        }
+    }
+
+    fn machine(told: &str) -> (FarSource, Arc<Scripted>) {
+        let spec = JobSpec::from_toml(SPEC).unwrap();
+        let hosts = Arc::new(Scripted(told.to_owned(), AtomicU32::new(0)));
+        (FarSource::new(&spec, "b", hosts.clone()), hosts)
+    }
+
+    #[test]
+    fn what_another_host_answers_wrongly_is_an_error_that_is_not_tried_again() {
+        let point = |changes: &str| {
+            let cut = r#"{"cut":{"consistency":"crash-consistent","held-up-ms":1,"warnings":[],"points":["#;
+            format!("{cut}[\"nbd://x/y\",{changes}]]}}}}")
+        };
+        for told in [
+            "",
+            "\"done\"",
+            "{\"sent\":true}",
+            "{\"cut\":{}}",
+            "\"no-such-answer\"",
+            "{\"failed\":{\"kind\":\"source\",\"text\":\"there is no such disk\"}}",
+            &point(r#"{"size_bytes":65536,"runs":[1]}"#),
+            &point(r#"{"size_bytes":65536,"runs":[1,1]}"#),
+            &point(r#"{"size_bytes":65536,"runs":[0,18446744073709551615]}"#),
+            &point("null],[\"nbd://x/z\",null"),
+            &point("null").replace("crash-consistent", "splendid"),
+        ] {
+            let (mut source, _) = machine(told);
+            source.make_ready().unwrap();
+
+            let error = source.cut(7).map(drop).unwrap_err();
+
+            assert_eq!(error.kind(), ErrorKind::Source, "{told}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_cut_comes_with_what_changed_and_a_lost_way_is_made_again() {
+        let told = r#"{"cut":{"consistency":"at rest","held-up-ms":1,"warnings":["w"],"points":[["nbd://x/y",
+            {"size_bytes":131072,"runs":[1,1]}]]}}"#;
+        let (mut source, hosts) = machine(told);
+        source.make_ready().unwrap();
+
+        let cut = source.cut(7).unwrap();
+
+        assert_eq!(cut.consistency, Consistency::AtRest);
+        assert_eq!(cut.warnings, ["w"]);
+        let changed = cut.disks[0].changes.as_ref().unwrap();
+        assert_eq!(changed.total_bytes(blockferry_core::Content::Data), 65_536);
+        assert_eq!(hosts.1.load(Ordering::Relaxed), 2);
+        source.release();
+        source.cut(8).map(drop).expect_err("nothing is ready");
+        assert_eq!(hosts.1.load(Ordering::Relaxed), 3);
+    }
+}

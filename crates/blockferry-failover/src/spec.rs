@@ -162,7 +162,7 @@ pub struct DiskSpec {
 
 /// Programs that are run, each with its arguments. What they are told is in their environment: `BLOCKFERRY_JOB`,
 /// `BLOCKFERRY_STEP`, and for each disk, counted from 0, `BLOCKFERRY_DISK_0_TARGET` and, where there is one,
-/// `BLOCKFERRY_DISK_0_OVERLAY`.
+/// `BLOCKFERRY_DISK_0_OVERLAY`; and `BLOCKFERRY_HAND_OVER=warm` where the replica is to wait for the memory of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 #[non_exhaustive]
@@ -433,6 +433,25 @@ mod tests {
     }
 
     #[test]
+    fn a_warm_hand_over_needs_a_machine_that_takes_it_and_a_way_to_it() {
+        let warm = WHOLE.replace("mode = \"delta\"", "hand-over = \"warm\"");
+        let far = warm.replacen("[machine]", "[machine]\nhost = \"b\"", 1);
+        let to = "qmp = \"/run/other/qmp\"";
+        let reached = far.replace(to, &format!("{to}\nmemory = \"tcp:a:4444\""));
+
+        for good in [&warm, &reached] {
+            let spec = JobSpec::from_toml(good).unwrap();
+            assert_eq!(spec.hand_over, HandOverBy::Warm);
+            assert_eq!(JobSpec::from_toml(&spec.to_toml().unwrap()).unwrap(), spec);
+        }
+        let error = JobSpec::from_toml(&far).expect_err("a socket of this host");
+        assert!(error.to_string().contains("tcp:HOST:PORT"), "{error}");
+        let alone = warm.split("[reverse").next().unwrap();
+        let error = JobSpec::from_toml(alone).expect_err("nobody takes it");
+        assert!(error.to_string().contains("[reverse]"), "{error}");
+    }
+
+    #[test]
     fn what_is_wrong_is_said_with_its_place() {
         for (from, to, said) in [
             ("name = \"web1\"", "name = \"Web 1\"", "name"),
@@ -447,6 +466,12 @@ mod tests {
             ("node = \"data\"", "node = \"root\"", "reverse.disk: node"),
             ("/srv/old-b.raw", "/srv/a.raw", "came from"),
             ("[[disk]]", "[[disc]]", "disc"),
+            (
+                "qmp = \"/run/other/qmp\"",
+                "qmp = \"/q\"\nhost = \"b\"",
+                "no host",
+            ),
+            ("mode = \"delta\"", "hand-over = \"hot\"", "cold"),
         ] {
             let error = JobSpec::from_toml(&WHOLE.replace(from, to)).expect_err(to);
             assert!(error.to_string().contains(said), "{to}: {error}");

@@ -63,7 +63,7 @@ fn start(place: &Path, name: &str, more: &[&str]) -> Option<(Running, Machine)> 
 
 fn wait(machine: &mut Machine, state: HandOver) {
     let end = Instant::now() + LONG;
-    while machine.hand_over_state().unwrap() != state {
+    while machine.hand_over_state().expect("it answers") != state {
         assert!(Instant::now() < end, "it is not {state:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
