@@ -267,6 +267,9 @@ class Story:
         self.run("failover", "commit", "guest", "--live", "--release-source")
         away.wait("wrote", seen)
         self.expect(all(line[0] == "wrote" for _, line in away.lines[seen:]), "the replica booted instead of going on")
+        end = time.monotonic() + 10
+        while pid_of(self.home) and time.monotonic() < end:
+            time.sleep(0.1)
         self.expect(pid_of(self.home) is None, "the source was let go and is still there")
         self.say("committed while it works: what it wrote on trial is merged, and it goes on; the source has ended")
 

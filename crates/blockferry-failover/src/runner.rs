@@ -37,7 +37,7 @@ const GOING_ON: Duration = Duration::from_secs(1);
 /// For the memory of a guest to travel.
 const SENDING: Duration = Duration::from_secs(600);
 /// How long sending the rest of it may take while the guest stands still.
-const REST: Duration = Duration::from_millis(50);
+const REST: Duration = Duration::from_millis(20);
 const SHORT_TICK: Duration = Duration::from_millis(2);
 /// A way to another host is given up when nothing came over it for so long.
 const PATIENCE: Duration = Duration::from_secs(600);
