@@ -287,10 +287,10 @@ fn a_cutover_that_is_killed_at_random_moments_ends_on_one_side_with_every_acknow
         let before = with_files(|| fs::read(before)).expect("read");
         sites.lab.must(READY);
         let writer = sites.writer(random.next_u64());
-        sites.killed(
-            "failover complete web",
-            Duration::from_millis(random.below(260)),
-        );
+        let mut cutover = sites.lab.start("failover complete web");
+        assert!(cutover.wait_for(|line| line["state"] == "quiescing"));
+        thread::sleep(Duration::from_millis(random.below(350)));
+        cutover.kill();
 
         let state = sites.state();
         // Where the source was stopped and the targets do not hold its last cut it is let go, else it goes on.

@@ -109,15 +109,17 @@ fn a_guest_that_is_handed_over_runs_in_one_machine_whenever_the_command_is_kille
     let lab = &machines.lab;
     let mut random = seeded(name);
     let mut states = Vec::new();
-    for _ in 0..6 {
+    for round in 0..8 {
         lab.must("failover start vm.toml --until ready");
         let mut cutover = lab.start(COMPLETE);
-        assert!(cutover.wait_for(|line| line["state"] == "quiescing"));
-        let killed_at = Instant::now() + Duration::from_millis(random.below(500));
+        let (reached, within_ms) =
+            [("quiescing", 200), ("last-pass", 20), ("starting", 20)][round % 3];
+        assert!(cutover.wait_for(|line| line["state"] == reached));
+        let killed_at = Instant::now() + Duration::from_millis(random.below(within_ms));
         while Instant::now() < killed_at {
             let both = machines.runs("away") == Some(true) && machines.runs("home") == Some(true);
             assert!(!both, "both machines run");
-            thread::sleep(Duration::from_millis(10));
+            thread::sleep(Duration::from_millis(1));
         }
         let code = cutover.kill().code;
         let state = machines.state();

@@ -39,6 +39,8 @@ const SENDING: Duration = Duration::from_secs(600);
 /// How long sending the rest of it may take while the guest stands still.
 const REST: Duration = Duration::from_millis(20);
 const SHORT_TICK: Duration = Duration::from_millis(2);
+/// For a guest to go on in the replica, where the source did not hear that it does.
+const ARRIVING: Duration = Duration::from_secs(2);
 /// A way to another host is given up when nothing came over it for so long.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// The same, where a source is to be let go.
@@ -382,22 +384,41 @@ impl<'s> Runner<'s> {
         Ok((Source::new(&way, &self.path, None), uri))
     }
 
+    fn replica_has_the_guest(&self) -> bool {
+        let replica = self.replica().ok().filter(|_| self.is_warm());
+        replica.is_some_and(|(mut replica, _)| replica.runs().is_ok_and(|runs| runs))
+    }
+
     /// The guest goes on in the machine of the replica, unless it does already. From there on nothing leads back by itself: it
     /// may have acknowledged something.
     fn hand_over(&mut self) -> Result<()> {
         if self.job.state == State::Fencing {
             self.step(Input::StepDone, "the guest is being handed over")?;
         }
-        let (mut replica, _) = self.replica()?;
         self.targets.clear();
-        if !replica.runs().is_ok_and(|runs| runs)
+        if !self.replica_has_the_guest()
             && let Err(error) = self.source.hand_over()
         {
-            return Err(self.abort(error));
+            // It may have gone over all the same.
+            self.rest(ARRIVING);
+            match (self.replica_has_the_guest(), error.kind()) {
+                (true, _) => {}
+                (false, ErrorKind::Peer) => {
+                    let text = "which machine has the guest is not known: started again, the job finds out";
+                    return Err(Error::because(ErrorKind::Peer, text, error));
+                }
+                (false, _) => return Err(self.abort(error)),
+            }
         }
-        replica.wait_until_it_runs()?;
+        let (mut replica, _) = self.replica()?;
         let hook = self.job.spec.hooks.fence_source.clone();
-        self.hook("fence-source", &hook)?;
+        let finished = replica
+            .wait_until_it_runs()
+            .and_then(|()| self.hook("fence-source", &hook));
+        finished.map_err(|error| {
+            let text = "the guest was handed over; started again, the job goes on from here";
+            Error::because(error.kind(), text, error)
+        })?;
         self.step(
             Input::StepDone,
             "the guest goes on in the replica: commit it, or roll back",
@@ -491,6 +512,11 @@ impl<'s> Runner<'s> {
                     self.step(Input::StepFailed, "the cutover was cut short")?;
                 }
                 self.back_to_the_source()
+            }
+            (Recovery::GoForward, State::Fencing | State::Starting)
+                if self.replica_has_the_guest() =>
+            {
+                self.go_forward()
             }
             (Recovery::GoForward, State::Fencing | State::Starting) => {
                 let reached = self.source.reach();

@@ -1,7 +1,8 @@
 //! The side that has the source. Sans I/O: messages and finished work in, messages and work out.
 //!
 //! It reads ahead of the target as far as it is let and tells the digests of its regions; what differs the target
-//! asks for. Where the target's side has a change map it leads, and only blocks that it opens are read. Its host, [`serve_source`](super::serve_source), reads the source.
+//! asks for. Where the target's side has a change map it leads, and only blocks that it opens are read. Its host,
+//! [`serve_source`](super::serve_source), reads the source.
 
 use std::collections::{BTreeMap, VecDeque};
 
