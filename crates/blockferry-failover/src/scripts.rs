@@ -186,6 +186,8 @@ pub struct AtRest {
     scripts: Option<Scripts>,
     /// Once it may be frozen.
     guest: Option<GuestFreezer>,
+    /// When the first script began.
+    since: Option<Instant>,
 }
 
 impl AtRest {
@@ -197,6 +199,7 @@ impl AtRest {
             file: scripts.map(ToOwned::to_owned),
             scripts: None,
             guest: None,
+            since: None,
         }
     }
 
@@ -220,10 +223,17 @@ impl AtRest {
 }
 
 impl Freezer for AtRest {
+    /// With scripts it is the application that stands still, from the first of them on.
+    fn since(&self) -> Option<Instant> {
+        self.since
+            .or_else(|| self.guest.as_ref().and_then(Freezer::since))
+    }
+
     fn freeze(&mut self) -> DeviceResult<Frozen> {
         let loaded = self.file.as_deref().map(Scripts::load).transpose();
         self.scripts = loaded
             .map_err(|error| DeviceError::new(DeviceErrorKind::Unsuitable, error.to_string()))?;
+        self.since = self.scripts.as_ref().map(|_| Instant::now());
         let outcome = self.scripts.as_ref().map(|s| s.pre.run(s.timeout));
         let took_part = matches!(outcome, Some(Ok(())));
         let remark = outcome.map_or(Ok(None), |outcome| self.weigh(outcome))?;

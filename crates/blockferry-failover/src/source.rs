@@ -183,17 +183,18 @@ impl Source {
         let disks = self.disks.clone();
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let mut warnings = Vec::new();
-        let began = Instant::now();
         let at_rest = self.freeze(self.spec.freeze_deadline, &mut warnings)?;
+        let began = Instant::now();
         let done = self.with("cut", |machine| machine.cut(number, &disks));
+        let mut held_up = began.elapsed();
         let thawed = at_rest
             .as_ref()
             .map(|at_rest| at_rest.guarded.thaw_telling());
-        let held_up = began.elapsed();
         done?;
         let consistency = match (&at_rest, thawed) {
-            (Some(at_rest), Some(Ok(remark))) => {
-                warnings.extend(remark);
+            (Some(at_rest), Some(Ok(thawed))) => {
+                held_up = thawed.held_up;
+                warnings.extend(thawed.remark);
                 at_rest.consistency
             }
             (_, Some(Err(late))) if self.spec.machine.scripts.is_some() => {

@@ -48,6 +48,9 @@ pub trait Freezer {
     /// # Errors
     /// It may stand still yet, or the point is not to count.
     fn thaw(&mut self) -> Result<Option<String>>;
+
+    /// When it began to stand still, as early as that may have been; nothing if it never did.
+    fn since(&self) -> Option<Instant>;
 }
 
 /// What stands still.
@@ -71,10 +74,21 @@ impl Frozen {
     }
 }
 
+/// What went on again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Thawed {
+    /// How long it stood still.
+    pub held_up: Duration,
+    /// What did not go as hoped, for people.
+    pub remark: Option<String>,
+}
+
 /// The file systems of a guest.
 #[derive(Debug)]
 pub struct GuestFreezer {
     agent: Agent,
+    since: Option<Instant>,
 }
 
 impl GuestFreezer {
@@ -84,12 +98,17 @@ impl GuestFreezer {
     /// The agent does not answer.
     pub fn connect(agent: &Path) -> Result<Self> {
         let agent = Agent::connect(agent, FREEZING)?;
-        Ok(Self { agent })
+        Ok(Self { agent, since: None })
     }
 }
 
 impl Freezer for GuestFreezer {
+    fn since(&self) -> Option<Instant> {
+        self.since
+    }
+
     fn freeze(&mut self) -> Result<Frozen> {
+        self.since = Some(Instant::now());
         self.agent.freeze(FREEZING)?;
         Ok(Frozen::new(Consistency::FileSystem))
     }
@@ -110,7 +129,8 @@ impl Freezer for GuestFreezer {
 }
 
 /// Freezes, says `frozen` on `output`, waits until `input` says something or ends, but not longer than `deadline`, thaws,
-/// and says `thawed`, or `late` if the deadline passed. To be the only thing its process does.
+/// and says `thawed` and the milliseconds in between, or `late` if the deadline passed. To be the only thing its process
+/// does.
 ///
 /// # Errors
 /// It could not be frozen: then it is thawed as far as that is possible. Or it could not be thawed.
@@ -134,8 +154,15 @@ pub fn guard(
     let in_time = is_released(input, end);
     let remark = freezer.thaw().map_err(|error| tell(&mut output, error))?;
     let in_time = in_time && Instant::now() <= end;
+    let held_up = freezer
+        .since()
+        .map_or(Duration::ZERO, |since| since.elapsed());
+    let word = match in_time {
+        true => format!("{THAWED} {}", held_up.as_millis()),
+        false => LATE.to_owned(),
+    };
     // Whoever would hear it may have died.
-    say(&mut output, if in_time { THAWED } else { LATE }, remark).ok();
+    say(&mut output, &word, remark).ok();
     Ok(())
 }
 
@@ -298,19 +325,26 @@ impl Guarded {
     ///
     /// # Errors
     /// The deadline had passed, or it is not known to be thawed.
-    pub fn thaw_telling(&self) -> Result<Option<String>> {
+    pub fn thaw_telling(&self) -> Result<Thawed> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(guard) = running.take() else {
-            return Ok(None);
+            return Ok(Thawed::default());
         };
         let line = guard.end()?;
-        match heard(&line) {
-            (THAWED, remark) => Ok(remark),
+        let (said, remark) = heard(&line);
+        let held_up = said
+            .strip_prefix(THAWED)
+            .and_then(|ms| ms.trim().parse().ok());
+        match (said, held_up) {
+            (_, Some(ms)) => Ok(Thawed {
+                held_up: Duration::from_millis(ms),
+                remark,
+            }),
             (LATE, _) => Err(Error::new(
                 ErrorKind::Io,
                 "thaw the guest: the deadline of the freeze had passed, it was thawed before",
             )),
-            (said, remark) => {
+            _ => {
                 let why = remark.unwrap_or_else(|| {
                     let said = crate::lines::shown(said);
                     format!("expected its guard to say so, found {said:?}")
