@@ -16,7 +16,7 @@ mod wire;
 use std::io::{self, Read, Write};
 
 use blockferry_device::{ReadRequest, WriteRequest};
-use handshake::{Wanted, negotiate};
+use handshake::{Wanted, agree, greet, start_tls};
 use libfuzzer_sys::fuzz_target;
 use transfer::Transfer;
 use wire::Command;
@@ -62,7 +62,13 @@ fuzz_target!(|input: &[u8]| {
         contexts: &contexts[..usize::from(how & 3).min(2)],
         label: "the server",
     };
-    let Ok(export) = negotiate(&mut stream, &wanted) else {
+    let Ok(greeted) = greet(&mut stream, &wanted) else {
+        return;
+    };
+    if how >> 5 == 7 && start_tls(&mut stream, &wanted).is_err() {
+        return;
+    }
+    let Ok(export) = agree(&mut stream, &wanted, greeted) else {
         return;
     };
     assert!(export.unit_bytes.is_power_of_two() && export.most_bytes >= export.unit_bytes);

@@ -1,9 +1,10 @@
 //! Exports of an NBD server as disks that the real command reads.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
-use crate::lab::{Lab, MIB, skipped, tool};
+use crate::lab::{Lab, MIB, command_of, output, skipped, tool, while_starting};
 
 /// An image that qemu-nbd serves. Ended when dropped.
 struct Server {
@@ -48,6 +49,134 @@ impl Drop for Server {
 }
 
 const EXPORT: &str = "nbd+unix:///?socket=nbd.socket";
+
+/// Certificates as nbdkit names them, in a directory of this name, and those of a client; whoever is no client is turned away.
+struct Secured {
+    lab: Lab,
+    nbdkit: std::process::Child,
+}
+
+impl Drop for Secured {
+    fn drop(&mut self) {
+        self.nbdkit.kill().ok();
+        self.nbdkit.wait().ok();
+    }
+}
+
+impl Secured {
+    /// `None` if there is no nbdkit with TLS.
+    fn start(mode: &str) -> Option<Self> {
+        let config = tool(&["nbdkit", "--dump-config"])?;
+        if !config.lines().any(|line| line == "tls=yes") {
+            return None;
+        }
+        let lab = Lab::new();
+        lab.disk("disk", 5, 4 * MIB);
+        for (pki, names) in [
+            ("pki", ["localhost", "client"]),
+            ("others", ["localhost", "client"]),
+        ] {
+            for name in names {
+                let made = output(&mut lab.command(&format!("certs {pki} {name}")));
+                assert!(made.expect("runs").status.success());
+            }
+        }
+        for (ours, theirs) in [
+            ("ca.pem", "ca-cert.pem"),
+            ("host.pem", "server-cert.pem"),
+            ("host.key", "server-key.pem"),
+        ] {
+            let directory = lab.path("pki/localhost");
+            fs::copy(directory.join(ours), directory.join(theirs)).expect("copied");
+        }
+        let mut command = command_of(lab.root(), "nbdkit");
+        command
+            .args(["--foreground", "--unix", "secured", "--tls-verify-peer"])
+            .arg(format!("--tls={mode}"))
+            .arg(format!(
+                "--tls-certificates={}",
+                lab.path("pki/localhost").display()
+            ))
+            .args(["file", "disk"])
+            .stderr(std::process::Stdio::null());
+        let nbdkit = while_starting(|| command.spawn()).expect("it was there before");
+        while UnixStream::connect(lab.path("secured")).is_err() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Some(Self { lab, nbdkit })
+    }
+
+    fn refused(&self, export: &str, said: &str) {
+        let answer = self.lab.run(&format!("digest {export}"));
+        assert_eq!(answer.code, Some(3), "{export}: {answer:#?}");
+        let complaint = answer.complaint();
+        assert!(complaint.contains(said), "{export}: {complaint}");
+    }
+}
+
+#[test]
+fn an_export_over_tls_is_read_by_who_is_known_and_from_who_is_known() {
+    let name = "an_export_over_tls_is_read_by_who_is_known_and_from_who_is_known";
+    let Some(server) = Secured::start("require") else {
+        return skipped(name, "nbdkit with TLS");
+    };
+    let secured = "nbds+unix:///?socket=secured";
+    let export = format!("{secured}&tls-certificates=pki/client");
+    let lab = &server.lab;
+    let root = |disk: &str| lab.must(&format!("digest {disk}")).summary()["root"].clone();
+
+    assert_eq!(root(&export), root("disk"));
+    lab.must(&format!("sync {export} copy"));
+    let status = lab.must("status copy");
+    let source = status.summary()["point"]["source"].as_str();
+    let written = source.expect("an address");
+    assert!(written.starts_with("nbds+unix:///?socket=/"), "{written}");
+
+    server.refused("nbd+unix:///?socket=secured", "nbds://");
+    server.refused(
+        &format!("{secured}&tls-certificates=others/client"),
+        "TLS with",
+    );
+    server.refused(&format!("{export}&tls-hostname=elsewhere"), "elsewhere");
+    server.refused(
+        &format!("{secured}&tls-certificates=nowhere"),
+        "ca-cert.pem",
+    );
+    // A key that others can read is not used.
+    fs::create_dir(lab.path("loose")).expect("a directory");
+    for file in ["ca.pem", "host.pem", "host.key"] {
+        let copy = lab.path("loose").join(file);
+        fs::copy(lab.path("pki/client").join(file), &copy).expect("copied");
+        fs::set_permissions(copy, fs::Permissions::from_mode(0o644)).expect("set");
+    }
+    server.refused(
+        &format!("{secured}&tls-certificates=loose"),
+        "only its owner",
+    );
+    // Whom the server does not know it turns away.
+    fs::create_dir(lab.path("nobody")).expect("a directory");
+    fs::copy(
+        lab.path("pki/client/ca.pem"),
+        lab.path("nobody/ca-cert.pem"),
+    )
+    .expect("copied");
+    server.refused(&format!("{secured}&tls-certificates=nobody"), "nobody");
+}
+
+#[test]
+fn a_server_without_tls_is_not_spoken_to_as_if_it_had_any() {
+    let Some(server) = Secured::start("off") else {
+        return skipped(
+            "a_server_without_tls_is_not_spoken_to_as_if_it_had_any",
+            "nbdkit with TLS",
+        );
+    };
+    let export = "nbds+unix:///?socket=secured&tls-certificates=pki/client";
+
+    server.refused(export, "offers no TLS");
+
+    server.lab.must("digest nbd+unix:///?socket=secured");
+}
 
 #[test]
 fn an_nbd_export_is_synced_compared_and_digested_like_the_file_behind_it() {

@@ -86,7 +86,7 @@ impl Location<Readable> {
             let there = Export::from_url(url).map(|export| Self::There(There::Server(export)));
             return there.map_err(|what| AddressError::Url { what });
         }
-        if behind("nbd://").or_else(|| behind("nbd+unix://")).is_some() {
+        if text.to_str().is_some_and(NbdAddress::is_meant_by) {
             let export: Result<NbdAddress, _> = text.to_string_lossy().parse();
             let here = export.map(|export| Self::Here(Readable::Nbd(export)));
             return here.map_err(|error| AddressError::Nbd {
@@ -536,7 +536,6 @@ mod tests {
     #[test]
     fn other_places_and_formats_are_refused_as_unsupported() {
         for text in [
-            "nbds://host/export",
             "nbd:unix:/run/nbd",
             "vdi+file:a",
             "raw+file:/a",

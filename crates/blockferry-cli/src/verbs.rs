@@ -25,6 +25,7 @@ use crate::engine::nbd::{NbdDevice, NbdOptions, open_image};
 use crate::engine::{self, BlockSource, SourceOptions, Target, open_source};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::remote::certs_dir;
 use crate::session::Session;
 
 /// Opens a disk to be read.
@@ -35,10 +36,14 @@ pub(crate) fn open(
     match disk {
         Readable::Path(address) => open_path(address.path(), crash_consistent),
         // Whether it is at rest, only its server knows.
-        Readable::Nbd(export) => match NbdDevice::open_source(export, &NbdOptions::default()) {
-            Ok(device) => Ok(device),
-            Err(error) => Err(Failure::source(&error)),
-        },
+        Readable::Nbd(export) => {
+            let mut options = NbdOptions::default();
+            options.certificates = Some(certs_dir(None));
+            match NbdDevice::open_source(export, &options) {
+                Ok(device) => Ok(device),
+                Err(error) => Err(Failure::source(&error)),
+            }
+        }
         Readable::Image(format, address) => {
             match open_image(*format, address.path(), &std::env::temp_dir()) {
                 Ok(device) => Ok(device),

@@ -1,4 +1,5 @@
-//! Where an export is, as the NBD project writes it: `nbd://host[:port]/export`, `nbd+unix:///export?socket=PATH`.
+//! Where an export is, as the NBD project writes it: `nbd://host[:port]/export`, `nbd+unix:///export?socket=PATH`; with TLS
+//! `nbds://` and `nbds+unix://`, and `tls-certificates=DIR` and `tls-hostname=NAME` in the query, as libnbd has them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,8 @@ use std::str::FromStr;
 use blockferry_device::{Error, ErrorKind, Result};
 
 use crate::wire::MAX_TEXT_BYTES;
+
+const SCHEMES: [&str; 4] = ["nbd", "nbds", "nbd+unix", "nbds+unix"];
 
 /// The port of NBD.
 pub const PORT: u16 = 10_809;
@@ -17,6 +20,16 @@ pub struct NbdAddress {
     pub(crate) place: Place,
     // Invariant: at most `MAX_TEXT_BYTES`.
     pub(crate) export: String,
+    pub(crate) tls: Option<Tls>,
+}
+
+/// Over TLS, and how.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Tls {
+    /// Where the certificates of the client are.
+    pub(crate) certificates: Option<PathBuf>,
+    /// The name that the certificate of the server is for, where it is not that of the host.
+    host: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -56,19 +69,49 @@ impl NbdAddress {
             );
             return Err(Error::new(ErrorKind::Unsuitable, text));
         }
-        Ok(Self { place, export })
+        Ok(Self {
+            place,
+            export,
+            tls: None,
+        })
+    }
+
+    /// Whether a text is to be read as such an address, by its scheme.
+    #[must_use]
+    pub fn is_meant_by(text: &str) -> bool {
+        let scheme = text.split_once("://").map(|(scheme, _)| scheme);
+        scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
     }
 
     /// The form that means the same from every working directory.
     #[must_use]
     pub fn absolute(&self) -> Self {
         let mut absolute = self.clone();
-        if let Place::Unix(socket) = &mut absolute.place
-            && let Ok(path) = std::path::absolute(&*socket)
-        {
-            *socket = path;
+        let socket = match &mut absolute.place {
+            Place::Unix(socket) => Some(socket),
+            Place::Tcp { .. } => None,
+        };
+        let certificates = absolute
+            .tls
+            .as_mut()
+            .and_then(|tls| tls.certificates.as_mut());
+        for path in socket.into_iter().chain(certificates) {
+            if let Ok(made) = std::path::absolute(&*path) {
+                *path = made;
+            }
         }
         absolute
+    }
+
+    /// What the certificate of the server has to be for.
+    #[cfg(feature = "tls")]
+    pub(crate) fn server_name(&self) -> &str {
+        let named = self.tls.as_ref().and_then(|tls| tls.host.as_deref());
+        named.unwrap_or(match &self.place {
+            Place::Tcp { host, .. } => host,
+            // As libnbd has it.
+            Place::Unix(_) => "localhost",
+        })
     }
 
     /// The name of the export; empty is the server's usual one.
@@ -85,34 +128,47 @@ impl FromStr for NbdAddress {
         let refused = |why: &str| {
             let text = format!(
                 "{text:?} is no NBD address: {why}; expected nbd://HOST[:PORT]/EXPORT or \
-                 nbd+unix:///EXPORT?socket=PATH"
+                 nbd+unix:///EXPORT?socket=PATH, or nbds for TLS"
             );
             Error::new(ErrorKind::Unsuitable, text)
         };
-        if let Some(rest) = text.strip_prefix("nbd+unix://") {
-            let rest = rest
-                .strip_prefix('/')
-                .ok_or_else(|| refused("a Unix socket has no host"))?;
-            let (export, query) = rest
-                .split_once('?')
-                .ok_or_else(|| refused("it names no socket"))?;
-            let socket = query
-                .strip_prefix("socket=")
-                .filter(|socket| !socket.is_empty() && !socket.contains('&'))
-                .ok_or_else(|| refused("its query is not socket=PATH"))?;
-            let decoded = |text: &str| decoded(text).ok_or_else(|| refused("a % is out of place"));
-            return Self::new(Place::Unix(decoded(socket)?.into()), decoded(export)?);
+        let (scheme, rest) = text
+            .split_once("://")
+            .ok_or_else(|| refused("it has no scheme"))?;
+        if !SCHEMES.contains(&scheme) {
+            return Err(refused("it has another scheme"));
         }
-        let rest = text
-            .strip_prefix("nbd://")
-            .ok_or_else(|| refused("it has another scheme"))?;
-        let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
-        if export.contains('?') {
-            return Err(refused("it has a query"));
+        let (is_secured, is_unix) = (scheme.starts_with("nbds"), scheme.ends_with("+unix"));
+        let decoded = |text: &str| decoded(text).ok_or_else(|| refused("a % is out of place"));
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let mut tls = is_secured.then(Tls::default);
+        let mut socket = None;
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let value = decoded(value)?;
+            match (key, &mut tls) {
+                (_, _) if value.is_empty() => return Err(refused("its query has an empty value")),
+                ("socket", _) if is_unix && socket.is_none() => socket = Some(value),
+                ("tls-certificates", Some(tls)) => tls.certificates = Some(value.into()),
+                ("tls-hostname", Some(tls)) => tls.host = Some(value),
+                _ => return Err(refused("its query has something else")),
+            }
         }
-        let (host, port) = host_and_port(authority).ok_or_else(|| refused("its host is none"))?;
-        let export = decoded(export).ok_or_else(|| refused("a % is out of place"))?;
-        Self::new(Place::Tcp { host, port }, export)
+        let (authority, export) = path.split_once('/').unwrap_or((path, ""));
+        let place = match socket {
+            Some(_) if !authority.is_empty() => {
+                return Err(refused("a Unix socket has no host"));
+            }
+            Some(socket) => Place::Unix(socket.into()),
+            None if is_unix => return Err(refused("it names no socket")),
+            None => {
+                let (host, port) =
+                    host_and_port(authority).ok_or_else(|| refused("its host is none"))?;
+                Place::Tcp { host, port }
+            }
+        };
+        let address = Self::new(place, decoded(export)?)?;
+        Ok(Self { tls, ..address })
     }
 }
 
@@ -178,10 +234,12 @@ fn encoded(text: &str) -> String {
 impl fmt::Display for NbdAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let export = encoded(&self.export);
+        let secured = if self.tls.is_some() { "s" } else { "" };
+        let mut query = Vec::new();
         match &self.place {
             Place::Unix(socket) => {
-                let socket = encoded(&socket.to_string_lossy());
-                write!(f, "nbd+unix:///{export}?socket={socket}")
+                query.push(("socket", socket.to_string_lossy().into_owned()));
+                write!(f, "nbd{secured}+unix:///{export}")?;
             }
             Place::Tcp { host, port } => {
                 let host = match host.contains(':') {
@@ -189,11 +247,22 @@ impl fmt::Display for NbdAddress {
                     false => host.clone(),
                 };
                 match *port {
-                    PORT => write!(f, "nbd://{host}/{export}"),
-                    port => write!(f, "nbd://{host}:{port}/{export}"),
+                    PORT => write!(f, "nbd{secured}://{host}/{export}")?,
+                    port => write!(f, "nbd{secured}://{host}:{port}/{export}")?,
                 }
             }
         }
+        if let Some(tls) = &self.tls {
+            let certificates = tls.certificates.as_ref();
+            let certificates = certificates.map(|path| path.to_string_lossy().into_owned());
+            query.extend(certificates.map(|path| ("tls-certificates", path)));
+            query.extend(tls.host.clone().map(|host| ("tls-hostname", host)));
+        }
+        for (number, (key, value)) in query.iter().enumerate() {
+            let lead = if number == 0 { '?' } else { '&' };
+            write!(f, "{lead}{key}={}", encoded(value))?;
+        }
+        Ok(())
     }
 }
 
@@ -218,6 +287,17 @@ mod tests {
                 "nbd+unix:///?socket=/run/s",
                 "",
                 "nbd+unix:///?socket=/run/s",
+            ),
+            ("nbds://host/x", "x", "nbds://host/x"),
+            (
+                "nbds://host:99/x?tls-hostname=other&tls-certificates=/a%20b",
+                "x",
+                "nbds://host:99/x?tls-certificates=/a%20b&tls-hostname=other",
+            ),
+            (
+                "nbds+unix:///x?tls-certificates=/c&socket=/s",
+                "x",
+                "nbds+unix:///x?socket=/s&tls-certificates=/c",
             ),
             (
                 "nbd+unix:///d%2F1?socket=a%20b",
@@ -271,7 +351,10 @@ mod tests {
             "nbd+unix:///x?socket=",
             "nbd+unix:///x?socket=/a&b=1",
             "nbd+unix:///x?file=/a",
-            "nbds://host/x",
+            "nbd://host/x?tls-hostname=a",
+            "nbds://host/x?socket=/s",
+            "nbds://host/x?tls-certificates=",
+            "nbdx://host/x",
             "/a/path",
             &long,
         ] {

@@ -1,6 +1,7 @@
 //! [`NbdDevice`]: an export as a device, over as many connections as its server allows.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -12,10 +13,9 @@ use blockferry_device::{
 };
 
 use crate::address::NbdAddress;
-use crate::connection::Connection;
+use crate::connection::{Channel, Connection};
 use crate::handshake::Export;
 use crate::image::Program;
-use crate::stream::Stream;
 use crate::transfer::{DEPTH, Outcome, Transfer};
 use crate::wire::allocation::IS_ZERO;
 use crate::wire::{ALLOCATION, Command, flag};
@@ -40,6 +40,9 @@ pub struct NbdOptions {
     pub bitmap: Option<String>,
     /// How long a server may be silent while something is asked of it.
     pub silence: Duration,
+    /// Where the certificates for TLS are, unless the address says so: `ca-cert.pem`, `client-cert.pem` and
+    /// `client-key.pem`, or `ca.pem`, `host.pem` and `host.key`.
+    pub certificates: Option<PathBuf>,
 }
 
 impl Default for NbdOptions {
@@ -47,6 +50,7 @@ impl Default for NbdOptions {
         Self {
             bitmap: None,
             silence: Duration::from_secs(60),
+            certificates: None,
         }
     }
 }
@@ -58,6 +62,7 @@ pub struct NbdDevice {
     contexts: Vec<String>,
     history: Option<History>,
     silence: Duration,
+    certificates: Option<PathBuf>,
     export: Export,
     pool: Mutex<Pool>,
     returned: Condvar,
@@ -126,19 +131,20 @@ impl NbdDevice {
     /// Nobody answers, there is no such export, or it cannot be used.
     pub fn open_source(address: &NbdAddress, options: &NbdOptions) -> Result<Arc<Self>> {
         let history = options.bitmap.clone().map(History::Bitmap);
-        Self::open_as(address, history, options.silence, address.to_string()).map(Arc::new)
+        Self::open_as(address, history, options, address.to_string()).map(Arc::new)
     }
 
     /// Under a name of its own in messages.
     pub(crate) fn open_as(
         address: &NbdAddress,
         history: Option<History>,
-        silence: Duration,
+        options: &NbdOptions,
         label: String,
     ) -> Result<Self> {
         let mut contexts = vec![ALLOCATION.to_owned()];
         contexts.extend(history.as_ref().map(History::context));
-        let first = Connection::open(address, &contexts, silence)?;
+        let (silence, certificates) = (options.silence, options.certificates.clone());
+        let first = Connection::open(address, &contexts, certificates.as_deref(), silence)?;
         let export = first.export().clone();
         if export.size_bytes > i64::MAX as u64 {
             let size = export.size_bytes;
@@ -151,6 +157,7 @@ impl NbdDevice {
             contexts,
             history,
             silence,
+            certificates,
             export,
             pool: Mutex::new(Pool {
                 idle: vec![first],
@@ -317,7 +324,7 @@ impl NbdDevice {
     }
 
     /// Changes content. What is lost with a connection is lost until the end: a flush would prove nothing of it.
-    fn change(&self, work: impl FnOnce(Transfer<'_, Stream>) -> Outcome) -> Result<()> {
+    fn change(&self, work: impl FnOnce(Transfer<'_, Channel>) -> Outcome) -> Result<()> {
         self.refuse_if_lost()?;
         self.begun.fetch_add(1, Ordering::SeqCst);
         let outcome = self.with_connection(work);
@@ -338,7 +345,7 @@ impl NbdDevice {
 
     fn with_connection<T>(
         &self,
-        work: impl FnOnce(Transfer<'_, Stream>) -> Outcome<T>,
+        work: impl FnOnce(Transfer<'_, Channel>) -> Outcome<T>,
     ) -> Result<T> {
         let mut connection = self.take()?;
         let outcome = connection.transfer(work);
@@ -346,7 +353,10 @@ impl NbdDevice {
         outcome.map_err(|failure| failure.into_error())
     }
 
-    fn with_retry<T>(&self, work: &mut dyn FnMut(Transfer<'_, Stream>) -> Outcome<T>) -> Result<T> {
+    fn with_retry<T>(
+        &self,
+        work: &mut dyn FnMut(Transfer<'_, Channel>) -> Outcome<T>,
+    ) -> Result<T> {
         let mut connection = self.take()?;
         let mut outcome = connection.transfer(&mut *work);
         if connection.is_broken() {
@@ -388,7 +398,12 @@ impl NbdDevice {
     }
 
     fn open_another(&self) -> Result<Connection> {
-        let connection = Connection::open(&self.address, &self.contexts, self.silence)?;
+        let connection = Connection::open(
+            &self.address,
+            &self.contexts,
+            self.certificates.as_deref(),
+            self.silence,
+        )?;
         let (expected, found) = (&self.export, connection.export());
         if (expected.size_bytes, expected.flags, &expected.contexts)
             != (found.size_bytes, found.flags, &found.contexts)

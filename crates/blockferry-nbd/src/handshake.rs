@@ -59,12 +59,41 @@ impl Export {
     }
 }
 
+/// A server that is one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Greeted {
+    /// It pads what it says of an export, as old ones do.
+    pads: bool,
+}
+
+/// Exchanges greetings with a server.
+///
+/// # Errors
+/// The server speaks something else, or the connection failed.
+pub(crate) fn greet<S: Read + Write>(stream: &mut S, wanted: &Wanted<'_>) -> Result<Greeted> {
+    let pads = Handshake { stream, wanted }.greet()?;
+    Ok(Greeted { pads })
+}
+
+/// Agrees to go on over TLS, which is to be begun when this returns.
+///
+/// # Errors
+/// The server offers none, or the connection failed.
+#[cfg(any(feature = "tls", fuzzing))]
+pub(crate) fn start_tls<S: Read + Write>(stream: &mut S, wanted: &Wanted<'_>) -> Result<()> {
+    Handshake { stream, wanted }.start_tls()
+}
+
 /// Comes to an agreement with a server.
 ///
 /// # Errors
-/// The server speaks something else, wants what cannot be done, has no such export, or the connection failed.
-pub(crate) fn negotiate<S: Read + Write>(stream: &mut S, wanted: &Wanted<'_>) -> Result<Export> {
-    Handshake { stream, wanted }.run()
+/// The server wants what cannot be done, has no such export, or the connection failed.
+pub(crate) fn agree<S: Read + Write>(
+    stream: &mut S,
+    wanted: &Wanted<'_>,
+    greeted: Greeted,
+) -> Result<Export> {
+    Handshake { stream, wanted }.agree(greeted)
 }
 
 struct Handshake<'h, S> {
@@ -79,8 +108,7 @@ struct OptionReply {
 }
 
 impl<S: Read + Write> Handshake<'_, S> {
-    fn run(&mut self) -> Result<Export> {
-        let pads = self.greet()?;
+    fn agree(&mut self, greeted: Greeted) -> Result<Export> {
         let structured = self.asks_for_structured_replies()?;
         let contexts = if structured && !self.wanted.contexts.is_empty() {
             self.contexts()?
@@ -89,7 +117,7 @@ impl<S: Read + Write> Handshake<'_, S> {
         };
         let mut export = match self.go()? {
             Some(export) => export,
-            None => self.export_by_name(pads)?,
+            None => self.export_by_name(greeted.pads)?,
         };
         export.contexts = contexts;
         Ok(export)
@@ -114,6 +142,19 @@ impl<S: Read + Write> Handshake<'_, S> {
         let ours = u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES));
         self.write("the flags", &ours.to_be_bytes())?;
         Ok(flags & NO_ZEROES == 0)
+    }
+
+    #[cfg(any(feature = "tls", fuzzing))]
+    fn start_tls(&mut self) -> Result<()> {
+        self.ask(wire::option::STARTTLS, &[])?;
+        let answer = self.answer(wire::option::STARTTLS)?;
+        match answer.kind {
+            reply::ACK => Ok(()),
+            reply::UNSUPPORTED | reply::POLICY => {
+                Err(self.refused("the server offers no TLS; nbd:// goes without"))
+            }
+            _ => Err(self.refusal(&answer)),
+        }
     }
 
     fn asks_for_structured_replies(&mut self) -> Result<bool> {
@@ -289,8 +330,8 @@ impl<S: Read + Write> Handshake<'_, S> {
                 Error::new(ErrorKind::NotFound, text(why))
             }
             reply::TLS_REQUIRED => {
-                let why = "the server wants TLS, which is not spoken here yet";
-                Error::new(ErrorKind::Unsupported, text(why))
+                let why = "the server wants TLS: nbds:// speaks it";
+                Error::new(ErrorKind::Unsuitable, text(why))
             }
             reply::POLICY => Error::new(ErrorKind::Denied, text("the server does not let us in")),
             kind if kind & reply::IS_ERROR != 0 => {

@@ -113,7 +113,7 @@ fn serve(
     history: Option<&History>,
     scratch: &Path,
 ) -> Result<Arc<NbdDevice>> {
-    let silence = NbdOptions::default().silence;
+    let options = NbdOptions::default();
     let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
     let place = tempfile::tempdir_in(scratch).map_err(failed)?;
     let socket = place.path().join("socket");
@@ -146,7 +146,7 @@ fn serve(
             let text = format!("open {label}: {PROGRAM} does not serve it{complaint}");
             return Err(Error::new(ErrorKind::Unsuitable, text));
         }
-        match NbdDevice::open_as(&address, history.cloned(), silence, label.to_owned()) {
+        match NbdDevice::open_as(&address, history.cloned(), &options, label.to_owned()) {
             Ok(mut device) => {
                 device.keep(program);
                 return Ok(Arc::new(device));

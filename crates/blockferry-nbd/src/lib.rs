@@ -47,6 +47,8 @@ mod handshake;
 mod image;
 mod server;
 mod stream;
+#[cfg(feature = "tls")]
+mod tls;
 mod transfer;
 mod wire;
 

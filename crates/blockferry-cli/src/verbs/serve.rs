@@ -202,10 +202,7 @@ fn serve_source(
 /// A path, or an NBD export that this host reaches.
 fn open_disk(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
     let text = path.to_str().unwrap_or_default();
-    if !["nbd://", "nbd+unix://"]
-        .iter()
-        .any(|scheme| text.starts_with(scheme))
-    {
+    if !NbdAddress::is_meant_by(text) {
         return super::open_path(path, crash_consistent);
     }
     let export = text.parse::<NbdAddress>();
