@@ -64,6 +64,13 @@ impl Hosts {
         self.command_on(&self.near, before, line)
     }
 
+    /// What starts a program on the far host.
+    pub(crate) fn there_on_far(&self) -> Vec<String> {
+        ["ip", "netns", "exec", &self.far]
+            .map(str::to_owned)
+            .to_vec()
+    }
+
     /// The command on the far host, for which the near one is another.
     pub(crate) fn far_command(&mut self, line: &str) -> Command {
         if self.near_sshd.is_none() {

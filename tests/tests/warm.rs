@@ -8,17 +8,20 @@ use std::time::{Duration, Instant};
 
 use blockferry::qemu::{Machine, MachineOptions};
 
-use crate::lab::{Lab, MIB, seeded, skipped, while_starting};
+use crate::lab::{Child, Lab, MIB, seeded, skipped, while_starting};
+use crate::two_hosts::{FAR, Hosts, NEAR};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const COMPLETE: &str = "failover complete vm";
 
-/// A machine and its replica, each in a directory of its own, started and stopped by one script.
-struct Machines {
-    lab: Lab,
+/// A machine and its replica, each in a directory of its own of a lab, started and stopped by one script.
+struct Machines<'l> {
+    lab: &'l Lab,
+    /// What starts a program where the machine is.
+    there: Vec<String>,
 }
 
-impl Drop for Machines {
+impl Drop for Machines<'_> {
     fn drop(&mut self) {
         for site in ["home", "away"] {
             self.script(&["stop", site]);
@@ -26,14 +29,19 @@ impl Drop for Machines {
     }
 }
 
-impl Machines {
-    fn new(test: &str) -> Option<Self> {
-        let asked = Command::new(PROGRAM).arg("--version").output();
-        if !asked.is_ok_and(|answer| answer.status.success()) {
-            skipped(test, PROGRAM);
-            return None;
-        }
-        let lab = Lab::new();
+/// Says so where it is not.
+fn is_installed(test: &str) -> bool {
+    let asked = Command::new(PROGRAM).arg("--version").output();
+    let is_installed = asked.is_ok_and(|answer| answer.status.success());
+    if !is_installed {
+        skipped(test, PROGRAM);
+    }
+    is_installed
+}
+
+impl<'l> Machines<'l> {
+    /// A job whose machine is `there`, as its file says in these lines, and sends its memory as they say.
+    fn new(lab: &'l Lab, there: Vec<String>, machine: &str, memory: &str) -> Self {
         for site in ["home", "away"] {
             fs::create_dir(lab.path(site)).expect("a directory");
         }
@@ -59,9 +67,9 @@ impl Machines {
             })
         };
         let job = format!(
-            "name = \"vm\"\nhand-over = \"warm\"\ndowntime-budget = \"20s\"\n[machine]\nqmp = \"{}\"\n\
+            "name = \"vm\"\nhand-over = \"warm\"\ndowntime-budget = \"20s\"\n[machine]\n{machine}qmp = \"{}\"\n\
              [[disk]]\nnode = \"disk\"\ntarget = \"{}\"\n[hooks]\n{}\
-             [reverse.machine]\nqmp = \"{}\"\n[[reverse.disk]]\nnode = \"disk\"\ntarget = \"{}\"\n[reverse.hooks]\n{}",
+             [reverse.machine]\n{memory}qmp = \"{}\"\n[[reverse.disk]]\nnode = \"disk\"\ntarget = \"{}\"\n[reverse.hooks]\n{}",
             path("home/qmp"),
             path("away/disk"),
             hooks("away").concat(),
@@ -70,13 +78,16 @@ impl Machines {
             hooks("home").concat()
         );
         fs::write(lab.path("vm.toml"), job).expect("written");
-        let machines = Self { lab };
+        let machines = Self { lab, there };
         machines.script(&["start", "home"]);
-        Some(machines)
+        machines
     }
 
     fn script(&self, words: &[&str]) {
-        let mut command = Command::new("sh");
+        let program = self.there.iter().map(String::as_str).chain(["sh"]);
+        let mut words_before = program.collect::<Vec<_>>().into_iter();
+        let mut command = Command::new(words_before.next().unwrap_or("sh"));
+        command.args(words_before);
         command.arg(self.lab.path("machine.sh")).args(words);
         let status = while_starting(|| command.status()).expect("sh");
         assert!(status.success(), "{words:?}");
@@ -103,10 +114,11 @@ impl Machines {
 #[test]
 fn a_guest_that_is_handed_over_runs_in_one_machine_whenever_the_command_is_killed() {
     let name = "a_guest_that_is_handed_over_runs_in_one_machine_whenever_the_command_is_killed";
-    let Some(machines) = Machines::new(name) else {
+    if !is_installed(name) {
         return;
-    };
-    let lab = &machines.lab;
+    }
+    let lab = &Lab::new();
+    let machines = Machines::new(lab, Vec::new(), "", "");
     let mut random = seeded(name);
     let mut states = Vec::new();
     for round in 0..8 {
@@ -154,4 +166,59 @@ fn a_guest_that_is_handed_over_runs_in_one_machine_whenever_the_command_is_kille
     assert_eq!(machines.runs("away"), Some(false));
     lab.must("failover commit vm --live --release-source");
     assert_eq!(machines.runs("home"), Some(true));
+}
+
+#[test]
+fn a_guest_of_another_host_is_handed_over_or_goes_on_there_whenever_the_way_is_cut() {
+    let name = "a_guest_of_another_host_is_handed_over_or_goes_on_there_whenever_the_way_is_cut";
+    if !is_installed(name) {
+        return;
+    }
+    let Some(hosts) = Hosts::new("warm") else {
+        return skipped(name, "root, namespaces and sshd");
+    };
+    let machine = format!("host = \"{FAR}\"\n");
+    let memory = format!("memory = \"tcp:{NEAR}:4444\"\n");
+    let machines = Machines::new(&hosts.lab, hosts.there_on_far(), &machine, &memory);
+    let start = |line: &str| Child::start(&mut hosts.command_behind(&[], line));
+    let must = |line: &str| {
+        let answer = start(line).finish();
+        assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
+    };
+    let mut random = seeded(name);
+    let mut states = Vec::new();
+    for round in 0..4 {
+        must("failover start vm.toml --until ready");
+        let mut cutover = start(COMPLETE);
+        let (reached, within_ms) = [
+            ("quiescing", 200),
+            ("last-pass", 20),
+            ("fencing", 1),
+            ("starting", 1),
+        ][round];
+        assert!(cutover.wait_for(|line| line["state"] == reached));
+        thread::sleep(Duration::from_millis(random.below(within_ms)));
+        hosts.kill("serve\0--stdio");
+        let code = cutover.finish().code;
+        let state = machines.state();
+        states.push(format!("{state}, {code:?}"));
+        let both = (machines.runs("home"), machines.runs("away"));
+        assert_ne!(both, (Some(true), Some(true)), "{states:?}");
+
+        if !["fencing", "starting", "commit-pending"].contains(&state.as_str()) {
+            must("failover start vm.toml --until ready");
+            assert_eq!(machines.runs("home"), Some(true), "{states:?}");
+        }
+        must(COMPLETE);
+
+        assert_eq!(machines.runs("away"), Some(true), "{states:?}");
+        assert_eq!(machines.runs("home"), Some(false), "{states:?}");
+        must("failover rollback vm");
+        assert_eq!(machines.runs("home"), Some(true), "{states:?}");
+        assert_eq!(machines.runs("away"), None, "{states:?}");
+    }
+    #[expect(clippy::print_stderr, reason = "where the cuts landed")]
+    {
+        eprintln!("cut at {states:?}");
+    }
 }

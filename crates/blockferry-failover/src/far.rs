@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::changes::{Runs, Travelling};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{Cut, CutDisk, CutSource, SourceMachine};
-use crate::spec::{Hooks, JobSpec};
+use crate::spec::{HandOverBy, Hooks, JobSpec};
 use crate::store::Origin;
 
 /// The way to other hosts.
@@ -283,9 +283,11 @@ pub(crate) struct FarSource {
 
 impl FarSource {
     pub(crate) fn new(spec: &JobSpec, host: &str, hosts: Arc<dyn Hosts>) -> Self {
+        // What is done with the replica is no business of the other host's.
         let mut told = JobSpec {
             hooks: Hooks::default(),
             reverse: None,
+            hand_over: HandOverBy::Cold,
             ..spec.clone()
         };
         told.machine.host = None;
