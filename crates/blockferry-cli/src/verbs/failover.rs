@@ -350,6 +350,7 @@ fn describe(status: &JobStatus, output: &Output) {
         job.name, job.state
     ));
     let mut facts = Facts::default();
+    facts.add_some("machine on", job.spec.machine.host.clone());
     facts.add("last change", age(job.age_seconds()));
     if let Some(pass) = status.passes.last() {
         facts.add(
