@@ -378,6 +378,7 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
             resumable: true,
             text: "no such disk".to_owned(),
         }),
+        Message::Answer(b"\"done\"".to_vec()),
     ];
     let target = [
         open,
@@ -407,6 +408,7 @@ fn conversations() -> Vec<(&'static str, Vec<u8>)> {
         Message::Pong,
         Message::Stop,
         Message::Outcome(b"{}".to_vec()),
+        Message::Ask(b"\"reach\"".to_vec()),
     ];
     let said = |how: [u8; 2], messages: &[Message]| {
         let mut bytes = how.to_vec();
