@@ -185,7 +185,7 @@ fn argument_errors_are_json_lines_too() {
 fn addresses_of_later_versions_are_called_unsupported_not_missing() {
     let lab = Lab::new();
     lab.disk("a", MIB, 1);
-    for address in ["https://h/disk", "nbds://h/e", "vdi+file:d"] {
+    for address in ["https://h/disk", "nbd:unix:/run/s", "vdi+file:d"] {
         for line in [
             format!("sync a {address}"),
             format!("sync {address} a"),
