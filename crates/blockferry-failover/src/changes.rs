@@ -12,12 +12,8 @@ const UNIT_BYTES: u64 = 1 << 16;
 
 /// What a map says to have changed, in at most [`MOST_RUNS`] runs.
 pub(crate) fn changed_extents(map: &ChangeMap) -> ExtentSet {
-    extents_of(map, 1)
-}
-
-fn extents_of(map: &ChangeMap, least_unit_bytes: u64) -> ExtentSet {
     let whole = Extent::from_range(0..map.image_bytes());
-    let mut unit_bytes = least_unit_bytes;
+    let mut unit_bytes = 1;
     loop {
         let mut changed = ExtentSet::new();
         for (extent, _) in map.runs(whole).filter(|(_, c)| *c != Content::Same) {
@@ -48,7 +44,7 @@ impl Travelling {
     pub(crate) fn of(map: &ChangeMap) -> Self {
         Self {
             size_bytes: map.image_bytes(),
-            runs: Runs::of(&extents_of(map, UNIT_BYTES)),
+            runs: Runs::of(&changed_extents(map)),
         }
     }
 

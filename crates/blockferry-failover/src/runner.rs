@@ -348,7 +348,10 @@ impl<'s> Runner<'s> {
     /// The replica's machine waits for the memory of the guest, which travels while it runs. Returns once it stands still
     /// and only the rest of it is missing.
     fn send_memory(&mut self) -> Result<()> {
-        let (mut replica, uri) = self.replica()?;
+        let mut replica = self.replica()?;
+        let way = self.job.spec.reverse.as_ref();
+        let named = way.and_then(|way| way.machine.memory.clone());
+        let uri = named.unwrap_or_else(|| format!("unix:{}", self.path.join("memory").display()));
         self.make_overlays()?;
         let hook = self.job.spec.hooks.start_target.clone();
         let waiting = [("BLOCKFERRY_HAND_OVER".to_owned(), "warm".to_owned())];
@@ -373,20 +376,21 @@ impl<'s> Runner<'s> {
         Ok(())
     }
 
-    /// The machine of the replica, and where it takes the memory of a guest.
-    fn replica(&self) -> Result<(Source, String)> {
+    /// The machine of the replica.
+    fn replica(&self) -> Result<Source> {
         let way = self.job.spec.reversed().ok_or_else(|| {
-            let text = "a warm hand-over needs the machine of the replica";
-            Error::new(ErrorKind::Usage, text)
+            let text = format!(
+                "job {}: it says nothing of the machine of the replica: expected [reverse] in its file",
+                self.job.name
+            );
+            Error::new(ErrorKind::Refused, text)
         })?;
-        let socket = || format!("unix:{}", self.path.join("memory").display());
-        let uri = way.machine.memory.clone().unwrap_or_else(socket);
-        Ok((Source::new(&way, &self.path, None), uri))
+        Ok(Source::new(&way, &self.path, None))
     }
 
     fn replica_has_the_guest(&self) -> bool {
         let replica = self.replica().ok().filter(|_| self.is_warm());
-        replica.is_some_and(|(mut replica, _)| replica.runs().is_ok_and(|runs| runs))
+        replica.is_some_and(|mut replica| replica.runs().is_ok_and(|runs| runs))
     }
 
     /// The guest goes on in the machine of the replica, unless it does already. From there on nothing leads back by itself: it
@@ -410,7 +414,7 @@ impl<'s> Runner<'s> {
                 (false, _) => return Err(self.abort(error)),
             }
         }
-        let (mut replica, _) = self.replica()?;
+        let mut replica = self.replica()?;
         let hook = self.job.spec.hooks.fence_source.clone();
         let finished = replica
             .wait_until_it_runs()
@@ -657,14 +661,7 @@ impl<'s> Runner<'s> {
     /// As [`Self::commit`], by the machine that runs the replica, which goes on meanwhile.
     pub(crate) fn commit_live(mut self, release: bool) -> Result<State> {
         self.recover()?;
-        let Some(way) = self.job.spec.reversed() else {
-            let text = format!(
-                "job {}: it says nothing of the machine of the replica: expected [reverse] in its file",
-                self.job.name
-            );
-            return Err(Error::new(ErrorKind::Refused, text));
-        };
-        let mut replica = Source::new(&way, &self.path, None);
+        let mut replica = self.replica()?;
         let layers = self.unmerged();
         if self.job.state != State::Committing {
             refused(&self.job, Input::CommitBegins)?;
@@ -763,10 +760,9 @@ impl<'s> Runner<'s> {
     /// keeps it from that is said; the way back compares then.
     fn watch_replica(&mut self) -> Result<()> {
         let origins = self.store.origins(self.job.id)?;
-        let (Some(way), Some(origin)) = (self.job.spec.reversed(), origins.first()) else {
+        let (Ok(mut replica), Some(origin)) = (self.replica(), origins.first()) else {
             return Ok(());
         };
-        let mut replica = Source::new(&way, &self.path, None);
         match replica.watch(origin.number) {
             Ok(None) => {}
             Ok(Some(why)) => self.warn_unwatched(&why),

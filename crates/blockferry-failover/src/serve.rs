@@ -4,8 +4,6 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use blockferry_device::Consistency;
-
 use blockferry_nbd::NbdAddress;
 use blockferry_transport::message::Failed as FailedMessage;
 use blockferry_transport::{Connection, Message};
@@ -147,8 +145,7 @@ impl Serving {
             Ask::Cut(number) => return cut(source.take(number)?),
             Ask::CutAtRest(number) => {
                 stands_still(stopped)?;
-                // The other side knows how good it is.
-                return cut(source.take_at_rest(number, Consistency::Crash)?);
+                return cut(source.take_at_rest(number)?);
             }
             Ask::Check(number) => source
                 .check(number)

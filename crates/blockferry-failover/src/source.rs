@@ -139,7 +139,6 @@ pub(crate) struct Source {
     machine: Arc<Mutex<Option<Machine>>>,
     /// What freezes the guest; without it no freeze is guarded, so none is made.
     guard: Option<Vec<OsString>>,
-    disks: Vec<String>,
 }
 
 impl Source {
@@ -153,8 +152,16 @@ impl Source {
             options,
             machine: Arc::default(),
             guard,
-            disks: spec.disk.iter().map(|disk| disk.node.clone()).collect(),
         }
+    }
+
+    /// The nodes of its disks.
+    fn nodes(&self) -> Vec<String> {
+        self.spec
+            .disk
+            .iter()
+            .map(|disk| disk.node.clone())
+            .collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Machine>> {
@@ -180,7 +187,7 @@ impl Source {
 
     /// Makes a cut while the machine runs, and exports it.
     pub(crate) fn take(&mut self, number: u64) -> Result<Taken> {
-        let disks = self.disks.clone();
+        let disks = self.nodes();
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let mut warnings = Vec::new();
         let at_rest = self.freeze(self.spec.freeze_deadline, &mut warnings)?;
@@ -215,15 +222,16 @@ impl Source {
         })
     }
 
-    /// Makes the last cut, once the machine is stopped, and exports it.
-    pub(crate) fn take_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Taken> {
-        let disks = self.disks.clone();
+    /// Makes the last cut, once the machine is stopped, and exports it. Whoever stopped it knows how good that is: it is told as
+    /// the least that it can be.
+    pub(crate) fn take_at_rest(&mut self, number: u64) -> Result<Taken> {
+        let disks = self.nodes();
         let points = self.with("the last cut", |machine| {
             machine.cut_at_rest(number, &disks)?;
             machine.publish_at_rest(number, &disks)
         })?;
         Ok(Taken {
-            consistency,
+            consistency: Consistency::Crash,
             points,
             held_up: Duration::ZERO,
             warnings: Vec::new(),
@@ -238,7 +246,7 @@ impl Source {
                 changes: changes.map(Arc::new),
             })
         });
-        let (machine, names) = (Arc::clone(&self.machine), self.disks.clone());
+        let (machine, names) = (Arc::clone(&self.machine), self.nodes());
         Ok(Cut {
             disks: disks.collect::<Result<_>>()?,
             consistency: taken.consistency,
@@ -250,7 +258,7 @@ impl Source {
 
     /// Whether the points of a cut are still what they were.
     pub(crate) fn check(&self, number: u64) -> blockferry_device::Result<()> {
-        check(&self.machine, number, &self.disks)
+        check(&self.machine, number, &self.nodes())
     }
 
     /// Brings the application and the guest to rest, where there are scripts or an agent. What keeps an agent from that is
@@ -293,7 +301,7 @@ impl Source {
     }
 
     fn take_writers_away(&mut self) -> Result<()> {
-        let disks = self.disks.clone();
+        let disks = self.nodes();
         let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
         let known: Vec<&String> = self.spec.disk.iter().flat_map(|d| &d.writers).collect();
         if let Some(stranger) = found.iter().find(|export| !known.contains(export)) {
@@ -310,7 +318,7 @@ impl Source {
     }
 
     fn give_writers_back(&mut self) -> Result<()> {
-        let disks = self.disks.clone();
+        let disks = self.nodes();
         let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
         for disk in self.spec.disk.clone() {
             for export in disk.writers.iter().filter(|export| !found.contains(export)) {
@@ -329,9 +337,9 @@ impl Source {
     /// From the first write on the machine records what changes, as since cut `number`; then it is let go. Returns why
     /// that is not known, if it ran before.
     pub(crate) fn watch(&mut self, number: u64) -> Result<Option<String>> {
-        let recording = self.settle(&vec![Some(number); self.disks.len()])?;
+        let recording = self.settle(&vec![Some(number); self.spec.disk.len()])?;
         if !recording.is_empty() {
-            let disks = self.disks.clone();
+            let disks = self.nodes();
             let written = self.with("look for writers", |m| m.may_have_written(&disks))?;
             if written.is_some() {
                 return Ok(written);
@@ -343,9 +351,9 @@ impl Source {
 
     /// Finds its disks by the files that they are, wherever their nodes have other names than the job says.
     pub(crate) fn find_disks(&mut self, files: &[PathBuf]) -> Result<()> {
-        self.disks = self.nodes_of(files)?;
-        for (disk, node) in self.spec.disk.iter_mut().zip(&self.disks) {
-            disk.node.clone_from(node);
+        let nodes = self.nodes_of(files)?;
+        for (disk, node) in self.spec.disk.iter_mut().zip(nodes) {
+            disk.node = node;
         }
         Ok(())
     }
@@ -392,7 +400,7 @@ impl SourceMachine for Source {
 
     fn settle(&mut self, held: &[Option<u64>]) -> Result<Vec<Lost>> {
         let held: Vec<Held> = self
-            .disks
+            .nodes()
             .iter()
             .zip(held)
             .map(|(disk, number)| match number {
@@ -440,7 +448,10 @@ impl SourceMachine for Source {
     }
 
     fn cut_at_rest(&mut self, number: u64, consistency: Consistency) -> Result<Cut> {
-        let taken = self.take_at_rest(number, consistency)?;
+        let taken = Taken {
+            consistency,
+            ..self.take_at_rest(number)?
+        };
         self.opened(number, taken)
     }
 
@@ -468,7 +479,7 @@ impl SourceMachine for Source {
     }
 
     fn stood_still(&mut self, number: u64) -> Result<()> {
-        let disks = self.disks.clone();
+        let disks = self.nodes();
         let running = self.with("look at the machine", Machine::is_running)?;
         let writers = self.with("look for writers", |m| m.writable_exports(&disks))?;
         let written = self.with("look at the bitmaps", |m| m.written_since(number, &disks))?;
@@ -514,7 +525,7 @@ impl SourceMachine for Source {
     }
 
     fn leave(&mut self) -> Result<()> {
-        let disks = self.disks.clone();
+        let disks = self.nodes();
         self.with("leave the machine", |machine| machine.leave(&disks))
     }
 

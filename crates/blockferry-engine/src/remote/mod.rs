@@ -19,6 +19,7 @@ mod target_role;
 #[cfg(test)]
 mod tests;
 
+use blockferry_core::{RegionLeaves, block_digest, is_zero};
 use blockferry_transport::message::Failed;
 use blockferry_transport::{Connection, Message};
 
@@ -32,6 +33,22 @@ use protocol::{ProtocolError, ProtocolResult, block_number, unexpected, violates
 
 fn internal(what: &str) -> Error {
     Error::new(ErrorKind::Internal, what)
+}
+
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// Takes the leaves of neighbouring blocks, of which `first` is the first, from their bytes.
+fn take_leaves(leaves: &mut RegionLeaves, first: usize, bytes: &[u8]) {
+    let block_bytes = to_usize(leaves.geometry().block_size().bytes());
+    for (block, place) in bytes.chunks(block_bytes).zip(first..) {
+        if is_zero(block) {
+            leaves.set_zero(place);
+        } else {
+            leaves.set(place, block_digest(block));
+        }
+    }
 }
 
 /// The link failed, or the peer's messages did.

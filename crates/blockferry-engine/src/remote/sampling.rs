@@ -14,7 +14,7 @@ use super::data::{Packer, Unpacked};
 use super::scan::LEVEL;
 use super::serve::{packing, send_packed};
 use super::target_role::Arrived;
-use super::{block_number, failed_peer, lost, unexpected, violated, violates};
+use super::{block_number, failed_peer, lost, to_usize, unexpected, violated, violates};
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Context;
@@ -207,8 +207,4 @@ fn blocks_of(geometry: &Geometry, blocks: &[(u64, u16)]) -> Result<Vec<Extent>> 
 
 fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn to_usize(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
 }

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::sync::Arc;
 
-use blockferry_core::{
-    Digest, Extent, Geometry, RegionIndex, RegionLeaves, block_digest, is_zero, page_digests,
-};
+use blockferry_core::{Digest, Extent, Geometry, RegionIndex, RegionLeaves, is_zero, page_digests};
 use blockferry_delta_sync::{Claim, Known, differing_runs};
 use blockferry_device::{AlignedBuffer, BlockSource, RateLimiter};
 use blockferry_pipeline::{BUFFER_BYTES, DataMap, DataRegions, Step, block_in, read_padded, runs};
@@ -20,7 +18,7 @@ use super::data::Unpacked;
 use super::sampling::take_sample;
 use super::source_role::MAX_WINDOW;
 use super::target_role::{Arrived, Mapped, TargetJob, TargetRole};
-use super::{ProtocolError, block_number, failed_peer, lost, violated};
+use super::{ProtocolError, block_number, failed_peer, lost, take_leaves, to_usize, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::RegionDone;
 use crate::knowledge::Knowledge;
@@ -310,19 +308,12 @@ impl TargetSide {
         let zero = || RegionLeaves::zero(&self.geometry, region);
         let mut leaves = known.target.clone().unwrap_or_else(zero);
         let mut read_bytes = 0;
-        let block_bytes = to_usize(self.geometry.block_size().bytes());
         let wanted = |b| is_staged(b) || (known.target.is_none() && !map.is_zero_block(b));
         for run in runs(&self.geometry, region, wanted) {
             let bytes = &mut buffer[..to_usize(run.extent.length())];
             read_bytes += map.read(target, run.extent, bytes).map_err(failed)?;
             self.patch(run.extent, bytes)?;
-            for (block, place) in bytes.chunks(block_bytes).zip(run.first..) {
-                if is_zero(block) {
-                    leaves.set_zero(place);
-                } else {
-                    leaves.set(place, block_digest(block));
-                }
-            }
+            take_leaves(&mut leaves, run.first, bytes);
         }
         Ok((leaves, read_bytes))
     }
@@ -816,8 +807,4 @@ fn again(error: ProtocolError) -> Result<Scanned> {
         ProtocolError::Mistaken(_) => Ok(Scanned::Again),
         violation => Err(violated(violation)),
     }
-}
-
-fn to_usize(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
 }

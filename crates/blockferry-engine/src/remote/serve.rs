@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockferry_core::{Geometry, RegionIndex, RegionLeaves, block_digest, is_zero};
+use blockferry_core::{Geometry, RegionIndex, RegionLeaves};
 use blockferry_device::{AlignedBuffer, BlockSource, Cancellable};
 use blockferry_full_download::{Copying, Scratch};
 use blockferry_pipeline::{
@@ -17,7 +17,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 use super::data::Packer;
 use super::sampling::send_sample;
 use super::source_role::{SourceJob, SourceRole};
-use super::{block_number, events, failed_peer, lost, violated};
+use super::{block_number, events, failed_peer, lost, take_leaves, to_usize, violated};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Context;
 
@@ -281,16 +281,11 @@ impl Reading {
         let map = DataMap::of(source, geometry, region).map_err(failed)?;
         let mut leaves = RegionLeaves::zero(geometry, region);
         let (mut buffer, mut read_bytes) = (buffer(), 0);
-        let block_bytes = to_usize(geometry.block_size().bytes());
         let wanted = |b| !map.is_zero_block(b) && blocks.binary_search(&block_number(b)).is_ok();
         for run in runs(geometry, region, wanted) {
             let bytes = &mut buffer[..to_usize(run.extent.length())];
             read_bytes += map.read(source, run.extent, bytes).map_err(failed)?;
-            for (block, place) in bytes.chunks(block_bytes).zip(run.first..) {
-                if !is_zero(block) {
-                    leaves.set(place, block_digest(block));
-                }
-            }
+            take_leaves(&mut leaves, run.first, bytes);
         }
         Ok(Finished::Digested(leaves, read_bytes))
     }
@@ -358,8 +353,4 @@ pub(super) fn send_packed(
 
 pub(super) fn packing(cause: blockferry_transfer_log::Error) -> Error {
     Error::because(ErrorKind::Internal, "pack pages", cause)
-}
-
-fn to_usize(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
 }

@@ -140,11 +140,8 @@ impl SourceRole {
         read_bytes: u64,
         out: &mut Vec<Message>,
     ) {
-        if let Some(run) = &mut self.run
-            && run.geometry == *leaves.geometry()
-        {
+        if let Some(run) = self.run_of(&leaves, read_bytes) {
             run.scanned(leaves);
-            run.read_bytes += read_bytes;
             run.tell(out);
         }
     }
@@ -157,12 +154,19 @@ impl SourceRole {
         read_bytes: u64,
         out: &mut Vec<Message>,
     ) {
-        if let Some(run) = &mut self.run
-            && run.geometry == *leaves.geometry()
-        {
-            run.read_bytes += read_bytes;
+        if let Some(run) = self.run_of(&leaves, read_bytes) {
             out.extend(run.digested(leaves));
         }
+    }
+
+    /// The scan that these leaves were read for, which took so many bytes; none if it was stopped meanwhile.
+    fn run_of(&mut self, leaves: &RegionLeaves, read_bytes: u64) -> Option<&mut Run> {
+        let run = self.run.as_mut()?;
+        if run.geometry != *leaves.geometry() {
+            return None;
+        }
+        run.read_bytes += read_bytes;
+        Some(run)
     }
 
     /// To be called when [`Self::next_job`] has no region any more: tells the root when all are read.
