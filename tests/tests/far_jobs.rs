@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blockferry::nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_testkit::{StorageDaemon, Writer};
 
 use crate::failover::{OFTEN, SELDOM, changed, replica_of, warnings, writer};
@@ -109,6 +110,18 @@ impl FarJob {
         let status = self.must("failover status web");
         let state = status.summary()["state"].as_str();
         state.expect("a state").to_owned()
+    }
+
+    /// The source waits for the job, though nobody is connected to it any more: what would write it cannot.
+    #[track_caller]
+    fn assert_stands_still(&self, why: &str) {
+        // Longer than the end of a connection takes to be seen.
+        thread::sleep(Duration::from_millis(700));
+        for export in ["w-disk0", "w-disk1"] {
+            let address = NbdAddress::unix(self.daemon.path("nbd"), export).expect("fits");
+            let opened = NbdDevice::open_target(&address, &NbdOptions::default());
+            assert!(opened.is_err(), "{why}: the source runs beside its replica");
+        }
     }
 
     /// The source runs: what writes it can do so.
@@ -273,6 +286,7 @@ fn a_cutover_between_two_hosts_that_is_cut_at_random_moments_ends_on_one_side() 
         }
         job.must("failover complete web");
 
+        job.assert_stands_still(&told);
         let written = writer.stop();
         assert!(
             written.is_on(&job.replicas()),
