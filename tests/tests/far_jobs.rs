@@ -16,6 +16,9 @@ use crate::two_hosts::{FAR, Hosts, NEAR, reconnected};
 const BYTES: u64 = 12 * MIB;
 const START: &str = "failover start web.toml";
 const READY: &str = "failover start web.toml --until ready";
+const COMPLETE: &str = "failover complete web";
+/// How often a cutover that does not fit its budget is asked for again.
+const TRIES: u32 = 20;
 /// Hides a directory from the command that follows.
 const HIDING: &str = "mount -t tmpfs none \"$0\" && exec \"$@\"";
 
@@ -47,7 +50,7 @@ impl FarJob {
         let daemon = while_starting(|| StorageDaemon::start(&far, "raw")).expect("a daemon");
         let far = far.display().to_string();
         let job = format!(
-            "name = \"web\"\ndowntime-budget = \"2s\"\nrefresh = \"50ms\"\n\
+            "name = \"web\"\ndowntime-budget = \"5s\"\nrefresh = \"50ms\"\n\
              [machine]\nhost = \"{FAR}\"\nqmp = \"{far}/qmp\"\nnbd = \"{far}/nbd\"\nscripts = \"{far}/scripts.json\"\n\
              [[disk]]\nnode = \"disk0\"\ntarget = \"{0}/replica0\"\nwriters = [\"w-disk0\"]\n\
              [[disk]]\nnode = \"disk1\"\ntarget = \"{0}/replica1\"\nwriters = [\"w-disk1\"]\n",
@@ -90,6 +93,25 @@ impl FarJob {
         let answer = Child::start(&mut self.hosts.far_command(line)).finish();
         assert_eq!(answer.code, Some(0), "{line}: {answer:#?}");
         answer
+    }
+
+    /// Asks a job that `run` works on to cut over, again where that would not fit its budget, until it is in this state.
+    fn cut_over_until(&self, run: &mut Child, state: &str) -> Child {
+        for _ in 0..TRIES {
+            let asking = self.start(COMPLETE);
+            let mut is_reached = false;
+            let answered = run.wait_for(|line| {
+                is_reached = line["event"] == "state" && line["state"] == state;
+                is_reached || line["code"] == "cutover_failed"
+            });
+            assert!(answered, "it ended before it was {state}");
+            if is_reached {
+                return asking;
+            }
+            let refused = asking.finish();
+            assert!(refused.complaint().contains("budget"), "{refused:#?}");
+        }
+        panic!("no cutover fits its budget");
     }
 
     fn contents(&self, names: [&str; 2]) -> Vec<Vec<u8>> {
@@ -150,9 +172,17 @@ fn wait_for_passes(run: &mut Child, count: usize) {
     }
 }
 
-fn wait_for_state(run: &mut Child, state: &str) {
-    let reached = run.wait_for(|line| line["event"] == "state" && line["state"] == state);
-    assert!(reached, "it ended before it was {state}");
+/// Cuts over. On a machine that is busy the last pass may not fit its budget: then it is asked again.
+#[track_caller]
+fn completed(mut complete: impl FnMut() -> Answer) {
+    for _ in 0..TRIES {
+        let answer = complete();
+        if answer.code == Some(0) {
+            return;
+        }
+        assert!(answer.complaint().contains("budget"), "{answer:#?}");
+    }
+    panic!("no cutover fits its budget");
 }
 
 #[test]
@@ -199,18 +229,18 @@ fn a_machine_on_another_host_comes_over_though_the_way_is_lost_in_passes_and_in_
     let third = job.writer(random.next_u64());
     wait_for_passes(&mut run, 2);
     job.slowly(true);
-    let asking = job.start("failover complete web");
-    wait_for_state(&mut run, "quiescing");
+    let asking = job.cut_over_until(&mut run, "quiescing");
     job.hosts.cable("down");
     let pulled = Instant::now();
-    // Two seconds to come to rest, three until it goes on.
-    thread::sleep(Duration::from_secs(7));
+    // Two seconds to come to rest, six until it goes on.
+    thread::sleep(Duration::from_secs(10));
     drop(third);
     job.assert_runs("the cable is pulled");
     job.slowly(false);
     job.hosts.cable("up");
     let refused = asking.finish();
     assert_ne!(refused.code, Some(0), "{refused:#?}");
+    assert!(run.wait_for(|line| line["code"] == "cutover_failed"));
     wait_for_passes(&mut run, 1);
     assert!(
         pulled.elapsed() < Duration::from_secs(100),
@@ -219,8 +249,7 @@ fn a_machine_on_another_host_comes_over_though_the_way_is_lost_in_passes_and_in_
 
     // The same once more, with the way cut for good while the last pass is copied.
     let fourth = job.writer(random.next_u64());
-    let asking = job.start("failover complete web");
-    wait_for_state(&mut run, "last-pass");
+    let asking = job.cut_over_until(&mut run, "last-pass");
     job.hosts.kill("serve\0--stdio");
     let outcome = asking.finish();
     let written = fourth.stop();
@@ -229,7 +258,7 @@ fn a_machine_on_another_host_comes_over_though_the_way_is_lost_in_passes_and_in_
         wait_for_passes(&mut run, 1);
         job.assert_runs("the way was cut in the last pass");
         let fifth = job.writer(random.next_u64());
-        job.must("failover complete web");
+        completed(|| job.start(COMPLETE).finish());
         assert!(
             fifth.stop().is_on(&job.replicas()),
             "an acknowledged write is missing"
@@ -262,8 +291,12 @@ fn a_cutover_between_two_hosts_that_is_cut_at_random_moments_ends_on_one_side() 
     for _ in 0..4 {
         job.must(READY);
         let writer = job.writer(random.next_u64());
-        let mut cutting = job.start("failover complete web");
-        wait_for_state(&mut cutting, "quiescing");
+        let cutting = (0..TRIES).find_map(|_| {
+            let mut cutting = job.start(COMPLETE);
+            let begins = cutting.wait_for(|line| line["state"] == "quiescing");
+            begins.then_some(cutting)
+        });
+        let cutting = cutting.expect("a cutover that fits its budget");
         thread::sleep(Duration::from_millis(random.below(500)));
         // Our own end, the connections, or the blockferry of the far end.
         let cut = match random.below(3) {
@@ -284,7 +317,7 @@ fn a_cutover_between_two_hosts_that_is_cut_at_random_moments_ends_on_one_side() 
         if !["fencing", "starting", "commit-pending"].contains(&state.as_str()) {
             job.must(READY);
         }
-        job.must("failover complete web");
+        completed(|| job.start(COMPLETE).finish());
 
         job.assert_stands_still(&told);
         let written = writer.stop();
@@ -315,7 +348,7 @@ fn the_way_back_of_a_job_between_two_hosts_is_a_job_of_the_other_host() {
     fs::write(lab.path("web.toml"), spec).expect("written");
     job.must(READY);
     let there = job.writer(random.next_u64());
-    job.must("failover complete web");
+    completed(|| job.start(COMPLETE).finish());
     assert!(
         there.stop().is_on(&job.replicas()),
         "an acknowledged write is missing"
@@ -334,7 +367,7 @@ fn the_way_back_of_a_job_between_two_hosts_is_a_job_of_the_other_host() {
         changed(&reversed).iter().sum::<u64>() < BYTES,
         "{reversed:#?}"
     );
-    job.far("failover complete web");
+    completed(|| Child::start(&mut job.hosts.far_command(COMPLETE)).finish());
     assert!(
         back.stop().is_on(&job.contents(["far/disk0", "far/disk1"])),
         "an acknowledged write is missing on the way back"

@@ -198,7 +198,7 @@ impl Child {
     }
 
     /// Reads on until a line satisfies `wanted`; false if the run ended before.
-    pub(crate) fn wait_for(&mut self, wanted: impl Fn(&Value) -> bool) -> bool {
+    pub(crate) fn wait_for(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> bool {
         while let Some(line) = self.next_line() {
             if wanted(&line) {
                 return true;
