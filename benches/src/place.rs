@@ -87,7 +87,7 @@ impl Place {
     /// It is refused.
     #[must_use]
     pub fn open(&self) -> Target {
-        Target::open(&self.path(), &TargetOptions::new(&self.directory))
+        Target::open(self.path(), &TargetOptions::new(&self.directory))
             .expect("nobody else uses it")
     }
 

@@ -14,6 +14,7 @@ mod kills;
 mod lab;
 mod names;
 mod nbd;
+mod nbd_targets;
 mod recorded_writes;
 mod strategy_fixtures;
 mod syscalls;

@@ -262,7 +262,7 @@ fn what_cannot_be_served_is_refused_and_says_why() {
             4,
             "cannot keep changes in absent",
         ),
-        ("export nbd://host/disk", 2, "not be a target yet"),
+        ("export nbd://host/disk", 4, "never synced here"),
     ] {
         let refused = lab.run(line);
 

@@ -9,17 +9,23 @@ use std::time::{Duration, Instant};
 use blockferry_testkit::Random;
 use serde_json::{Value, json};
 
-use crate::lab::{Answer, Lab, LoopDevice, MIB, output, same, seeded, skipped, tool, with_files};
+use crate::lab::{
+    Answer, EXPORT, Lab, LoopDevice, MIB, NbdServer, output, same, seeded, skipped, tool,
+    with_files,
+};
 
 /// A sync to be killed: how it is asked for, and the two points it goes between.
 struct Case {
     lab: Lab,
     target: String,
+    /// Where the bytes of the target are.
+    place: PathBuf,
     arguments: &'static str,
     /// `None`: the target is absent at first.
     old: Option<Vec<u8>>,
     new: Vec<u8>,
     device: Option<LoopDevice>,
+    server: Option<NbdServer>,
     found: Found,
 }
 
@@ -44,12 +50,14 @@ impl Case {
         grown.resize(8 * usize::try_from(MIB).expect("small"), 7);
         let new = lab.edited("new", seed + 1, &grown, 0.25);
         Self {
+            place: lab.path("target"),
             lab,
             target: "target".to_owned(),
             arguments,
             old: Some(old),
             new,
             device: None,
+            server: None,
             found: Found::default(),
         }
     }
@@ -63,20 +71,30 @@ impl Case {
 
     /// On a loop device, which keeps its size.
     fn on_device(seed: u64, arguments: &'static str, sector_bytes: u32) -> Option<Self> {
-        let mut case = Self::new(seed, arguments);
-        let bytes = case.new.len();
-        let mut old = case.old.take().expect("made above");
-        old.resize(bytes, 9);
-        case.lab.write("disk", &old);
+        let mut case = Self::of_fixed_size(seed, arguments);
         let device = LoopDevice::attach(&case.lab.path("disk"), sector_bytes)?;
         case.target = device.path().to_owned();
-        case.old = Some(old);
+        case.place = device.path().into();
         case.device = Some(device);
         Some(case)
     }
 
-    fn target_path(&self) -> PathBuf {
-        self.lab.path(&self.target)
+    /// On an NBD export, which keeps its size and does not tell who wrote it.
+    fn on_export(seed: u64, arguments: &'static str) -> Option<Self> {
+        let mut case = Self::of_fixed_size(seed, arguments);
+        case.server = Some(NbdServer::start_writable(&case.lab, "disk")?);
+        case.target = EXPORT.to_owned();
+        case.place = case.lab.path("disk");
+        Some(case)
+    }
+
+    /// The old point is in `disk` and as large as the new one.
+    fn of_fixed_size(seed: u64, arguments: &'static str) -> Self {
+        let mut case = Self::new(seed, arguments);
+        let old = case.old.as_mut().expect("made above");
+        old.resize(case.new.len(), 9);
+        case.lab.write("disk", old);
+        case
     }
 
     fn sync_line(&self) -> String {
@@ -93,24 +111,23 @@ impl Case {
                 fs::remove_file(entry.path()).expect("removed");
             }
         }
-        match (&self.old, &self.device) {
-            (Some(old), Some(_)) => {
-                with_files(|| fs::write(self.target_path(), old)).expect("written");
-            }
-            (Some(old), None) => self.lab.write("target", old),
+        match (&self.old, self.device.is_some() || self.server.is_some()) {
+            // Not truncated: others have it open.
+            (Some(old), true) => self.lab.patch(&self.place.to_string_lossy(), 0, old),
+            (Some(old), false) => self.lab.write("target", old),
             (None, _) => {}
         }
     }
 
     fn is_old(&self) -> bool {
         match &self.old {
-            Some(old) => same(&self.target_path(), old),
-            None => !self.target_path().exists(),
+            Some(old) => same(&self.place, old),
+            None => !self.place.exists(),
         }
     }
 
     fn is_new(&self) -> bool {
-        same(&self.target_path(), &self.new)
+        same(&self.place, &self.new)
     }
 
     /// After a kill: status against the bytes themselves. Returns the state.
@@ -275,6 +292,23 @@ fn a_block_device_survives_kills_at_random_moments() {
     };
 
     case.kill_at_random_moments(&mut random, 16);
+}
+
+#[test]
+fn an_nbd_export_survives_kills_at_random_moments() {
+    let name = "an_nbd_export_survives_kills_at_random_moments";
+    let mut random = seeded(name);
+    let Some(mut case) = Case::on_export(9, "--mode delta") else {
+        return skipped(name, "qemu-nbd");
+    };
+
+    case.kill_at_random_moments(&mut random, 16);
+
+    assert!(
+        case.found.staging > 0 && case.found.resumed > 0 && case.found.rolled_back > 0,
+        "{:?}",
+        case.found
+    );
 }
 
 // --- chosen system calls -------------------------------------------------------------------------------------------

@@ -7,25 +7,17 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use crate::engine::DiskAddress;
 use crate::engine::device::ImageFormat;
 use crate::engine::nbd::NbdAddress;
 use crate::export::Export;
 use crate::file_url;
 
-/// A disk here or on another host: one that is read, or one that is written.
+/// A disk here or on another host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Location<H> {
-    Here(H),
+pub(crate) enum Location {
+    Here(DiskAddress),
     There(There),
-}
-
-/// A disk that is read from here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Readable {
-    Path(Address),
-    Nbd(NbdAddress),
-    /// An image of a format other than raw.
-    Image(ImageFormat, Address),
 }
 
 /// A disk on another host.
@@ -34,10 +26,6 @@ pub(crate) enum There {
     Shell(Remote),
     Server(Export),
 }
-
-/// A local disk image or block device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Address(PathBuf);
 
 /// A disk on another host, reached by ssh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +43,6 @@ pub(crate) enum AddressError {
     Url { what: &'static str },
     Unsupported { what: &'static str },
     Nbd { why: String },
-    ReadOnly,
     Pushed { from: String },
     Job { name: String },
     Elsewhere,
@@ -67,14 +54,14 @@ const PUSHED: &str = "pushed://";
 /// What a job brings up to date records with this scheme; the name of the job follows, its number, and the disk.
 const JOB: &str = "failover://";
 
-impl Location<Readable> {
+impl Location {
     /// Parses what the user typed; only the shape is looked at, never the file system or the network.
     pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
         if text.is_empty() {
             return Err(AddressError::Empty);
         }
         if let Some(path) = text.to_str().and_then(file_url::path_of) {
-            let here = path.map(|path| Self::Here(Readable::Path(Address(path))));
+            let here = path.map(|path| Self::Here(path.into()));
             return here.map_err(|what| AddressError::Url { what });
         }
         let behind = |scheme| text.to_str().and_then(|text| text.strip_prefix(scheme));
@@ -87,8 +74,7 @@ impl Location<Readable> {
             return there.map_err(|what| AddressError::Url { what });
         }
         if text.to_str().is_some_and(NbdAddress::is_meant_by) {
-            let export: Result<NbdAddress, _> = text.to_string_lossy().parse();
-            let here = export.map(|export| Self::Here(Readable::Nbd(export)));
+            let here = DiskAddress::parse(text).map(Self::Here);
             return here.map_err(|error| AddressError::Nbd {
                 why: error.to_string(),
             });
@@ -103,7 +89,7 @@ impl Location<Readable> {
             return Err(AddressError::Job { name });
         }
         let Some((head, rest)) = head_of(text.as_bytes()) else {
-            return Ok(Self::Here(Readable::Path(Address(PathBuf::from(text)))));
+            return Ok(Self::Here(PathBuf::from(text).into()));
         };
         if let Some(image) = image(head, rest) {
             let here = image.map(Self::Here);
@@ -120,28 +106,56 @@ impl Location<Readable> {
     /// As it is recorded, to be parsed again by a later run wherever that is started.
     pub(crate) fn recorded(&self) -> String {
         match self {
-            Self::Here(address) => address.recorded(),
+            Self::Here(disk) => recorded(disk),
             Self::There(there) => there.to_string(),
         }
     }
 }
 
-impl Location<Address> {
-    /// As [`Location::parse`], of disks that can be written.
-    pub(crate) fn parse_target(text: OsString) -> Result<Self, AddressError> {
-        match Location::parse(text)? {
-            Location::Here(disk) => disk.target().cloned().map(Self::Here),
-            Location::There(there) => Ok(Self::There(there)),
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Here(disk) => f.write_str(&typed(disk)),
+            Self::There(there) => there.fmt(f),
         }
     }
 }
 
-impl<H: fmt::Display> fmt::Display for Location<H> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Here(address) => address.fmt(f),
-            Self::There(there) => there.fmt(f),
+/// As [`Location::parse`], of disks of this host only.
+pub(crate) fn disk_here(text: OsString) -> Result<DiskAddress, AddressError> {
+    match Location::parse(text)? {
+        Location::Here(disk) => Ok(disk),
+        Location::There(_) => Err(AddressError::Elsewhere),
+    }
+}
+
+/// As it is typed: without loss.
+pub(crate) fn typed(disk: &DiskAddress) -> String {
+    match disk {
+        DiskAddress::Path(path) => file_url::text_of(path),
+        DiskAddress::Image(format, path) if path.to_str().is_none() => {
+            format!("{format}+{}", file_url::text_of(path))
         }
+        DiskAddress::Image(..) | DiskAddress::Nbd(_) => disk.to_string(),
+    }
+}
+
+/// As it is recorded, to be parsed again by a later run wherever that is started.
+pub(crate) fn recorded(disk: &DiskAddress) -> String {
+    let disk = disk.absolute();
+    match &disk {
+        DiskAddress::Image(format, path) => format!("{format}+{}", file_url::url_of(path)),
+        DiskAddress::Path(_) | DiskAddress::Nbd(_) => typed(&disk),
+    }
+}
+
+/// As another host records it: whence it was pushed. There it must never pass for a path of its own.
+pub(crate) fn pushed_from(disk: &DiskAddress, host: &str) -> String {
+    match disk.absolute() {
+        DiskAddress::Path(path) | DiskAddress::Image(_, path) => {
+            format!("{PUSHED}{host}{}", file_url::escaped(&path))
+        }
+        DiskAddress::Nbd(export) => format!("{PUSHED}{host}/{export}"),
     }
 }
 
@@ -161,94 +175,6 @@ impl fmt::Display for There {
             Self::Shell(remote) => remote.fmt(f),
             Self::Server(export) => export.fmt(f),
         }
-    }
-}
-
-impl Readable {
-    /// As [`Location::parse`], of disks of this host only.
-    pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
-        match Location::parse(text)? {
-            Location::Here(disk) => Ok(disk),
-            Location::There(_) => Err(AddressError::Elsewhere),
-        }
-    }
-
-    /// The same disk, to be written.
-    pub(crate) fn target(&self) -> Result<&Address, AddressError> {
-        match self {
-            Self::Path(address) => Ok(address),
-            Self::Nbd(_) | Self::Image(..) => Err(AddressError::ReadOnly),
-        }
-    }
-
-    /// As it is recorded, to be parsed again by a later run wherever that is started.
-    pub(crate) fn recorded(&self) -> String {
-        match self {
-            Self::Path(address) => address.recorded(),
-            Self::Nbd(export) => export.absolute().to_string(),
-            Self::Image(format, address) => format!("{format}+{}", address.url()),
-        }
-    }
-
-    /// As another host records it: whence it was pushed. There it must never pass for a path of its own.
-    pub(crate) fn pushed_from(&self, host: &str) -> String {
-        match self {
-            Self::Path(address) => address.pushed_from(host),
-            Self::Nbd(export) => format!("{PUSHED}{host}/{}", export.absolute()),
-            Self::Image(_, address) => address.pushed_from(host),
-        }
-    }
-}
-
-impl fmt::Display for Readable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(address) => address.fmt(f),
-            Self::Nbd(export) => export.fmt(f),
-            Self::Image(format, Address(path)) => match path.to_str() {
-                Some(path) => write!(f, "{format}+file:{path}"),
-                None => f.write_str(&self.recorded()),
-            },
-        }
-    }
-}
-
-impl Address {
-    /// As [`Location::parse_target`], of disks of this host only.
-    pub(crate) fn parse(text: OsString) -> Result<Self, AddressError> {
-        match Location::parse_target(text)? {
-            Location::Here(address) => Ok(address),
-            Location::There(_) => Err(AddressError::Elsewhere),
-        }
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-
-    fn url(&self) -> String {
-        file_url::url_of(&self.absolute())
-    }
-
-    /// The form that means the same from every working directory; links are kept as typed.
-    pub(crate) fn absolute(&self) -> PathBuf {
-        std::path::absolute(&self.0).unwrap_or_else(|_| self.0.clone())
-    }
-
-    /// As it is recorded, to be parsed again by a later run wherever that is started.
-    pub(crate) fn recorded(&self) -> String {
-        file_url::text_of(&self.absolute())
-    }
-
-    /// As another host records it: whence it was pushed. There it must never pass for a path of its own.
-    pub(crate) fn pushed_from(&self, host: &str) -> String {
-        format!("{PUSHED}{host}{}", file_url::escaped(&self.absolute()))
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&file_url::text_of(&self.0))
     }
 }
 
@@ -378,14 +304,14 @@ fn head_of(text: &[u8]) -> Option<(&str, &[u8])> {
 }
 
 /// `FORMAT+file:PATH`, or `FORMAT+file:///PATH` with `%FF` for the byte 255; nothing if it is no such form.
-fn image(head: &str, rest: &[u8]) -> Option<Result<Readable, &'static str>> {
+fn image(head: &str, rest: &[u8]) -> Option<Result<DiskAddress, &'static str>> {
     let format: ImageFormat = head.strip_suffix("+file")?.parse().ok()?;
     let path = match std::str::from_utf8(rest) {
         Ok(text) if text.starts_with("//") => file_url::path_of(&format!("file:{text}"))?,
         _ if rest.is_empty() => Err("expected the path of an image behind the colon"),
         _ => Ok(PathBuf::from(OsString::from_vec(rest.to_vec()))),
     };
-    Some(path.map(|path| Readable::Image(format, Address(path))))
+    Some(path.map(|path| DiskAddress::Image(format, path)))
 }
 
 fn unsupported_form(head: &str, rest: &[u8]) -> Option<&'static str> {
@@ -409,9 +335,6 @@ impl fmt::Display for AddressError {
                  name contains a colon) or HOST:PATH"
             ),
             Self::Nbd { why } => f.write_str(why),
-            Self::ReadOnly => f.write_str(
-                "an NBD export, or an image that is not raw, can be read by this version, and not be a target yet",
-            ),
             Self::Pushed { from } => write!(
                 f,
                 "it was pushed from another host, where its path was {from}: run the sync there again, it goes on"
@@ -434,7 +357,7 @@ impl std::error::Error for AddressError {}
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Location<Readable>, AddressError> {
+    fn parse(text: &str) -> Result<Location, AddressError> {
         Location::parse(text.into())
     }
 
@@ -455,8 +378,8 @@ mod tests {
             "/a b/c",
             "./[a:b]:c",
         ] {
-            let address = Address::parse(text.into()).expect(text);
-            assert_eq!(address.path(), Path::new(text));
+            let address = disk_here(text.into()).expect(text);
+            assert_eq!(address.path(), Some(Path::new(text)));
         }
     }
 
@@ -552,34 +475,30 @@ mod tests {
     }
 
     #[test]
-    fn an_nbd_export_is_read_and_recorded_and_no_target() {
+    fn an_nbd_export_is_a_disk_and_is_recorded() {
         let text = "nbd+unix:///export?socket=run/nbd";
-        let read = Readable::parse(text.into()).expect("an export");
-        let again = Readable::parse(read.recorded().into()).expect("recorded");
-        assert!(
-            again.recorded().contains("socket=/"),
-            "{}",
-            again.recorded()
-        );
-        assert_eq!(again.recorded(), read.recorded());
-        assert!(parse(&read.pushed_from("here")).is_err());
-        assert_eq!(Address::parse(text.into()), Err(AddressError::ReadOnly));
+        let disk = disk_here(text.into()).expect("an export");
+        assert_eq!(typed(&disk), text);
+        let again = disk_here(recorded(&disk).into()).expect("recorded");
+        assert!(recorded(&again).contains("socket=/"), "{again}");
+        assert_eq!(again, disk.absolute());
+        assert!(parse(&pushed_from(&disk, "here")).is_err());
         let error = parse("nbd+unix:///export").expect_err("no socket");
         assert!(error.to_string().contains("names no socket"), "{error}");
     }
 
     #[test]
-    fn an_image_of_another_format_is_read_and_recorded_and_no_target() {
+    fn an_image_of_another_format_is_a_disk_and_is_recorded() {
         for text in [
             "qcow2+file:a b:c%20.qcow2",
             "vhdx+file:/a/b",
             "vmdk+file:///a%FFb",
         ] {
-            let read = Readable::parse(text.into()).expect(text);
-            let again = Readable::parse(read.recorded().into()).expect("recorded");
-            assert_eq!(again.recorded(), read.recorded(), "{text}");
-            assert!(read.recorded().contains("+file:///"), "{}", read.recorded());
-            assert_eq!(Address::parse(text.into()), Err(AddressError::ReadOnly));
+            let disk = disk_here(text.into()).expect(text);
+            assert_eq!(typed(&disk), text);
+            assert!(recorded(&disk).contains("+file:///"), "{disk}");
+            let again = disk_here(recorded(&disk).into()).expect("recorded");
+            assert_eq!(again, disk.absolute(), "{text}");
         }
         for text in ["qcow2+file:", "qcow2+file://host/a", "qcow2+file:///%zz"] {
             let error = parse(text).expect_err(text);
@@ -589,10 +508,7 @@ mod tests {
 
     #[test]
     fn where_only_disks_of_this_host_are_meant_others_are_refused() {
-        assert_eq!(
-            Address::parse("host:/a".into()),
-            Err(AddressError::Elsewhere)
-        );
+        assert_eq!(disk_here("host:/a".into()), Err(AddressError::Elsewhere));
     }
 
     #[test]
@@ -602,15 +518,15 @@ mod tests {
             b"/disks/\xff%\xc3\xbc",
             b"relative\xfe",
         ] {
-            let address = Address::parse(OsString::from_vec(bytes.to_vec())).expect("local");
+            let address = disk_here(OsString::from_vec(bytes.to_vec())).expect("local");
 
-            let again = Address::parse(address.recorded().into()).expect("recorded");
+            let again = disk_here(recorded(&address).into()).expect("recorded");
 
-            assert_eq!(again.path(), address.absolute());
+            assert_eq!(again, address.absolute());
         }
         let remote = there("me@host:/disks/a b%\u{fc}");
         assert_eq!(
-            there(&Location::<Readable>::There(There::Shell(remote.clone())).recorded()),
+            there(&Location::There(There::Shell(remote.clone())).recorded()),
             remote
         );
         let export = parse("blockferry://host:99/web").expect("an export");
@@ -620,9 +536,9 @@ mod tests {
 
     #[test]
     fn what_was_pushed_never_passes_for_a_disk_of_the_other_host() {
-        let address = Address::parse("/disks/a".into()).expect("local");
+        let address = disk_here("/disks/a".into()).expect("local");
 
-        let recorded = address.pushed_from("here");
+        let recorded = pushed_from(&address, "here");
 
         let error = parse(&recorded).expect_err("it is no disk there");
         assert!(error.to_string().contains("here/disks/a"), "{error}");

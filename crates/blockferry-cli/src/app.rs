@@ -140,12 +140,12 @@ mod tests {
 
     #[test]
     fn an_argument_error_is_told_in_one_line_without_usage() {
-        let error = Cli::try_parse_from(["blockferry", "sync", "a", "nbd://h/b"]).expect_err("NBD");
+        let error = Cli::try_parse_from(["blockferry", "sync", "a", "vdi+file:b"]).expect_err("VDI");
 
         let message = plain_message(&error);
 
         assert!(
-            message.starts_with("invalid value 'nbd://h/b' for '<TARGET>'"),
+            message.starts_with("invalid value 'vdi+file:b' for '<TARGET>'"),
             "{message}"
         );
         assert!(

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::address::{Address, Location, Readable};
+use crate::address::{Location, disk_here};
 use crate::engine::failover::{State, parse_duration};
-use crate::engine::{BlockSize, ExportPoint, Mode, Strategy, Undo, nbd, parse_size};
+use crate::engine::{BlockSize, DiskAddress, ExportPoint, Mode, Strategy, Undo, nbd, parse_size};
 use crate::export::PORT;
 use crate::file_url;
 use crate::quote::{quoted, quoted_path};
@@ -153,12 +153,12 @@ pub(crate) struct DemoArguments {
 pub(crate) struct SyncArguments {
     /// The disk to read: a file or block device at rest, here or as [USER@]HOST:PATH, an NBD export, an image as
     /// qcow2+file:PATH, or an export of a server
-    #[arg(value_parser = source())]
-    pub(crate) source: Location<Readable>,
-    /// The disk to bring up to date: a file (created if absent) or block device, here or as [USER@]HOST:PATH, or an
-    /// export of a server
-    #[arg(value_parser = target())]
-    pub(crate) target: Location<Address>,
+    #[arg(value_parser = location())]
+    pub(crate) source: Location,
+    /// The disk to bring up to date: a file (created if absent) or block device, here or as [USER@]HOST:PATH, an NBD
+    /// export, or an export of a server
+    #[arg(value_parser = location())]
+    pub(crate) target: Location,
     /// How to find what to send
     #[arg(long, value_enum, default_value_t = ModeArgument::Auto)]
     pub(crate) mode: ModeArgument,
@@ -276,8 +276,8 @@ impl Reach {
 #[derive(Args, Debug)]
 pub(crate) struct ExportArguments {
     /// The target, or the id of one of its points
-    #[arg(value_name = "TARGET|ID", value_parser = address())]
-    pub(crate) target: Address,
+    #[arg(value_name = "TARGET|ID", value_parser = disk())]
+    pub(crate) target: DiskAddress,
     /// Which of its points [default: current, or the one that has the id]
     #[arg(long, value_enum)]
     pub(crate) point: Option<PointArgument>,
@@ -332,15 +332,15 @@ pub(crate) struct CertsArguments {
 #[derive(Args, Debug)]
 pub(crate) struct StatusArguments {
     /// The target; without it, all targets synced from this host
-    #[arg(value_parser = address())]
-    pub(crate) target: Option<Address>,
+    #[arg(value_parser = disk())]
+    pub(crate) target: Option<DiskAddress>,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ResumeArguments {
     /// The target of the interrupted run
-    #[arg(value_parser = address())]
-    pub(crate) target: Address,
+    #[arg(value_parser = disk())]
+    pub(crate) target: DiskAddress,
     #[command(flatten)]
     pub(crate) pace: Pace,
     #[command(flatten)]
@@ -350,25 +350,25 @@ pub(crate) struct ResumeArguments {
 #[derive(Args, Debug)]
 pub(crate) struct TargetArguments {
     /// The target
-    #[arg(value_parser = address())]
-    pub(crate) target: Address,
+    #[arg(value_parser = disk())]
+    pub(crate) target: DiskAddress,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct DiffArguments {
     /// One disk
-    #[arg(value_parser = readable())]
-    pub(crate) a: Readable,
+    #[arg(value_parser = disk())]
+    pub(crate) a: DiskAddress,
     /// The other disk
-    #[arg(value_parser = readable())]
-    pub(crate) b: Readable,
+    #[arg(value_parser = disk())]
+    pub(crate) b: DiskAddress,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct DigestArguments {
     /// The disk
-    #[arg(value_parser = readable())]
-    pub(crate) image: Readable,
+    #[arg(value_parser = disk())]
+    pub(crate) image: DiskAddress,
     /// Write the manifest (the digests of all blocks) to OUT, which must not exist
     #[arg(long, value_name = "OUT")]
     pub(crate) manifest: Option<PathBuf>,
@@ -383,11 +383,11 @@ pub(crate) struct DigestArguments {
 )]
 pub(crate) struct VerifyArguments {
     /// The target to check against its recorded point, or the first of two disks to compare
-    #[arg(value_name = "A|TARGET", value_parser = readable())]
-    pub(crate) first: Readable,
+    #[arg(value_name = "A|TARGET", value_parser = disk())]
+    pub(crate) first: DiskAddress,
     /// The second disk to compare
-    #[arg(value_name = "B", value_parser = readable())]
-    pub(crate) second: Option<Readable>,
+    #[arg(value_name = "B", value_parser = disk())]
+    pub(crate) second: Option<DiskAddress>,
 }
 
 #[derive(Args, Debug)]
@@ -584,20 +584,12 @@ impl From<ShellArgument> for Shell {
     }
 }
 
-fn source() -> ValueParser {
+fn location() -> ValueParser {
     ValueParser::new(OsStringValueParser::new().try_map(Location::parse))
 }
 
-fn target() -> ValueParser {
-    ValueParser::new(OsStringValueParser::new().try_map(Location::parse_target))
-}
-
-fn readable() -> ValueParser {
-    ValueParser::new(OsStringValueParser::new().try_map(Readable::parse))
-}
-
-fn address() -> ValueParser {
-    ValueParser::new(OsStringValueParser::new().try_map(Address::parse))
+fn disk() -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(disk_here))
 }
 
 /// A path, or the `file://` URL that printed commands have for one that is no text.

@@ -18,7 +18,7 @@ use std::time::Instant;
 use blockferry_testkit::images::FileSystem;
 use serde::Serialize;
 
-use crate::address::Address;
+use crate::address::recorded;
 use crate::arguments::{DemoArguments, Pace};
 use crate::engine::{
     self, Mode, Outcome, Receipt, Status, SyncOptions, Target, TargetOptions, format_size,
@@ -232,7 +232,7 @@ impl<'a> Demo<'a> {
         )?;
         self.story
             .tell("the target is still its old point, bit for bit");
-        let status = verbs::status::look(&self.target, &self.options, self.session)
+        let status = verbs::status::look(&(&self.target).into(), &self.options, self.session)
             .map_err(|e| self.failure(&e))?;
         let durable_bytes = status
             .session
@@ -411,9 +411,8 @@ impl<'a> Demo<'a> {
     }
 
     fn sync_options(&self, mode: Mode) -> Result<SyncOptions, Failure> {
-        let source = Address::parse(self.source.clone().into())
-            .map_err(|error| Failure::from_error(Exit::Usage, &error))?;
-        let mut options = sync::paced(source.recorded(), &Pace::default());
+        let source = recorded(&(&self.source).into());
+        let mut options = sync::paced(source, &Pace::default());
         options.mode = mode;
         Ok(options)
     }

@@ -3,13 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::address::typed;
 use crate::arguments::Global;
-use crate::engine::{self, CancelToken, Context, TargetOptions};
+use crate::engine::nbd::NbdOptions;
+use crate::engine::{self, CancelToken, Context, DiskAddress, TargetOptions};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::{Output, Verbosity};
 use crate::progress::{Display, Look};
-use crate::quote::quoted_path;
+use crate::quote::{quoted, quoted_path};
+use crate::remote::certs_dir;
 use crate::signals::{self, Received};
 
 /// Names another place for the state of devices and the list of targets, as tests and the demo need it.
@@ -78,9 +81,11 @@ impl Session {
         self.cancel.cancel();
     }
 
-    /// Where the state of targets is.
+    /// Where the state of targets is, and how exports are reached.
     pub(crate) fn target_options(&self) -> TargetOptions {
         let mut options = TargetOptions::new(device_state_root());
+        options.nbd = nbd_options();
+        options.scratch = std::env::temp_dir();
         options.state_dir.clone_from(&self.state);
         options
     }
@@ -97,13 +102,20 @@ impl Session {
     }
 
     /// The command for `verb` on `target` that works from any directory.
-    pub(crate) fn command(&self, verb: &str, target: &Path) -> String {
+    pub(crate) fn command(&self, verb: &str, target: &DiskAddress) -> String {
         let state = self.state.as_ref().map_or_else(String::new, |dir| {
             let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
             format!(" --state {}", quoted_path(&dir))
         });
-        format!("blockferry {verb} {}{state}", quoted_path(target))
+        format!("blockferry {verb} {}{state}", quoted(&typed(target)))
     }
+}
+
+/// How exports are reached.
+pub(crate) fn nbd_options() -> NbdOptions {
+    let mut options = NbdOptions::default();
+    options.certificates = Some(certs_dir(None));
+    options
 }
 
 /// This command again, as it was typed.

@@ -19,37 +19,27 @@ pub(crate) mod verify;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::address::Readable;
 use crate::engine::device::ErrorKind;
-use crate::engine::nbd::{NbdDevice, NbdOptions, open_image};
-use crate::engine::{self, BlockSource, SourceOptions, Target, open_source};
+use crate::engine::nbd::{NbdDevice, open_image};
+use crate::engine::{self, BlockSource, DiskAddress, SourceOptions, Target, open_source};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::remote::certs_dir;
-use crate::session::Session;
+use crate::session::{Session, nbd_options};
 
 /// Opens a disk to be read.
 pub(crate) fn open(
-    disk: &Readable,
+    disk: &DiskAddress,
     crash_consistent: bool,
 ) -> Result<Arc<dyn BlockSource>, Failure> {
-    match disk {
-        Readable::Path(address) => open_path(address.path(), crash_consistent),
+    let served = match disk {
+        DiskAddress::Path(path) => return open_path(path, crash_consistent),
         // Whether it is at rest, only its server knows.
-        Readable::Nbd(export) => {
-            let mut options = NbdOptions::default();
-            options.certificates = Some(certs_dir(None));
-            match NbdDevice::open_source(export, &options) {
-                Ok(device) => Ok(device),
-                Err(error) => Err(Failure::source(&error)),
-            }
-        }
-        Readable::Image(format, address) => {
-            match open_image(*format, address.path(), &std::env::temp_dir()) {
-                Ok(device) => Ok(device),
-                Err(error) => Err(Failure::source(&error)),
-            }
-        }
+        DiskAddress::Nbd(export) => NbdDevice::open_source(export, &nbd_options()),
+        DiskAddress::Image(format, path) => open_image(*format, path, &std::env::temp_dir()),
+    };
+    match served {
+        Ok(device) => Ok(device),
+        Err(error) => Err(Failure::source(&error)),
     }
 }
 
@@ -71,16 +61,13 @@ pub(crate) fn open_path(
 }
 
 /// Opens a target that has a history here. Opening any other would leave an empty state beside it.
-fn open_known(path: &Path, session: &Session) -> Result<Target, Failure> {
+fn open_known(address: &DiskAddress, session: &Session) -> Result<Target, Failure> {
     let options = session.target_options();
-    let failure = |error: engine::Error| sync::explain_decision(&error, path, session);
-    let status = engine::status(path, &options).map_err(failure)?;
+    let failure = |error: engine::Error| sync::explain_decision(&error, address, session);
+    let status = engine::status(address, &options).map_err(failure)?;
     if status.state == "unknown" && status.held_bytes == 0 {
-        let message = format!(
-            "{} was never synced here: nothing is recorded about it",
-            path.display()
-        );
+        let message = format!("{address} was never synced here: nothing is recorded about it");
         return Err(Failure::new(Exit::Target, message));
     }
-    Target::open(path, &options).map_err(failure)
+    Target::open(address, &options).map_err(failure)
 }

@@ -167,7 +167,7 @@ fn argument_errors_are_json_lines_too() {
         "sync a ssh://host",
         "status host:/a",
         "sync nbd+unix:///a b",
-        "sync a nbd://host/b",
+        "sync a nbd:///b",
         "sync blockferry://host:1/a b",
         "sync vdi+file:a b",
         "status t -q -v",

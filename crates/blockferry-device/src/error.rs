@@ -12,6 +12,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum ErrorKind {
     /// The device or file system failed (EIO and the like).
     Io,
+    /// It cannot be reached any more: unplugged, or its server is gone. What became of writes since the last flush nobody
+    /// knows; once it is back, they can be done again.
+    Lost,
     /// No space left, or a quota.
     NoSpace,
     /// There is no such file or device.
@@ -88,6 +91,15 @@ impl Error {
         )
     }
 
+    /// The same failure, of a device that is gone with it.
+    #[must_use]
+    pub fn into_lost(self) -> Self {
+        Self {
+            kind: ErrorKind::Lost,
+            ..self
+        }
+    }
+
     /// What the caller can do next.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -97,6 +109,9 @@ impl Error {
 
 fn kind_of(cause: &io::Error) -> ErrorKind {
     use io::ErrorKind as K;
+    if let Some(libc::ENODEV | libc::ENXIO) = cause.raw_os_error() {
+        return ErrorKind::Lost;
+    }
     match cause.kind() {
         K::NotFound => ErrorKind::NotFound,
         K::AlreadyExists => ErrorKind::AlreadyExists,

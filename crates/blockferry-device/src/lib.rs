@@ -53,7 +53,9 @@ pub use evidence::{Evidence, Identity, MAX_EVIDENCE_BYTES};
 pub use file::{Access, OsFile};
 pub use image_format::ImageFormat;
 pub use memory::MemoryDevice;
-pub use open::{SourceOptions, TargetPlace, open_source, open_target, same_object};
+pub use open::{
+    SourceOptions, TargetPlace, open_source, open_target, refuse_other_formats, same_object,
+};
 pub use point::{
     Consistency, PointProvider, PointRequest, Quiesce, Quiesced, SourcePoint, WholeSource,
 };

@@ -313,7 +313,11 @@ fn refuse_if(role: &str, path: &Path, kind: ErrorKind, reason: Option<String>) -
     }
 }
 
-fn refuse_other_formats(role: &str, source: &dyn BlockSource) -> Result<()> {
+/// Refuses a device whose bytes are an image of a format that is not raw. `role` is for the message: source or target.
+///
+/// # Errors
+/// `ErrorKind::Unsuitable` if they are one; or it cannot be read.
+pub fn refuse_other_formats(role: &str, source: &dyn BlockSource) -> Result<()> {
     let size = source.size_bytes();
     let probe = usize::try_from(size)
         .unwrap_or(usize::MAX)

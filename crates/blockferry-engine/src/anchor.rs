@@ -108,7 +108,8 @@ pub fn drop_anchor(target: &mut Target) -> Result<()> {
     dropped.map_err(|e| Error::log(format!("let go of the anchor of {label}"), e))
 }
 
-fn is_proven(target: &Target) -> Result<bool> {
+/// Whether evidence says that the target is at its point.
+pub(crate) fn is_proven(target: &Target) -> Result<bool> {
     let unwritten = target.replica.unwritten();
     let unwritten = unwritten.map_err(|e| Error::log("examine the target", e))?;
     Ok(unwritten == Unwritten::Proven && target.replica.point().is_some())

@@ -4,6 +4,7 @@
 //! cancel token and clock, the [`Receipt`] is the proof. [`rollback`], [`accept`] and [`cancel`] decide what
 //! becomes of the points; [`status`] looks, [`export`] gives a point to read; [`digest`], [`compare`] and [`verify_target`] only read.
 
+mod address;
 mod anchor;
 mod clone_probe;
 mod compare;
@@ -29,6 +30,7 @@ mod sync;
 mod target;
 mod verbs;
 
+pub use address::DiskAddress;
 pub use anchor::{anchored_point, drop_anchor, keep_anchor, return_to_anchor};
 pub use blockferry_transfer_log::{
     GroupDirectory, GroupVerdicts, Place, Proof, Recovered, SessionId, Strategy, Undo,

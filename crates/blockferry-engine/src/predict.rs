@@ -8,6 +8,7 @@ use blockferry_device::{BlockSource, OsDirectory, StorageDir, StorageFile};
 use blockferry_transfer_log::{Place, inspect};
 use blockferry_transport::Connection;
 
+use crate::address::DiskAddress;
 use crate::clone_probe::shares_blocks;
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
@@ -16,7 +17,7 @@ use crate::plan::{Choice, Situation, choose, choose_remote};
 use crate::receipt::Prediction;
 use crate::remote::Peer;
 use crate::sample::{Sample, round};
-use crate::target::{TargetOptions, open_place, place_of};
+use crate::target::{TargetOptions, open_place};
 
 /// What a sync would do, from a sample; writes nothing at all.
 ///
@@ -24,12 +25,12 @@ use crate::target::{TargetOptions, open_place, place_of};
 /// Either side is refused or cannot be read.
 pub fn predict(
     source: &Arc<dyn BlockSource>,
-    path: &Path,
+    address: impl Into<DiskAddress>,
     target_options: &TargetOptions,
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Prediction> {
-    let target = Prospect::of(path, target_options, options)?;
+    let target = Prospect::of(&address.into(), target_options, options)?;
     let geometry = Geometry::new(source.size_bytes(), options.block_size);
     let device = target.device.as_deref();
     let sides: Vec<&dyn BlockSource> = device.into_iter().chain([&**source]).collect();
@@ -46,25 +47,25 @@ pub fn predict(
 /// Either side is refused or cannot be read, or the connection failed.
 pub fn predict_from_peer(
     connection: Connection,
-    path: &Path,
+    address: impl Into<DiskAddress>,
     target_options: &TargetOptions,
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Prediction> {
     let peer = Peer::new(connection);
-    let outcome = of_peer(&peer, path, target_options, options, context);
+    let outcome = of_peer(&peer, &address.into(), target_options, options, context);
     peer.finish(outcome.as_ref().map(Prediction::to_json));
     outcome
 }
 
 fn of_peer(
     peer: &Peer,
-    path: &Path,
+    address: &DiskAddress,
     target_options: &TargetOptions,
     options: &SyncOptions,
     context: &Context,
 ) -> Result<Prediction> {
-    let target = Prospect::of(path, target_options, options)?;
+    let target = Prospect::of(address, target_options, options)?;
     let geometry = Geometry::new(peer.examine()?.size_bytes, options.block_size);
     let sample = peer.sample(&geometry, target.device.as_deref(), 0, context)?;
     let choice = choose_remote(options, target.found, Some(&sample));
@@ -78,10 +79,13 @@ struct Prospect {
 }
 
 impl Prospect {
-    fn of(path: &Path, target_options: &TargetOptions, options: &SyncOptions) -> Result<Self> {
-        let opened = open_place(path)?;
-        let place = place_of(&opened)?;
-        let state_path = target_options.state_path(path);
+    fn of(
+        address: &DiskAddress,
+        target_options: &TargetOptions,
+        options: &SyncOptions,
+    ) -> Result<Self> {
+        let (place, _locks) = open_place(address, target_options)?;
+        let state_path = target_options.state_path(address);
         let state_dir = existing_parent(&state_path)?;
         let inspection = match OsDirectory::open(&state_path) {
             Ok(dir) => inspect(&place, &dir).map_err(|e| Error::log("look at the state", e))?,

@@ -1,12 +1,14 @@
 //! Status: where a target stands and what can be done next; and the reports of reading verbs.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use blockferry_device::{ErrorKind as DeviceErrorKind, OsDirectory, StorageDir};
+use blockferry_device::{ErrorKind as DeviceErrorKind, MemoryDevice, OsDirectory, StorageDir};
 use blockferry_transfer_log::{DecisionKind, Inspection, Place, Point, Strategy, inspect};
 use serde::Serialize;
 
+use crate::address::DiskAddress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Mode;
 use crate::target::TargetOptions;
@@ -157,39 +159,41 @@ pub struct VerifyReport {
 ///
 /// # Errors
 /// The target's directory or its state cannot be read.
-pub fn status(path: &Path, options: &TargetOptions) -> Result<Status> {
-    let place = place_at(path)?;
-    let state_path = options.state_path(path);
+pub fn status(address: impl Into<DiskAddress>, options: &TargetOptions) -> Result<Status> {
+    let address = address.into();
+    let place = place_at(&address)?;
+    let state_path = options.state_path(&address);
     let dir = match OsDirectory::open(&state_path) {
         Ok(dir) => dir,
-        Err(error) if error.kind() == DeviceErrorKind::NotFound => return Ok(unknown(path)),
+        Err(error) if error.kind() == DeviceErrorKind::NotFound => return Ok(unknown(&address)),
         Err(error) => return Err(Error::target("open the state directory", error)),
     };
-    let failed = |e| Error::log(format!("look at the state of {}", path.display()), e);
+    let failed = |e| Error::log(format!("look at the state of {address}"), e);
     let Some(found) = inspect(&place, &dir).map_err(failed)? else {
-        return Ok(unknown(path));
+        return Ok(unknown(&address));
     };
     // The lock is free exactly if no process works on the target.
     let running = dir
         .names()
         .is_ok_and(|names| names.iter().any(|n| n == "lock"))
         && dir.lock("lock").is_err();
-    Ok(describe(path, &found, running))
+    Ok(describe(&address, &found, running))
 }
 
 /// The source address that the unfinished session recorded.
 ///
 /// # Errors
 /// There is no unfinished session.
-pub fn resume_source(path: &Path, options: &TargetOptions) -> Result<String> {
-    let place = place_at(path)?;
+pub fn resume_source(address: impl Into<DiskAddress>, options: &TargetOptions) -> Result<String> {
+    let address = address.into();
+    let place = place_at(&address)?;
     let none = || {
         Error::new(
             ErrorKind::Usage,
-            format!("{}: no session is unfinished", path.display()),
+            format!("{address}: no session is unfinished"),
         )
     };
-    let Ok(dir) = OsDirectory::open(&options.state_path(path)) else {
+    let Ok(dir) = OsDirectory::open(&options.state_path(&address)) else {
         return Err(none());
     };
     let found = inspect(&place, &dir).map_err(|e| Error::log("look at the state", e))?;
@@ -198,12 +202,17 @@ pub fn resume_source(path: &Path, options: &TargetOptions) -> Result<String> {
 }
 
 /// The place, opened without locks: for looking only.
-fn place_at(path: &Path) -> Result<Place> {
+fn place_at(address: &DiskAddress) -> Result<Place> {
     use std::os::unix::fs::FileTypeExt;
+    let DiskAddress::Path(path) = address else {
+        // It would say nothing of who wrote it: only the state is looked at, also while nobody serves it.
+        let nothing = MemoryDevice::zeroed(address.to_string(), 0);
+        return Ok(Place::Device(Arc::new(nothing)));
+    };
     if std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device()) {
         let device = blockferry_device::OsBlockDevice::open(path, blockferry_device::Access::Read)
             .map_err(|e| Error::target(format!("look at {}", path.display()), e))?;
-        return Ok(Place::Device(std::sync::Arc::new(device)));
+        return Ok(Place::Device(Arc::new(device)));
     }
     let parent = path
         .parent()
@@ -220,14 +229,14 @@ fn place_at(path: &Path) -> Result<Place> {
         )
     })?;
     Ok(Place::File {
-        dir: std::sync::Arc::new(dir),
+        dir: Arc::new(dir),
         name: name.to_owned(),
     })
 }
 
-fn unknown(path: &Path) -> Status {
+fn unknown(address: &DiskAddress) -> Status {
     Status {
-        target: path.display().to_string(),
+        target: address.to_string(),
         state: "unknown".to_owned(),
         running: false,
         point: None,
@@ -238,13 +247,13 @@ fn unknown(path: &Path) -> Status {
         held_bytes: 0,
         target_unwritten: None,
         next: vec![step(
-            format!("sync SOURCE {}", path.display()),
+            format!("sync SOURCE {address}"),
             "bring it up to date",
         )],
     }
 }
 
-fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
+fn describe(address: &DiskAddress, found: &Inspection, running: bool) -> Status {
     let decision = found.unfinished.as_ref().map(|s| s.decision);
     let state = match decision {
         Some(None) => "staging",
@@ -258,7 +267,7 @@ fn describe(path: &Path, found: &Inspection, running: bool) -> Status {
     };
     let known = found.recorded_evidence.is_known() && found.evidence.is_known();
     let unwritten = known.then(|| found.evidence.proves_same(&found.recorded_evidence));
-    let target = path.display().to_string();
+    let target = address.to_string();
     Status {
         state: state.to_owned(),
         running,

@@ -7,21 +7,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockferry_device::{
-    BlockTarget, OsDirectory, StorageDir, TargetPlace, WriteMode, open_target,
+    BlockTarget, OsDirectory, StorageDir, TargetPlace, WriteMode, open_target, refuse_other_formats,
 };
+use blockferry_nbd::{NbdDevice, NbdOptions, open_image_target};
 use blockferry_transfer_log::{GroupVerdicts, Place, Recovered, Replica};
 
+use crate::address::DiskAddress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::status;
 
-/// Where states are kept.
+/// Where states are kept, and how exports are reached.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TargetOptions {
     /// The state directory of this target, instead of the usual place.
     pub state_dir: Option<PathBuf>,
-    /// Holds the states of devices, and the index of all targets of this host.
+    /// Holds the states of devices and exports, and the index of all targets of this host.
     pub device_state_root: PathBuf,
+    /// How a target that is an NBD export is reached.
+    pub nbd: NbdOptions,
+    /// Where the socket of the program is that serves an image: a directory with a short path.
+    pub scratch: PathBuf,
 }
 
 impl TargetOptions {
@@ -31,6 +37,8 @@ impl TargetOptions {
         Self {
             state_dir: None,
             device_state_root: device_state_root.into(),
+            nbd: NbdOptions::default(),
+            scratch: "/tmp".into(),
         }
     }
 
@@ -41,18 +49,23 @@ impl TargetOptions {
         self
     }
 
-    /// The state directory of the target at `path`: beside a file, below the root for a device.
-    pub(crate) fn state_path(&self, path: &Path) -> PathBuf {
+    /// The state directory of the target at `address`: beside a file, below the root for a device or an export.
+    pub(crate) fn state_path(&self, address: &DiskAddress) -> PathBuf {
         if let Some(dir) = &self.state_dir {
             return dir.clone();
         }
+        let Some(path) = address.path() else {
+            return self.device_state_root.join(address.flat_name());
+        };
         let is_device = fs::metadata(path)
             .is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_block_device(&found.file_type()));
         if is_device {
             let resolved = path
                 .canonicalize()
                 .unwrap_or_else(|_unresolved| path.to_owned());
-            return self.device_state_root.join(flat_name(&resolved));
+            return self
+                .device_state_root
+                .join(DiskAddress::Path(resolved).flat_name());
         }
         let mut name = OsString::from(".");
         name.push(path.file_name().unwrap_or_default());
@@ -61,38 +74,24 @@ impl TargetOptions {
     }
 }
 
-/// `/dev/vg0/root` as one path component, different for different paths.
-fn flat_name(path: &Path) -> OsString {
-    let mut name = Vec::new();
-    let path = path.as_os_str().as_bytes();
-    for byte in path.strip_prefix(b"/").unwrap_or(path) {
-        match byte {
-            b'%' => name.extend(b"%25"),
-            b'/' => name.extend(b"%2F"),
-            other => name.push(*other),
-        }
-    }
-    OsString::from_vec(name)
-}
-
 /// A target with its state directory, both locked. Opening it finishes what an earlier run left decided.
 #[derive(Debug)]
 pub struct Target {
     pub(crate) replica: Replica,
     /// Set where a receipt may be left.
     pub(crate) state_path: Option<PathBuf>,
-    /// Holds the locks on the target.
-    _place: Option<TargetPlace>,
+    /// Holds the locks on the target, where there are any.
+    _locks: Option<TargetPlace>,
 }
 
 impl Target {
-    /// Opens the target at `path` and its state.
+    /// Opens the target at `address` and its state.
     ///
     /// # Errors
     /// The target is refused (mounted, open, locked, linked, an image format …), its state is damaged or held
     /// by someone else, or a decision could not be carried out.
-    pub fn open(path: &Path, options: &TargetOptions) -> Result<Self> {
-        Self::open_in_group(path, options, None)
+    pub fn open(address: impl Into<DiskAddress>, options: &TargetOptions) -> Result<Self> {
+        Self::open_in_group(address, options, None)
     }
 
     /// As [`Self::open`], with someone who answers for groups of disks.
@@ -100,17 +99,18 @@ impl Target {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_in_group(
-        path: &Path,
+        address: impl Into<DiskAddress>,
         options: &TargetOptions,
         groups: Option<&dyn GroupVerdicts>,
     ) -> Result<Self> {
-        let opened = open_place(path)?;
-        let state_path = options.state_path(path);
+        let address = address.into();
+        let (place, locks) = open_place(&address, options)?;
+        let state_path = options.state_path(&address);
         let state = open_state(&state_path)?;
-        let mut target = Self::from_group_member(place_of(&opened)?, Arc::new(state), groups)?;
+        let mut target = Self::from_group_member(place, Arc::new(state), groups)?;
         target.state_path = Some(state_path);
-        target._place = Some(opened);
-        remember(path, options);
+        target._locks = locks;
+        remember(&address, options);
         Ok(target)
     }
 
@@ -137,7 +137,7 @@ impl Target {
         Ok(Self {
             replica,
             state_path: None,
-            _place: None,
+            _locks: None,
         })
     }
 
@@ -160,13 +160,31 @@ impl Target {
     }
 }
 
-/// Opens and locks the place; creates nothing.
-pub(crate) fn open_place(path: &Path) -> Result<TargetPlace> {
-    open_target(path).map_err(|e| Error::target(format!("open target {}", path.display()), e))
+/// Opens the place, and locks it if that can be done; creates nothing.
+pub(crate) fn open_place(
+    address: &DiskAddress,
+    options: &TargetOptions,
+) -> Result<(Place, Option<TargetPlace>)> {
+    let failed = |e| Error::target(format!("open target {address}"), e);
+    match address {
+        DiskAddress::Path(path) => {
+            let locks = open_target(path).map_err(failed)?;
+            Ok((place_of(&locks)?, Some(locks)))
+        }
+        DiskAddress::Image(format, path) => {
+            let device = open_image_target(*format, path, &options.scratch).map_err(failed)?;
+            Ok((Place::Device(device), None))
+        }
+        DiskAddress::Nbd(export) => {
+            let device = NbdDevice::open_target(export, &options.nbd).map_err(failed)?;
+            refuse_other_formats("target", &*device).map_err(failed)?;
+            Ok((Place::Device(device), None))
+        }
+    }
 }
 
 /// The place as the transfer log wants it.
-pub(crate) fn place_of(opened: &TargetPlace) -> Result<Place> {
+fn place_of(opened: &TargetPlace) -> Result<Place> {
     match opened {
         TargetPlace::File {
             directory, name, ..
@@ -220,34 +238,30 @@ fn refuse_volatile(path: &Path) -> Result<()> {
     }
 }
 
-/// Leaves the target's path in the index of this host, so that a status without a target finds it. Best effort.
-fn remember(path: &Path, options: &TargetOptions) {
+/// Leaves the address in the index of this host, so that a status without a target finds it. Best effort.
+fn remember(address: &DiskAddress, options: &TargetOptions) {
     let index = options.device_state_root.join("targets");
-    let Ok(resolved) = path
-        .canonicalize()
-        .or_else(|_absent| std::path::absolute(path))
-    else {
-        return;
-    };
-    let entry = index.join(flat_name(&resolved));
-    if !entry.exists() && fs::create_dir_all(&index).is_ok() {
-        let _best_effort = fs::write(entry, resolved.as_os_str().as_bytes());
+    let resolved = address.resolved();
+    let (entry, text) = (index.join(resolved.flat_name()), resolved.text());
+    let is_known = fs::read(&entry).is_ok_and(|known| known == text.as_bytes());
+    if !is_known && fs::create_dir_all(&index).is_ok() {
+        let _best_effort = fs::write(entry, text.as_bytes());
     }
 }
 
-/// Removes all that is recorded of the target at `path`, without opening it: for one that somebody else has taken over,
+/// Removes all that is recorded of the target at `address`, without opening it: for one that somebody else has taken over,
 /// and whose points mean nothing any more. Nothing happens where nothing is recorded.
 ///
 /// # Errors
 /// A session is unfinished, somebody works on it, or the state cannot be removed.
-pub fn forget(path: &Path, options: &TargetOptions) -> Result<()> {
-    let label = path.display();
-    let found = status(path, options)?;
+pub fn forget(address: impl Into<DiskAddress>, options: &TargetOptions) -> Result<()> {
+    let label = address.into();
+    let found = status(&label, options)?;
     if found.session.is_some() || found.running {
         let text = format!("forget the state of {label}: a session of it is unfinished");
         return Err(Error::new(ErrorKind::Target, text));
     }
-    let state_path = options.state_path(path);
+    let state_path = options.state_path(&label);
     let failed = |cause| {
         let cause =
             blockferry_device::Error::from_io(format!("forget the state of {label}"), cause);
@@ -270,26 +284,26 @@ pub fn forget(path: &Path, options: &TargetOptions) -> Result<()> {
 
 /// Every target that was synced from this host and still has a state at its usual place.
 #[must_use]
-pub fn list_targets(device_state_root: &Path) -> Vec<PathBuf> {
+pub fn list_targets(device_state_root: &Path) -> Vec<DiskAddress> {
     let Ok(entries) = fs::read_dir(device_state_root.join("targets")) else {
         return Vec::new();
     };
     let usual = TargetOptions::new(device_state_root);
-    let has_state = |target: &PathBuf| {
+    let has_state = |target: &DiskAddress| {
         // A device that is not plugged in looks like a file that is absent.
         let places = [
             usual.state_path(target),
-            device_state_root.join(flat_name(target)),
+            device_state_root.join(target.flat_name()),
         ];
         places.iter().any(|place| !is_absent(place))
     };
-    let mut targets: Vec<PathBuf> = entries
+    let mut targets: Vec<DiskAddress> = entries
         .flatten()
         .filter_map(|e| fs::read(e.path()).ok())
-        .map(|path| PathBuf::from(OsString::from_vec(path)))
+        .filter_map(|text| DiskAddress::parse(OsString::from_vec(text)).ok())
         .filter(has_state)
         .collect();
-    targets.sort();
+    targets.sort_by_key(DiskAddress::text);
     targets
 }
 

@@ -7,6 +7,7 @@ use blockferry_device::{BlockSource, FromMedium};
 use blockferry_pipeline::Phase;
 use blockferry_transfer_log::{Recovered, Unwritten};
 
+use crate::anchor::is_proven;
 use crate::compare::scan_leaves;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence;
@@ -39,13 +40,15 @@ pub fn cancel(target: &mut Target, context: &Context) -> Result<Outcome> {
     Ok(outcome_of(target, context, start, outcome, freed, message))
 }
 
-/// Returns the target to the point before its last sync.
+/// Returns the target to the point before its last sync. One that has no evidence that nobody wrote it since, or whose
+/// evidence was lost, is read first, and has to be exactly at its point.
 ///
 /// # Errors
 /// There is no old point, or the target was written since.
 pub fn rollback(target: &mut Target, context: &Context) -> Result<Outcome> {
     let start = context.clock.now();
     take(target)?;
+    confirm(target, context)?;
     context.progress(Phase::RollingBack, 0, 1, 0);
     target
         .replica
@@ -60,6 +63,21 @@ pub fn rollback(target: &mut Target, context: &Context) -> Result<Outcome> {
         0,
         message,
     ))
+}
+
+/// Reads what evidence does not tell.
+fn confirm(target: &mut Target, context: &Context) -> Result<()> {
+    let replica = &target.replica;
+    if replica.retained().is_none() || replica.unfinished().is_some() || is_proven(target)? {
+        return Ok(());
+    }
+    let Some(point) = replica.point().map(|point| point.id) else {
+        return Ok(());
+    };
+    if verify_target(target, context)?.matches {
+        target.replica.confirm(point);
+    }
+    Ok(())
 }
 
 /// Lets the old point go and frees what held it.

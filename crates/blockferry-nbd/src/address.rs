@@ -103,6 +103,15 @@ impl NbdAddress {
         absolute
     }
 
+    /// The export alone, however its server is trusted: the same for the same disk.
+    #[must_use]
+    pub fn disk(&self) -> Self {
+        Self {
+            tls: None,
+            ..self.clone()
+        }
+    }
+
     /// What the certificate of the server has to be for.
     #[cfg(feature = "tls")]
     pub(crate) fn server_name(&self) -> &str {

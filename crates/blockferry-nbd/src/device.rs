@@ -59,6 +59,8 @@ impl Default for NbdOptions {
 pub struct NbdDevice {
     address: NbdAddress,
     label: String,
+    /// The same for the same disk, however it is named and reached.
+    pub(crate) name: String,
     contexts: Vec<String>,
     history: Option<History>,
     silence: Duration,
@@ -131,10 +133,12 @@ impl NbdDevice {
     /// Nobody answers, there is no such export, or it cannot be used.
     pub fn open_source(address: &NbdAddress, options: &NbdOptions) -> Result<Arc<Self>> {
         let history = options.bitmap.clone().map(History::Bitmap);
-        Self::open_as(address, history, options, address.to_string()).map(Arc::new)
+        let mut device = Self::open_as(address, history, options, address.to_string())?;
+        device.name = address.absolute().disk().to_string();
+        Ok(Arc::new(device))
     }
 
-    /// Under a name of its own in messages.
+    /// Under a name of its own.
     pub(crate) fn open_as(
         address: &NbdAddress,
         history: Option<History>,
@@ -153,6 +157,7 @@ impl NbdDevice {
         }
         Ok(Self {
             address: address.clone(),
+            name: label.clone(),
             label,
             contexts,
             history,
@@ -184,20 +189,25 @@ impl NbdDevice {
     /// As [`Self::open_source`]; or it is read-only, or its server makes nothing durable.
     pub fn open_target(address: &NbdAddress, options: &NbdOptions) -> Result<Arc<Self>> {
         let device = Self::open_source(address, options)?;
+        device.refuse_unwritable()?;
+        Ok(device)
+    }
+
+    pub(crate) fn refuse_unwritable(&self) -> Result<()> {
         let refused = |kind, why: &str| {
-            let text = format!("open {} to write: {why}", device.label);
+            let text = format!("open {} to write: {why}", self.label);
             Err(Error::new(kind, text))
         };
-        if device.export.can(flag::READ_ONLY) {
+        if self.export.can(flag::READ_ONLY) {
             return refused(ErrorKind::Denied, "the server exports it read-only");
         }
-        if !device.export.can(flag::FLUSH) {
+        if !self.export.can(flag::FLUSH) {
             return refused(
                 ErrorKind::Unsupported,
                 "the server offers no flush, so nothing on it is ever known to be durable",
             );
         }
-        Ok(device)
+        Ok(())
     }
 
     /// What the bitmap of [`NbdOptions::bitmap`] says: what was written since it was begun, and that all else is the
@@ -340,7 +350,7 @@ impl NbdDevice {
             "a connection to {} was lost before a flush: what was written since the flush before is not known",
             self.label
         );
-        Err(Error::new(ErrorKind::Io, text))
+        Err(Error::new(ErrorKind::Lost, text))
     }
 
     fn with_connection<T>(
@@ -389,7 +399,7 @@ impl NbdDevice {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         drop(pool);
-        let opened = self.open_another();
+        let opened = self.open_another().map_err(Error::into_lost);
         if opened.is_err() {
             lock(&self.pool).made -= 1;
             self.returned.notify_one();
@@ -511,7 +521,7 @@ impl BlockSource for NbdDevice {
     }
 
     fn identity(&self) -> Result<Identity> {
-        let digest = block_digest(self.label.as_bytes());
+        let digest = block_digest(self.name.as_bytes());
         Ok(Identity::from_bytes(digest.as_bytes()))
     }
 

@@ -54,7 +54,7 @@ mod wire;
 
 pub use address::{NbdAddress, PORT};
 pub use device::{NbdDevice, NbdOptions};
-pub use image::{open_image, open_overlay};
+pub use image::{open_image, open_image_target, open_overlay};
 pub use server::{
     MOST_CLIENTS, NbdExport, NbdListener, NbdServer, NbdServerOptions, Served, ServerEvent,
 };

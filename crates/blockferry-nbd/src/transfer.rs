@@ -25,8 +25,10 @@ pub(crate) enum Failure {
 
 impl Failure {
     pub(crate) fn into_error(self) -> Error {
-        let (Self::Refused(error) | Self::Broken(error)) = self;
-        error
+        match self {
+            Self::Refused(error) => error,
+            Self::Broken(error) => error.into_lost(),
+        }
     }
 }
 

@@ -80,6 +80,19 @@ impl Error {
         }
     }
 
+    /// The device below is gone: nothing can be done with it until it is back.
+    pub(crate) fn is_of_lost_device(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = cause {
+            let device = error.downcast_ref::<blockferry_device::Error>();
+            if device.is_some_and(|e| e.kind() == blockferry_device::ErrorKind::Lost) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    }
+
     /// The same failure, now with a decision that waits to be carried out.
     pub(crate) fn pending(attempt: impl Into<String>, cause: Self) -> Self {
         Self {

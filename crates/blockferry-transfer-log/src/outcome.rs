@@ -159,7 +159,7 @@ fn exchange(replica: &Replica, header: &SegmentHeader) -> Result<u64> {
 }
 
 /// After a failure between COMMIT and APPLIED: back to the old point where pre-images allow, else the decision
-/// stays and the next open carries it out.
+/// stays and the next open carries it out. A device that is gone goes nowhere: it is as after a power loss.
 fn back_out(
     replica: &mut Replica,
     header: &SegmentHeader,
@@ -167,7 +167,8 @@ fn back_out(
     error: Error,
     progress: Progress<'_>,
 ) -> Error {
-    if header.strategy != Strategy::Redo || header.undo != Undo::Keep {
+    let has_way_back = header.strategy == Strategy::Redo && header.undo == Undo::Keep;
+    if !has_way_back || error.is_of_lost_device() {
         return Error::pending("the new point is committed but not yet in place", error);
     }
     let restored = replica

@@ -75,6 +75,8 @@ pub struct Replica {
     /// Whether the target's directory exchanges names, once that was tried.
     exchanges: OnceLock<bool>,
     anchored: Anchored,
+    /// The point that the caller has read and found in the target.
+    confirmed: Option<SessionId>,
     _lock: Box<dyn LockGuard>,
 }
 
@@ -109,6 +111,7 @@ impl Replica {
             stranded: None,
             exchanges: OnceLock::new(),
             anchored,
+            confirmed: None,
             _lock: lock,
         };
         replica.check_identity()?;
@@ -492,10 +495,16 @@ impl Replica {
         self.publish_slot(slot)
     }
 
+    /// The caller has read all of the target from its medium and found exactly this point: for the next [`Self::rollback`]
+    /// as good as evidence that nobody wrote it.
+    pub fn confirm(&mut self, point: SessionId) {
+        self.confirmed = Some(point);
+    }
+
     /// Returns the target to the point before.
     ///
     /// # Errors
-    /// There is none, the target was written since, or it failed.
+    /// There is none, nothing says that nobody wrote the target since, or it failed.
     pub fn rollback(&mut self, progress: Progress<'_>) -> Result<Option<Point>> {
         let (Some(retained), Some(current)) = (self.retained().cloned(), self.point().cloned())
         else {
@@ -506,7 +515,8 @@ impl Replica {
                 "a session is unfinished: cancel it before rolling back",
             ));
         }
-        if self.unwritten()? != Unwritten::Proven {
+        let is_confirmed = self.confirmed.take() == Some(current.id);
+        if !is_confirmed && self.unwritten()? != Unwritten::Proven {
             return Err(Error::refused(format!(
                 "{} is not provably unwritten since its point was applied: pre-images would tear it. Outside \
                  of what changed both points are equal: sync again from a source that is at the old point",

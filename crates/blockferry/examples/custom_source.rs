@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("{}: {} of {} bytes", p.phase, p.done_bytes, p.total_bytes);
         }
     });
-    let mut target = Target::open(&place.join("copy.raw"), &TargetOptions::new(&place))?;
+    let mut target = Target::open(place.join("copy.raw"), &TargetOptions::new(&place))?;
     let options = SyncOptions::default();
     let receipt = sync(Arc::new(Volume), &mut target, &options, &context)?;
     println!("{}: root {}", receipt.outcome, receipt.target_root);

@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: a directory with disks, the real command run on them, and its answers.
 
+mod nbd;
 mod places;
 mod run;
 mod traced;
@@ -11,6 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockferry_testkit::{Random, images};
 
+pub(crate) use nbd::{EXPORT, NbdServer};
 pub(crate) use places::{LoopDevice, MountedFileSystem, skipped};
 pub(crate) use run::{
     Answer, Child, command, command_of, output, tool, while_starting, with_files,

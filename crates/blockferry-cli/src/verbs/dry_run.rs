@@ -1,9 +1,9 @@
 //! `sync --dry-run`: what a sync would do, from a sample; nothing is written on either side.
 
-use crate::address::{Address, Location, Readable};
+use crate::address::Location;
 use crate::arguments::SyncArguments;
 use crate::engine::transport::message::Role;
-use crate::engine::{self, Prediction, format_size};
+use crate::engine::{self, DiskAddress, Prediction, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output::Output;
@@ -15,8 +15,8 @@ use crate::verbs::sync::{options, refuse_same};
 
 /// Of a target that is here.
 pub(crate) fn run(
-    source: &Location<Readable>,
-    target: &Address,
+    source: &Location,
+    target: &DiskAddress,
     arguments: &SyncArguments,
     session: &Session,
 ) -> Result<Exit, Failure> {
@@ -26,14 +26,14 @@ pub(crate) fn run(
             let disk = super::open(source, arguments.pace.crash_consistent)?;
             refuse_same(source, target)?;
             let (context, _display) = session.context(Look::Bar);
-            engine::predict(&disk, target.path(), &place, &options, &context)
+            engine::predict(&disk, target, &place, &options, &context)
         }
         Location::There(there) => {
             let way = Way::new(there, &arguments.reach)?;
             let asked = Asked::of_source(&arguments.pace);
             let (context, _display) = session.context(Look::Bar);
             let (_held, connection) = way.connect(Role::Source, &asked, session)?;
-            engine::predict_from_peer(connection, target.path(), &place, &options, &context)
+            engine::predict_from_peer(connection, target, &place, &options, &context)
         }
     };
     report(&outcome.map_err(|error| session.failure(&error))?, session);

@@ -18,7 +18,8 @@ use crate::engine::nbd::{
     NbdAddress, NbdExport, NbdListener, NbdServer, NbdServerOptions, Served, ServerEvent,
 };
 use crate::engine::{
-    self, BlockSource, BlockTarget, ExportPoint, Exported, SessionId, format_size, list_targets,
+    self, BlockSource, BlockTarget, DiskAddress, ExportPoint, Exported, SessionId, format_size,
+    list_targets,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -29,8 +30,8 @@ use crate::verbs::report::{Facts, age, duration, short};
 const TICK: Duration = Duration::from_millis(50);
 
 pub(crate) fn run(arguments: &ExportArguments, session: &Session) -> Result<Exit, Failure> {
-    let (path, point) = wanted(arguments, session)?;
-    let target = super::open_known(&path, session)?;
+    let (address, point) = wanted(arguments, session)?;
+    let target = super::open_known(&address, session)?;
     let exported = engine::export(target, point).map_err(|error| session.failure(&error))?;
     let Exported {
         source,
@@ -41,7 +42,7 @@ pub(crate) fn run(arguments: &ExportArguments, session: &Session) -> Result<Exit
     let told = Told {
         event: "exporting",
         address: entrance.address.to_string(),
-        target: path.display().to_string(),
+        target: address.to_string(),
         point: name_of(point),
         sync_point: known.as_ref().map(|known| known.id.clone()),
         size_bytes: source.size_bytes(),
@@ -79,18 +80,18 @@ pub(crate) fn run(arguments: &ExportArguments, session: &Session) -> Result<Exit
 fn wanted(
     arguments: &ExportArguments,
     session: &Session,
-) -> Result<(PathBuf, ExportPoint), Failure> {
-    let path = arguments.target.absolute();
+) -> Result<(DiskAddress, ExportPoint), Failure> {
+    let address = arguments.target.absolute();
     let named = arguments
         .target
         .path()
-        .to_str()
+        .and_then(Path::to_str)
         .and_then(SessionId::from_hex);
     let point = arguments.point.map(ExportPoint::from);
-    let Some(id) = named.filter(|_| !path.exists()) else {
-        return Ok((path, point.unwrap_or(ExportPoint::Current)));
+    let Some(id) = named.filter(|_| !address.path().is_some_and(Path::exists)) else {
+        return Ok((address, point.unwrap_or(ExportPoint::Current)));
     };
-    let (path, found) = find(&id.to_string(), session).ok_or_else(|| {
+    let (address, found) = find(&id.to_string(), session).ok_or_else(|| {
         let message = format!("no target of this host has a point {id}");
         Failure::new(Exit::Target, message)
             .with_hint("the targets and their points are shown by: blockferry status --verbose")
@@ -98,19 +99,19 @@ fn wanted(
     match point {
         Some(other) if other != found => Err(Failure::new(
             Exit::Usage,
-            format!("{id} is the {} point of {}", name_of(found), path.display()),
+            format!("{id} is the {} point of {address}", name_of(found)),
         )),
-        _ => Ok((path, found)),
+        _ => Ok((address, found)),
     }
 }
 
 /// Where a point of this id is, and which one it is there.
-fn find(id: &str, session: &Session) -> Option<(PathBuf, ExportPoint)> {
+fn find(id: &str, session: &Session) -> Option<(DiskAddress, ExportPoint)> {
     let options = session.target_options();
     list_targets(&options.device_state_root)
         .into_iter()
-        .find_map(|path| {
-            let status = engine::status(&path, &options).ok()?;
+        .find_map(|address| {
+            let status = engine::status(&address, &options).ok()?;
             let has =
                 |point: &Option<engine::PointStatus>| point.as_ref().is_some_and(|p| p.id == id);
             let point = if has(&status.point) {
@@ -122,7 +123,7 @@ fn find(id: &str, session: &Session) -> Option<(PathBuf, ExportPoint)> {
             } else {
                 return None;
             };
-            Some((path, point))
+            Some((address, point))
         })
 }
 

@@ -1,10 +1,8 @@
 //! `resume TARGET`: reopens the recorded source and goes on; nothing that was durable is sent again.
 
-use std::path::Path;
-
-use crate::address::{Address, AddressError, Location};
+use crate::address::{AddressError, Location};
 use crate::arguments::ResumeArguments;
-use crate::engine;
+use crate::engine::{self, DiskAddress};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::progress::Look;
@@ -13,7 +11,7 @@ use crate::verbs::sync::{self, Request, Terms};
 
 pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit, Failure> {
     let target = &arguments.target;
-    let recorded = engine::resume_source(target.path(), &session.target_options())
+    let recorded = engine::resume_source(target, &session.target_options())
         .map_err(|error| session.failure(&error))?;
     let finished = finish_decided(target, session)?;
     let source = match Location::parse(recorded.clone().into()) {
@@ -47,7 +45,7 @@ pub(crate) fn run(arguments: &ResumeArguments, session: &Session) -> Result<Exit
 
 /// What is committed needs its source no more: it is carried out whether or not that can still be opened. What is on
 /// its way back does not go forward again. Returns whether there was anything to carry out.
-fn finish_decided(target: &Address, session: &Session) -> Result<bool, Failure> {
+fn finish_decided(target: &DiskAddress, session: &Session) -> Result<bool, Failure> {
     let (path, options) = (target.absolute(), session.target_options());
     let failed = |error: engine::Error| sync::explain_decision(&error, &path, session);
     match &*engine::status(&path, &options).map_err(failed)?.state {
@@ -63,11 +61,9 @@ fn finish_decided(target: &Address, session: &Session) -> Result<bool, Failure> 
     Ok(true)
 }
 
-fn on_its_way_back(target: &Path, session: &Session) -> Failure {
-    let message = format!(
-        "{} is on its way back to its old point: there is no run to resume",
-        target.display()
-    );
+fn on_its_way_back(target: &DiskAddress, session: &Session) -> Failure {
+    let message =
+        format!("{target} is on its way back to its old point: there is no run to resume");
     Failure::new(Exit::Usage, message).with_hint(format!(
         "finish with: {}",
         session.command("rollback", target)

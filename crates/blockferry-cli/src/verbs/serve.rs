@@ -5,19 +5,15 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::address::Readable;
 use crate::arguments::ServeArguments;
 use crate::engine::failover::serve_machine;
-use crate::engine::nbd::NbdAddress;
 use crate::engine::transport::message::{Open, Role};
 use crate::engine::transport::{self, Message};
 use crate::engine::{
-    self, BlockSource, Connection, Context, Deadlines, Error, ErrorKind, Link, PeerObserver,
+    self, Connection, Context, Deadlines, DiskAddress, Error, ErrorKind, Link, PeerObserver,
     Target, TargetOptions,
 };
 use crate::exit::Exit;
@@ -78,19 +74,20 @@ fn over_stdio(session: &Session) -> Result<Exit, Failure> {
         Ok((open, asked))
     });
     let outcome = match served {
-        Ok((open, asked)) => {
-            let disk = Disk {
-                path: PathBuf::from(OsString::from_vec(open.path)),
-                place: session.target_options(),
-            };
-            serve(
-                connection,
-                open.role,
-                disk,
-                &asked,
-                session.silent_context(),
-            )
-        }
+        Ok((open, asked)) => match DiskAddress::parse(OsString::from_vec(open.path)) {
+            Ok(address) => {
+                let place = session.target_options();
+                let context = session.silent_context();
+                serve(
+                    connection,
+                    open.role,
+                    Disk { address, place },
+                    &asked,
+                    context,
+                )
+            }
+            Err(error) => refuse(connection, Error::new(ErrorKind::Usage, error.to_string())),
+        },
         Err(error) => refuse(connection, error),
     };
     // The other side was told, or is gone.
@@ -132,7 +129,7 @@ fn refuse<T>(connection: Connection, error: Error) -> Result<T, Error> {
 /// A disk that is served.
 #[derive(Debug)]
 struct Disk {
-    path: PathBuf,
+    address: DiskAddress,
     /// Of a target.
     place: TargetOptions,
 }
@@ -164,7 +161,7 @@ fn serve(
     mut context: Context,
 ) -> Result<Served, Error> {
     if role == Role::Source {
-        serve_source(connection, &disk.path, asked, &context)?;
+        serve_source(connection, &disk.address, asked, &context)?;
         return Ok(Served::nothing_here("read"));
     }
     context = context.with_observer(PeerObserver::new(&connection));
@@ -183,11 +180,11 @@ fn not_known(why: &str) -> Error {
 
 fn serve_source(
     connection: Connection,
-    path: &Path,
+    address: &DiskAddress,
     asked: &Asked,
     context: &Context,
 ) -> Result<(), Error> {
-    match open_disk(path, asked.pace.crash_consistent) {
+    match super::open(address, asked.pace.crash_consistent) {
         Ok(disk) => engine::serve_source(&disk, connection, threads(asked), context).map(drop),
         Err(failure) => {
             let mut text = failure.message().to_owned();
@@ -197,17 +194,6 @@ fn serve_source(
             refuse(connection, Error::new(ErrorKind::Source, text))
         }
     }
-}
-
-/// A path, or an NBD export that this host reaches.
-fn open_disk(path: &Path, crash_consistent: bool) -> Result<Arc<dyn BlockSource>, Failure> {
-    let text = path.to_str().unwrap_or_default();
-    if !NbdAddress::is_meant_by(text) {
-        return super::open_path(path, crash_consistent);
-    }
-    let export = text.parse::<NbdAddress>();
-    let export = export.map_err(|error| Failure::source(&error))?;
-    super::open(&Readable::Nbd(export), crash_consistent)
 }
 
 /// As many as asked for, or as there are processors.
@@ -222,21 +208,21 @@ fn serve_target(
     asked: &Asked,
     context: &Context,
 ) -> Result<Served, Error> {
-    let Disk { path, mut place } = disk;
+    let Disk { address, mut place } = disk;
+    let address = address.absolute();
     if let Some(state) = &asked.state {
         match file_url::path_or_url(state.into()) {
             Ok(path) => place.state_dir = Some(path),
             Err(why) => return refuse(connection, not_known(why)),
         }
     }
-    let path = std::path::absolute(&path).unwrap_or(path);
     if asked.dry_run {
-        engine::predict_from_peer(connection, &path, &place, &asked.options(), context)?;
+        engine::predict_from_peer(connection, &address, &place, &asked.options(), context)?;
         return Ok(Served::nothing_here("predicted"));
     }
     let end = Instant::now() + HELD;
     let opened = loop {
-        match Target::open(&path, &place) {
+        match Target::open(&address, &place) {
             Err(error)
                 if asked.reconnecting
                     && error.is_busy()

@@ -1,14 +1,14 @@
 //! `status [TARGET]`: where a target stands and the commands that go on and back. Reads only.
 
-use std::path::{Path, PathBuf};
-
 use serde::Serialize;
 
+use crate::address::typed;
 use crate::arguments::StatusArguments;
-use crate::engine::{self, PointStatus, SessionStatus, Status, TargetOptions, format_size};
+use crate::engine::{
+    self, DiskAddress, PointStatus, SessionStatus, Status, TargetOptions, format_size,
+};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::file_url;
 use crate::output::Output;
 use crate::session::{Session, device_state_root};
 use crate::verbs::report::{Facts, age, short};
@@ -23,9 +23,9 @@ pub(crate) fn run(arguments: &StatusArguments, session: &Session) -> Result<Exit
     }
 }
 
-fn one(path: &Path, session: &Session) -> Result<Exit, Failure> {
-    let status =
-        look(path, &session.target_options(), session).map_err(|error| session.failure(&error))?;
+fn one(target: &DiskAddress, session: &Session) -> Result<Exit, Failure> {
+    let status = look(target, &session.target_options(), session)
+        .map_err(|error| session.failure(&error))?;
     session.output.summary("status", &status);
     describe(&status, &session.output);
     Ok(Exit::Done)
@@ -33,18 +33,18 @@ fn one(path: &Path, session: &Session) -> Result<Exit, Failure> {
 
 /// The status, its next steps as commands that can be pasted.
 pub(crate) fn look(
-    path: &Path,
+    target: &DiskAddress,
     options: &TargetOptions,
     session: &Session,
 ) -> engine::Result<Status> {
-    let mut status = engine::status(path, options)?;
+    let mut status = engine::status(target, options)?;
     for step in &mut status.next {
         // The engine names verb and target; quoting and `--state` are the command line's.
         let words = step
             .command
             .strip_suffix(&status.target)
             .unwrap_or(&step.command);
-        step.command = session.command(words.trim_end(), path);
+        step.command = session.command(words.trim_end(), target);
     }
     Ok(status)
 }
@@ -161,11 +161,11 @@ struct Entry {
 /// Every target synced from this host, whatever state it is in; one that cannot be read is still listed.
 fn all(session: &Session) {
     let options = session.target_options();
-    let entry = |path: PathBuf| {
-        let found = look(&path, &options, session);
+    let entry = |target: DiskAddress| {
+        let found = look(&target, &options, session);
         let error = found.as_ref().err().map(|error| session.failure(error));
         Entry {
-            path: file_url::text_of(&path),
+            path: typed(&target),
             status: found.ok(),
             error: error.map(|failure| failure.message().to_owned()),
         }

@@ -1,14 +1,13 @@
 //! `sync SOURCE TARGET`: brings the target up to date, continuing where an interrupted run stopped.
 
-use std::path::Path;
-
 use serde::de::DeserializeOwned;
 
-use crate::address::{Address, Location, Readable, There};
+use crate::address::{Location, There, pushed_from, typed};
 use crate::arguments::{Pace, Reach, SyncArguments};
 use crate::engine::transport::message::Role;
 use crate::engine::{
-    self, Context, ErrorKind, Proof, Receipt, Strategy, SyncOptions, Target, format_size,
+    self, Context, DiskAddress, ErrorKind, Proof, Receipt, Strategy, SyncOptions, Target,
+    format_size,
 };
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -63,8 +62,8 @@ pub(crate) fn run(arguments: &SyncArguments, session: &Session) -> Result<Exit, 
 /// What to bring where, and how.
 #[derive(Debug)]
 pub(crate) struct Request<'a> {
-    pub(crate) source: &'a Location<Readable>,
-    pub(crate) target: &'a Address,
+    pub(crate) source: &'a Location,
+    pub(crate) target: &'a DiskAddress,
     pub(crate) options: SyncOptions,
     pub(crate) pace: &'a Pace,
     pub(crate) reach: &'a Reach,
@@ -169,7 +168,7 @@ fn with_patience<T>(
 
 /// Brings a target on another host to the content of a disk here.
 fn push(
-    source: &Readable,
+    source: &DiskAddress,
     target: &There,
     arguments: &SyncArguments,
     session: &Session,
@@ -177,7 +176,7 @@ fn push(
     let disk = super::open(source, arguments.pace.crash_consistent)?;
     let way = Way::new(target, &arguments.reach)?;
     let state = session.state_dir().map(file_url::text_of);
-    let recorded = source.pushed_from(&host_name());
+    let recorded = pushed_from(source, &host_name());
     let mut asked = Asked::of_target(arguments, recorded, state.clone());
     let (context, display) = session.context(Look::Bar);
     let outcome = with_patience(&way, &context, session, |patience| {
@@ -231,18 +230,23 @@ fn host_name() -> String {
 }
 
 /// Asked before the target is opened, because its lock would only say that someone holds it: we ourselves.
-pub(crate) fn refuse_same(source: &Readable, target: &Address) -> Result<(), Failure> {
-    let Readable::Path(source) = source else {
-        return Ok(());
-    };
-    match engine::same_object(source.path(), target.path()) {
-        Ok(true) => Err(Failure::new(
-            Exit::Usage,
-            format!("source {source} and target {target} are the same disk"),
-        )),
+pub(crate) fn refuse_same(source: &DiskAddress, target: &DiskAddress) -> Result<(), Failure> {
+    let is_same = match (source, target) {
+        (DiskAddress::Nbd(source), DiskAddress::Nbd(target)) => {
+            source.absolute().disk() == target.absolute().disk()
+        }
         // What cannot be looked at is refused when it is opened, with a better message.
-        Ok(false) | Err(_) => Ok(()),
+        _ => match (source.path(), target.path()) {
+            (Some(source), Some(target)) => engine::same_object(source, target).unwrap_or(false),
+            _ => false,
+        },
+    };
+    if !is_same {
+        return Ok(());
     }
+    let (source, target) = (typed(source), typed(target));
+    let message = format!("source {source} and target {target} are the same disk");
+    Err(Failure::new(Exit::Usage, message))
 }
 
 /// Block size, undo and a cut that was agreed to belong to the session.
@@ -275,7 +279,7 @@ pub(crate) fn options(arguments: &SyncArguments) -> SyncOptions {
 /// What a failed run leaves, and the command that goes on.
 fn explain(
     error: &engine::Error,
-    target: &Path,
+    target: &DiskAddress,
     pace: &Pace,
     reach: &str,
     in_place: bool,
@@ -350,7 +354,11 @@ fn explain_pushed(
 }
 
 /// A failure that may leave a decision, or the target, in doubt.
-pub(crate) fn explain_decision(error: &engine::Error, target: &Path, session: &Session) -> Failure {
+pub(crate) fn explain_decision(
+    error: &engine::Error,
+    target: &DiskAddress,
+    session: &Session,
+) -> Failure {
     let failure = session.failure(error);
     match error.kind() {
         ErrorKind::DecisionPending => {

@@ -1,8 +1,8 @@
 //! `verify A B` compares two disks; `verify TARGET` reads a target completely and checks it against its point.
 
-use crate::address::{Address, Readable};
+use crate::address::typed;
 use crate::arguments::VerifyArguments;
-use crate::engine::{self, VerifyReport, format_size};
+use crate::engine::{self, DiskAddress, VerifyReport, format_size};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::progress::Look;
@@ -13,14 +13,11 @@ use crate::verbs::report::{duration, short};
 pub(crate) fn run(arguments: &VerifyArguments, session: &Session) -> Result<Exit, Failure> {
     match &arguments.second {
         Some(second) => pair(&arguments.first, second, session),
-        None => match arguments.first.target() {
-            Ok(address) => target(address, session),
-            Err(error) => Err(Failure::from_error(Exit::Usage, &error)),
-        },
+        None => target(&arguments.first, session),
     }
 }
 
-fn pair(first: &Readable, second: &Readable, session: &Session) -> Result<Exit, Failure> {
+fn pair(first: &DiskAddress, second: &DiskAddress, session: &Session) -> Result<Exit, Failure> {
     let a = super::open(first, true)?;
     let b = super::open(second, true)?;
     let (context, display) = session.context(Look::Bar);
@@ -36,7 +33,7 @@ fn pair(first: &Readable, second: &Readable, session: &Session) -> Result<Exit, 
     })
 }
 
-fn target(address: &Address, session: &Session) -> Result<Exit, Failure> {
+fn target(address: &DiskAddress, session: &Session) -> Result<Exit, Failure> {
     let failure = |error: engine::Error| session.failure(&error);
     let mut target = super::open_known(&address.absolute(), session)?;
     let (context, display) = session.context(Look::Bar);
@@ -47,7 +44,8 @@ fn target(address: &Address, session: &Session) -> Result<Exit, Failure> {
     let time = duration(report.elapsed_seconds);
     if report.matches {
         session.output.say(format_args!(
-            "matches: {address} is exactly at its recorded point (root {}, {time})",
+            "matches: {} is exactly at its recorded point (root {}, {time})",
+            typed(address),
             short(&report.found_root)
         ));
         return Ok(Exit::Done);

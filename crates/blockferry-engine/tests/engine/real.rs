@@ -50,7 +50,7 @@ impl Place {
     }
 
     fn open(&self) -> Target {
-        Target::open(&self.path("old.raw"), &self.options()).unwrap()
+        Target::open(self.path("old.raw"), &self.options()).unwrap()
     }
 
     fn sync(&self, options: &SyncOptions) -> blockferry_engine::Receipt {
@@ -103,7 +103,7 @@ fn a_point_that_is_exported_keeps_its_target_locked_until_it_is_let_go() {
 
         assert!(whole(&*old.source) == place.old, "{strategy}");
         assert!(old.point.is_none(), "the first sync knew no name for it");
-        let held = Target::open(&place.path("old.raw"), &place.options()).unwrap_err();
+        let held = Target::open(place.path("old.raw"), &place.options()).unwrap_err();
         assert!(held.is_busy(), "{held}");
         drop(old);
         let current = export(place.open(), ExportPoint::Current).unwrap();
@@ -163,7 +163,7 @@ fn a_prediction_writes_nothing_and_says_what_the_sync_then_does() {
 
         let predicted = predict(
             &place.source(),
-            &place.path("old.raw"),
+            place.path("old.raw"),
             &place.options(),
             &options(|_| ()),
             &Context::default(),
@@ -257,12 +257,12 @@ fn targets_are_listed_as_long_as_they_have_a_state() {
     place.sync(&options(|_| ()));
     let list = || list_targets(&place.path("root"));
 
-    assert_eq!(list(), [path.canonicalize().unwrap()]);
+    assert_eq!(list(), [path.canonicalize().unwrap().into()]);
     // A target that is gone for now still has one.
     fs::rename(&path, place.path("away")).unwrap();
-    assert_eq!(list(), [path]);
+    assert_eq!(list(), [path.into()]);
     fs::remove_dir_all(place.path(".old.raw.blockferry")).unwrap();
-    assert_eq!(list(), Vec::<PathBuf>::new());
+    assert_eq!(list(), []);
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn two_runs_never_meet_even_with_states_of_their_own() {
     let _held = place.open();
     let other = place.options().with_state_dir(Some(place.path("other")));
 
-    let refused = Target::open(&place.path("old.raw"), &other).unwrap_err();
+    let refused = Target::open(place.path("old.raw"), &other).unwrap_err();
 
     assert_eq!(refused.kind(), ErrorKind::Target);
 }

@@ -136,6 +136,8 @@ impl fmt::Display for Operation {
 pub enum FaultKind {
     /// The operation fails as with EIO. Of what was unflushed on that file, an unknown part is lost for good.
     Io,
+    /// As [`Self::Io`], with ENODEV: the device was unplugged, or its server is gone.
+    Gone,
     /// The operation fails as with ENOSPC; a write may have got half way.
     NoSpace,
     /// The operation does only a part and fails, as where a system call goes on returning a count of 0. Of a write

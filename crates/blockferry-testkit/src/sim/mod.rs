@@ -522,6 +522,9 @@ impl World {
             Some(kind @ FaultKind::Interrupted) => {
                 Verdict::Fail(failed(ErrorKind::Io, "injected interruption"), kind)
             }
+            Some(kind @ FaultKind::Gone) => {
+                Verdict::Fail(failed(ErrorKind::Lost, "injected loss of the device"), kind)
+            }
             Some(kind) => Verdict::Fail(failed(ErrorKind::Io, "injected input/output error"), kind),
         }
     }

@@ -374,6 +374,7 @@ fn a_failed_read_leaves_nothing_to_believe_and_the_handle_alive() {
     let file = disk.dir("d").open("f").unwrap().unwrap();
     for (kind, expected) in [
         (FaultKind::Io, ErrorKind::Io),
+        (FaultKind::Gone, ErrorKind::Lost),
         (FaultKind::Interrupted, ErrorKind::Io),
         (FaultKind::Short, ErrorKind::OutOfRange),
     ] {

@@ -14,8 +14,9 @@ use crate::model::{Promise, check};
 use crate::story::{Step, Story};
 
 /// How a call that changes something fails.
-const OF_OPERATIONS: [FaultKind; 4] = [
+const OF_OPERATIONS: [FaultKind; 5] = [
     FaultKind::Io,
+    FaultKind::Gone,
     FaultKind::NoSpace,
     FaultKind::Short,
     FaultKind::Interrupted,

@@ -384,6 +384,35 @@ fn a_failing_target_is_returned_to_its_old_point() {
 }
 
 #[test]
+fn a_target_that_is_gone_while_it_is_written_goes_on_once_it_is_back() {
+    for place in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        for operation in [OperationKind::Write, OperationKind::Flush] {
+            let (setup, disk) = (&place, place.machine(Some(&old())));
+            let mut replica = setup.open(&disk).unwrap();
+            let target = replica.target();
+            let mut session = replica.begin(&setup.plan(1, &new())).unwrap();
+            setup.finish(&mut session, target.as_ref(), &new()).unwrap();
+            disk.inject(Fault::on(operation, TARGET, 1, FaultKind::Gone));
+
+            let failed = session.commit(root(&new()), &quiet).unwrap_err();
+
+            assert_eq!(failed.kind(), ErrorKind::DecisionPending, "{operation:?}");
+            drop(replica);
+            let mut replica = setup.open(&disk).unwrap();
+            assert_eq!(
+                replica.recovered(),
+                &Recovered::Applied(id(1)),
+                "not back, where it is not"
+            );
+            assert_eq!(setup.content(&disk), Some(new()), "{operation:?}");
+            replica.rollback(&quiet).unwrap();
+            assert_eq!(setup.content(&disk), Some(old()), "{operation:?}");
+            assert_eq!(disk.misuses(), Vec::<String>::new());
+        }
+    }
+}
+
+#[test]
 fn a_full_log_leaves_a_session_that_resumes() {
     for setup in [Setup::file(Strategy::Redo), Setup::file(Strategy::Clone)] {
         let disk = setup.machine(Some(&old()));

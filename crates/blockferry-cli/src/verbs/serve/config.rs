@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::Disk;
 use crate::engine::transport::message::Role;
 use crate::engine::transport::tls::{Identity, Peer};
-use crate::engine::{TargetOptions, parse_size};
+use crate::engine::{DiskAddress, TargetOptions, parse_size};
 use crate::exit::Exit;
 use crate::export::is_name;
 use crate::failure::Failure;
@@ -45,7 +45,7 @@ struct Written {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Export {
-    path: PathBuf,
+    path: DiskAddress,
     /// Names of certificates whose hosts may sync from it.
     #[serde(default)]
     read: Vec<String>,
@@ -109,7 +109,7 @@ impl Export {
                 "its name has letters, digits, '.', '_' and '-', at most 64 of them".to_owned(),
             );
         }
-        absolute(Some(&self.path), "path")?;
+        absolute(self.path.path(), "path")?;
         absolute(self.state.as_deref(), "state")?;
         if self.read.is_empty() && self.write.is_empty() {
             return Err(
@@ -174,7 +174,7 @@ impl Export {
             place.state_dir = Some(state.clone());
         }
         Disk {
-            path: self.path.clone(),
+            address: self.path.clone(),
             place,
         }
     }

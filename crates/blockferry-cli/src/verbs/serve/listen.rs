@@ -220,7 +220,7 @@ impl Server {
             Role::Target => "writes",
             Role::Machine => "asks",
         };
-        let path = granted.disk.path.display().to_string();
+        let path = granted.disk.address.to_string();
         info!(%from, peer = peer_name, does, path, "begins");
         let begun = Instant::now();
         let outcome = serve(
