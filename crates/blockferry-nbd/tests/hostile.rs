@@ -252,7 +252,7 @@ fn answers_that_were_not_asked_for_end_the_connection() {
             continue;
         }
         let error = outcome.expect_err(told);
-        assert_eq!(error.kind(), ErrorKind::Io);
+        assert_eq!(error.kind(), ErrorKind::Lost);
         let cause = std::error::Error::source(&error).map(ToString::to_string);
         let said = format!("{error} {cause:?}");
         assert!(said.contains(told), "{told}: {said}");
