@@ -183,9 +183,9 @@ class Story:
             # What the replica was before the job.
             shutil.copyfile(self.away / f"disk{number}", self.place / f"before{number}")
 
-    def describe(self, hand_over):
+    def describe(self, hand_over, quiesce="freeze-and-stop"):
         def section(site, prefix, other):
-            lines = [f"[{prefix}machine]", f'qmp = "{site}/qmp"', f'agent = "{site}/agent"']
+            lines = [f"[{prefix}machine]", f'qmp = "{site}/qmp"', f'agent = "{site}/agent"', f'quiesce = "{quiesce}"']
             for number in range(len(DISKS)):
                 lines += [f"[[{prefix}disk]]", f'node = "disk{number}"', f'target = "{other}/disk{number}"']
             hooks = [f'{verb}-target = ["{sys.executable}", "{HERE}/story.py", "hook", "{verb}", "{other}", "{self.place}"]'
@@ -258,6 +258,18 @@ class Story:
             same = subprocess.run(["cmp", self.away / f"disk{number}", self.place / f"before{number}"])
             self.expect(same.returncode == 0, f"disk {number} is not what it was before the job")
         self.say("rolled back: the source goes on where it stood, the targets are what they were, bit for bit")
+
+        self.say("cutover by its power button: the guest shuts down, and its replica boots")
+        self.describe("cold", "power-down")
+        self.run("failover", "start", job, "--until", "ready")
+        began = time.monotonic()
+        self.cut_over(self.home, self.away)
+        self.say(f"  {time.monotonic() - began:.1f} s with the shutdown, which the pause is counted from the end of")
+        seen = len(home.lines)
+        self.run("failover", "rollback", "guest")
+        home.wait("checked", seen)
+        home.wait("wrote", seen)
+        self.say("rolled back: the source booted again")
 
         self.say("cutover once more: the guest goes on in the replica, memory and all")
         self.describe("warm")

@@ -78,6 +78,35 @@ impl Sites {
         Away { sites: self }
     }
 
+    /// By scripts, which leave words in `told`; the first does this before. Not where their files cannot be root's.
+    fn bring_to_rest_by(&self, before: &str) -> bool {
+        if fs::metadata(self.lab.root()).expect("a directory").uid() != 0 {
+            return false;
+        }
+        let path = |name: &str| self.lab.path(name).display().to_string();
+        let file = |name: &str, text: &str, mode: u32| {
+            fs::write(self.lab.path(name), text).expect("written");
+            let permissions = fs::Permissions::from_mode(mode);
+            fs::set_permissions(self.lab.path(name), permissions).expect("set");
+        };
+        for (script, before, word) in [("pre", before, "rest"), ("post", "", "on")] {
+            let text = format!("#!/bin/sh\n{before}\necho {word} >>{}\n", path("told"));
+            file(script, &text, 0o700);
+        }
+        let config = format!(
+            r#"{{"preScriptLocation": "{}", "postScriptLocation": "{}", "timeoutInSeconds": 60,
+            "continueBackupOnFailure": false, "fsFreezeEnabled": false}}"#,
+            path("pre"),
+            path("post")
+        );
+        file("scripts.json", &config, 0o600);
+        let job = fs::read_to_string(self.lab.path("web.toml")).expect("read");
+        let scripts = format!("[machine]\nscripts = \"{}\"", path("scripts.json"));
+        let job = job.replace("[machine]", &scripts);
+        fs::write(self.lab.path("web.toml"), job).expect("written");
+        true
+    }
+
     fn contents(&self, names: [&str; 2]) -> Vec<Vec<u8>> {
         let read = |name: &str| with_files(|| fs::read(self.lab.path(name))).expect("read");
         names.map(read).to_vec()
@@ -645,34 +674,9 @@ fn an_application_is_brought_to_rest_for_each_point_and_goes_on_whoever_dies() {
     let Some(sites) = Sites::new(name) else {
         return;
     };
-    // Whose files scripts have to be.
-    if fs::metadata(sites.lab.root()).expect("a directory").uid() != 0 {
+    if !sites.bring_to_rest_by("") {
         return skipped(name, "root");
     }
-    let path = |name: &str| sites.lab.path(name).display().to_string();
-    let file = |name: &str, text: &str, mode: u32| {
-        fs::write(sites.lab.path(name), text).expect("written");
-        let permissions = fs::Permissions::from_mode(mode);
-        fs::set_permissions(sites.lab.path(name), permissions).expect("set");
-    };
-    for (script, word) in [("pre", "rest"), ("post", "on")] {
-        let text = format!("#!/bin/sh\necho {word} >>{}\n", path("told"));
-        file(script, &text, 0o700);
-    }
-    let config = format!(
-        r#"{{"preScriptLocation": "{}", "postScriptLocation": "{}", "timeoutInSeconds": 30,
-        "continueBackupOnFailure": false, "fsFreezeEnabled": false}}"#,
-        path("pre"),
-        path("post")
-    );
-    file("scripts.json", &config, 0o600);
-    let job = fs::read_to_string(sites.lab.path("web.toml")).expect("read");
-    let scripts = format!("[machine]\nscripts = \"{}\"", path("scripts.json"));
-    fs::write(
-        sites.lab.path("web.toml"),
-        job.replace("[machine]", &scripts),
-    )
-    .expect("written");
     let told = || with_files(|| fs::read_to_string(sites.lab.path("told"))).expect("read");
     let goes_on = || {
         let told = told();
@@ -708,6 +712,73 @@ fn an_application_is_brought_to_rest_for_each_point_and_goes_on_whoever_dies() {
     assert!(told().ends_with("rest\n"), "{}", told());
     sites.lab.must("failover rollback web");
     assert!(told().ends_with("on\n"), "{}", told());
+}
+
+#[test]
+fn what_takes_longer_than_the_budget_is_cut_short_and_the_source_goes_on() {
+    let name = "what_takes_longer_than_the_budget_is_cut_short_and_the_source_goes_on";
+    let Some(sites) = Sites::new(name) else {
+        return;
+    };
+    let path = |name: &str| sites.lab.path(name).display().to_string();
+    // Slow from the second time on: the first is that of the pass before the cutover.
+    let slow = format!(
+        "if [ -e {0}.now ]; then sleep 40; fi\nif [ -e {0} ]; then mv {0} {0}.now; fi",
+        path("slow")
+    );
+    if !sites.bring_to_rest_by(&slow) {
+        return skipped(name, "root");
+    }
+    let hooks = format!(
+        "[hooks]\nfence-source = [\"sh\", \"-c\", \"touch {fenced}; test -e {} || sleep 40\"]\n\
+         unfence-source = [\"rm\", \"-f\", \"{fenced}\"]\n",
+        path("quick"),
+        fenced = path("fenced")
+    );
+    let job = fs::read_to_string(sites.lab.path("web.toml")).expect("read");
+    fs::write(sites.lab.path("web.toml"), job + &hooks).expect("written");
+    sites.lab.must(READY);
+    let writer = sites.writer(1);
+    // A machine that is busy may refuse before anything is stopped.
+    let cut_short = |prepare: &dyn Fn(), said: &str| {
+        let end = Instant::now() + Duration::from_secs(120);
+        loop {
+            sites.lab.must(READY);
+            prepare();
+            let begun = Instant::now();
+            let refused = sites.lab.run("failover complete web");
+            assert_eq!(refused.code, Some(4), "{refused:#?}");
+            if refused.complaint().contains(said) {
+                assert!(
+                    begun.elapsed() < Duration::from_secs(40),
+                    "it was waited for"
+                );
+                assert_eq!(sites.state(), "syncing");
+                return;
+            }
+            assert!(Instant::now() < end, "{refused:#?}");
+        }
+    };
+
+    cut_short(
+        &|| {
+            fs::remove_file(sites.lab.path("slow.now")).ok();
+            fs::write(sites.lab.path("slow"), "").expect("written");
+        },
+        "did not come to rest within",
+    );
+    fs::remove_file(sites.lab.path("slow.now")).expect("it was slow");
+    assert!(writer.stop().unsure.is_none(), "it was never stopped");
+    cut_short(&|| {}, "fence-source (sh) was killed: the budget is 5.00 s");
+
+    assert!(!sites.lab.path("fenced").exists(), "it is fenced");
+    fs::write(sites.lab.path("quick"), "").expect("written");
+    let writer = sites.writer(2);
+    thread::sleep(Duration::from_millis(20));
+    assert!(writer.stop().unsure.is_none(), "the source goes on");
+    sites.lab.must(READY);
+    sites.lab.must("failover complete web");
+    assert_eq!(sites.disks(), sites.replicas());
 }
 
 #[test]

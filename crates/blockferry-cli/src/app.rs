@@ -140,7 +140,8 @@ mod tests {
 
     #[test]
     fn an_argument_error_is_told_in_one_line_without_usage() {
-        let error = Cli::try_parse_from(["blockferry", "sync", "a", "vdi+file:b"]).expect_err("VDI");
+        let error =
+            Cli::try_parse_from(["blockferry", "sync", "a", "vdi+file:b"]).expect_err("VDI");
 
         let message = plain_message(&error);
 

@@ -26,7 +26,7 @@ use crate::hooks;
 use crate::jobs::{JobContext, Told, Until, refused};
 use crate::overlay;
 use crate::source::{Cut, CutSource, Source, SourceMachine};
-use crate::spec::HandOverBy;
+use crate::spec::{HandOverBy, QuiesceBy};
 use crate::state::{Input, Recovery, State};
 use crate::store::{JobRecord, Origin, Request, Store, now_ms};
 
@@ -256,7 +256,7 @@ impl<'s> Runner<'s> {
             self.warn("not_fenced", text.to_owned());
         }
         // Its memory is gone with it.
-        self.fence_and_start()?;
+        self.fence_and_start(None)?;
         Ok(self.job.state)
     }
 
@@ -280,7 +280,7 @@ impl<'s> Runner<'s> {
             Ok(began) => began,
             Err(error) => return Err(self.abort(error)),
         };
-        self.go_forward()?;
+        self.go_forward(Some(began))?;
         let downtime = began.elapsed().as_secs_f64();
         self.store.note_downtime(self.job.id, downtime)?;
         Ok(self.job.state)
@@ -303,7 +303,7 @@ impl<'s> Runner<'s> {
     }
 
     /// From the running source to targets that hold its last cut; within the budget, or not at all. Returns when the
-    /// source came to stand still.
+    /// source came to stand still: a guest that shuts down serves until it has.
     fn stop_and_copy(&mut self) -> Result<Instant> {
         let budget = self.job.spec.downtime_budget;
         let mut began = Instant::now();
@@ -312,7 +312,11 @@ impl<'s> Runner<'s> {
             began = Instant::now();
             (Consistency::Crash, Vec::new())
         } else {
-            self.source.quiesce(budget + GOING_ON)?
+            let stopped = self.source.quiesce(budget + GOING_ON)?;
+            if self.job.spec.machine.quiesce == QuiesceBy::PowerDown {
+                began = Instant::now();
+            }
+            stopped
         };
         for warning in warnings {
             self.warn("not_quiesced", warning);
@@ -323,14 +327,9 @@ impl<'s> Runner<'s> {
             source.cut_at_rest(number, consistency)
         });
         match done {
-            Err(error) if error.kind() == ErrorKind::Cancelled && alarm.rang() => Err(Error::new(
-                ErrorKind::Refused,
-                format!(
-                    "job {}: the last pass took longer than the budget of {:.2} s allows",
-                    self.job.name,
-                    budget.as_secs_f64()
-                ),
-            )),
+            Err(error) if error.kind() == ErrorKind::Cancelled && alarm.rang() => {
+                Err(self.over_budget("the last pass took too long"))
+            }
             Err(error) => Err(error),
             Ok(()) => {
                 // Before it is recorded that the replica may start: one of both stands still at any time.
@@ -430,17 +429,21 @@ impl<'s> Runner<'s> {
     }
 
     /// On to the replica. Does again what a crash may have cut short.
-    fn go_forward(&mut self) -> Result<()> {
+    fn go_forward(&mut self, since: Option<Instant>) -> Result<()> {
         match self.is_warm() {
             true => self.hand_over(),
-            false => self.fence_and_start(),
+            false => self.fence_and_start(since),
         }
     }
 
-    fn fence_and_start(&mut self) -> Result<()> {
+    /// Of a source that stands still `since` then, if anybody waits for it: its fence is not to take longer than what the budget
+    /// left.
+    fn fence_and_start(&mut self, since: Option<Instant>) -> Result<()> {
         if self.job.state == State::Fencing {
             let hook = self.job.spec.hooks.fence_source.clone();
-            if let Err(error) = self.hook("fence-source", &hook) {
+            let end = since.map(|since| since + self.job.spec.downtime_budget);
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if let Err(error) = self.hook_within("fence-source", &hook, left) {
                 return Err(self.abort(error));
             }
             self.step(Input::StepDone, "the source is fenced")?;
@@ -520,7 +523,7 @@ impl<'s> Runner<'s> {
             (Recovery::GoForward, State::Fencing | State::Starting)
                 if self.replica_has_the_guest() =>
             {
-                self.go_forward()
+                self.go_forward(None)
             }
             (Recovery::GoForward, State::Fencing | State::Starting) => {
                 let reached = self.source.reach();
@@ -533,7 +536,7 @@ impl<'s> Runner<'s> {
                 {
                     return Err(self.abort(error));
                 }
-                self.go_forward()
+                self.go_forward(None)
             }
             // Those are finished by their own verbs.
             _ => Ok(()),
@@ -1019,6 +1022,30 @@ impl<'s> Runner<'s> {
     /// One that leads on, and is killed when the work is cancelled.
     fn hook(&self, step: &str, command: &[String]) -> Result<()> {
         self.run_hook(step, command, &[], &self.context.cancel)
+    }
+
+    /// One for which not more than so much of the budget is left.
+    fn hook_within(&self, step: &str, command: &[String], left: Option<Duration>) -> Result<()> {
+        let alarm = left.map(|left| Alarm::set(Instant::now() + left, self.context.cancel.clone()));
+        let cancel = alarm
+            .as_ref()
+            .map_or(&self.context.cancel, |alarm| &alarm.token);
+        let done = self.run_hook(step, command, &[], cancel);
+        match done {
+            Err(error) if alarm.is_some_and(|alarm| alarm.rang()) => {
+                Err(self.over_budget(&error.to_string()))
+            }
+            done => done,
+        }
+    }
+
+    fn over_budget(&self, what: &str) -> Error {
+        let text = format!(
+            "job {}: {what}: the budget is {:.2} s",
+            self.job.name,
+            self.job.spec.downtime_budget.as_secs_f64()
+        );
+        Error::new(ErrorKind::Refused, text)
     }
 
     /// One that undoes, which is wanted most when the work was cancelled.

@@ -48,8 +48,9 @@ pub(crate) trait SourceMachine: Debug {
     /// A cut while the machine runs.
     fn cut(&mut self, number: u64) -> Result<Cut>;
 
-    /// Stops the machine: nothing is written any more. [`Self::resume`] takes it back, also after a failure here. A machine
-    /// on another host goes on by itself after `patience`, unless it is to be held.
+    /// Stops the machine: nothing is written any more. [`Self::resume`] takes it back, also after a failure here. What does
+    /// not come to rest within `patience` is not stopped. A machine on another host goes on by itself after `patience`, unless
+    /// it is to be held.
     fn quiesce(&mut self, patience: Duration) -> Result<(Consistency, Vec<String>)>;
 
     /// The last cut, once the machine is stopped.
@@ -190,7 +191,8 @@ impl Source {
         let disks = self.nodes();
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let mut warnings = Vec::new();
-        let at_rest = self.freeze(self.spec.freeze_deadline, &mut warnings)?;
+        let deadline = self.spec.freeze_deadline;
+        let at_rest = self.freeze(deadline, Duration::MAX, &mut warnings)?;
         let began = Instant::now();
         let done = self.with("cut", |machine| machine.cut(number, &disks));
         let mut held_up = began.elapsed();
@@ -263,7 +265,12 @@ impl Source {
 
     /// Brings the application and the guest to rest, where there are scripts or an agent. What keeps an agent from that is
     /// said, and is no failure.
-    fn freeze(&self, deadline: Duration, warnings: &mut Vec<String>) -> Result<Option<AtRest>> {
+    fn freeze(
+        &self,
+        deadline: Duration,
+        patience: Duration,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<AtRest>> {
         let machine = &self.spec.machine;
         let (agent, scripts) = (&machine.agent, &machine.scripts);
         if agent.is_none() && scripts.is_none() {
@@ -283,7 +290,7 @@ impl Source {
             }
         }
         let guarded = Guarded::new(command);
-        match guarded.freeze_telling(deadline) {
+        match guarded.freeze_telling(deadline, patience) {
             Ok(frozen) => {
                 warnings.extend(frozen.remark);
                 let consistency = frozen.consistency;
@@ -292,6 +299,11 @@ impl Source {
                     consistency,
                 }))
             }
+            Err(cause) if cause.kind() == ErrorKindOfDevice::Busy => Err(Error::because(
+                ErrorKind::Refused,
+                "bring the source to rest",
+                cause,
+            )),
             // Their file says what a failure of theirs means.
             Err(cause) if scripts.is_some() => {
                 Err(Error::source("bring the source to rest", cause))
@@ -421,7 +433,7 @@ impl SourceMachine for Source {
         self.opened(number, taken)
     }
 
-    fn quiesce(&mut self, _patience: Duration) -> Result<(Consistency, Vec<String>)> {
+    fn quiesce(&mut self, patience: Duration) -> Result<(Consistency, Vec<String>)> {
         let mut warnings = Vec::new();
         let has_guest = self
             .with("look at the machine", Machine::is_running)?
@@ -434,7 +446,7 @@ impl SourceMachine for Source {
                 consistency = Consistency::AtRest;
             }
             QuiesceBy::Stop => {}
-            _ => at_rest = self.freeze(FREEZE_BEFORE_STOP, &mut warnings)?,
+            _ => at_rest = self.freeze(FREEZE_BEFORE_STOP, patience, &mut warnings)?,
         }
         if has_guest && consistency != Consistency::AtRest {
             self.with("stop the guest", Machine::stop)?;

@@ -249,6 +249,8 @@ impl Guarded {
             .arg(deadline.as_millis().to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // It may outlive us, and whoever reads what we complain of waits for its end.
+            .stderr(Stdio::null())
             // Who interrupts us at a terminal does not interrupt it.
             .process_group(0)
             .spawn()
@@ -267,11 +269,36 @@ impl Guarded {
 }
 
 impl Guard {
-    fn hear(&mut self) -> Result<String> {
-        let mut line = String::new();
-        let heard = self.output.read_line(&mut line);
-        heard.map_err(|cause| Error::from_io("hear the guard of a freeze", cause))?;
-        Ok(line.trim().to_owned())
+    /// Its first line, and itself. Left alone it thaws as soon as it has frozen.
+    fn hear(self, patience: Duration) -> Result<(Self, String)> {
+        let Self {
+            mut child,
+            input,
+            mut output,
+        } = self;
+        let (sender, receiver) = mpsc::channel();
+        let hearing = move || {
+            let mut line = String::new();
+            let heard = output.read_line(&mut line).map(|_bytes| line);
+            sender.send((output, heard)).ok();
+        };
+        let failed = |cause| Error::from_io("hear the guard of a freeze", cause);
+        thread::Builder::new().spawn(hearing).map_err(failed)?;
+        let Ok((output, heard)) = receiver.recv_timeout(patience) else {
+            drop(input);
+            thread::spawn(move || child.wait());
+            let text = format!(
+                "freeze the guest: it did not come to rest within {} ms, and is let go as soon as it has",
+                patience.as_millis()
+            );
+            return Err(Error::new(ErrorKind::Busy, text));
+        };
+        let guard = Self {
+            child,
+            input,
+            output,
+        };
+        Ok((guard, heard.map_err(failed)?.trim().to_owned()))
     }
 
     /// Its input ends, so it thaws if it froze anything.
@@ -288,11 +315,12 @@ impl Guard {
 }
 
 impl Guarded {
-    /// As [`Quiesce::freeze`], and tells how good a point is meanwhile.
+    /// As [`Quiesce::freeze`], and tells how good a point is meanwhile. What does not come to rest within `patience` is let
+    /// go.
     ///
     /// # Errors
-    /// Its guard did not start, or gave up.
-    pub fn freeze_telling(&self, deadline: Duration) -> Result<Frozen> {
+    /// Its guard did not start, or gave up; [`ErrorKind::Busy`] if it took too long.
+    pub fn freeze_telling(&self, deadline: Duration, patience: Duration) -> Result<Frozen> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if running.is_some() {
             return Err(Error::new(
@@ -300,8 +328,7 @@ impl Guarded {
                 "freeze a guest that is frozen already",
             ));
         }
-        let mut guard = self.start(deadline)?;
-        let line = guard.hear()?;
+        let (guard, line) = self.start(deadline)?.hear(patience)?;
         let (word, remark) = heard(&line);
         let found = LABELS
             .into_iter()
@@ -357,7 +384,7 @@ impl Guarded {
 
 impl Quiesce for Guarded {
     fn freeze(&self, deadline: Duration) -> Result<()> {
-        self.freeze_telling(deadline).map(drop)
+        self.freeze_telling(deadline, Duration::MAX).map(drop)
     }
 
     fn thaw(&self) -> Result<()> {
