@@ -28,6 +28,7 @@ mod far;
 mod hooks;
 mod jobs;
 mod overlay;
+mod room;
 mod runner;
 mod scripts;
 mod serve;

@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::far::HostConnection;
+use crate::room::Room;
 use crate::scripts::Scripts;
 use crate::spec::{JobSpec, QuiesceBy};
 
@@ -138,6 +139,8 @@ pub(crate) struct Source {
     options: MachineOptions,
     /// Points that are read ask it as well.
     machine: Arc<Mutex<Option<Machine>>>,
+    /// For the points that are read.
+    room: Option<Arc<Room>>,
     /// What freezes the guest; without it no freeze is guarded, so none is made.
     guard: Option<Vec<OsString>>,
 }
@@ -152,6 +155,7 @@ impl Source {
             spec: spec.clone(),
             options,
             machine: Arc::default(),
+            room: None,
             guard,
         }
     }
@@ -190,6 +194,9 @@ impl Source {
     pub(crate) fn take(&mut self, number: u64) -> Result<Taken> {
         let disks = self.nodes();
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
+        let room = Room::watch(&self.options.scratch, Arc::clone(&self.machine));
+        let room = room.map_err(|cause| Error::source("prepare a cut", cause))?;
+        self.room = Some(Arc::new(room));
         let mut warnings = Vec::new();
         let deadline = self.spec.freeze_deadline;
         let at_rest = self.freeze(deadline, Duration::MAX, &mut warnings)?;
@@ -248,19 +255,19 @@ impl Source {
                 changes: changes.map(Arc::new),
             })
         });
-        let (machine, names) = (Arc::clone(&self.machine), self.nodes());
+        let (machine, names, room) = (Arc::clone(&self.machine), self.nodes(), self.room.clone());
         Ok(Cut {
             disks: disks.collect::<Result<_>>()?,
             consistency: taken.consistency,
             held_up: taken.held_up,
             warnings: taken.warnings,
-            check: SourceCheck::new(move || check(&machine, number, &names)),
+            check: SourceCheck::new(move || check(&machine, room.as_deref(), number, &names)),
         })
     }
 
     /// Whether the points of a cut are still what they were.
     pub(crate) fn check(&self, number: u64) -> blockferry_device::Result<()> {
-        check(&self.machine, number, &self.nodes())
+        check(&self.machine, self.room.as_deref(), number, &self.nodes())
     }
 
     /// Brings the application and the guest to rest, where there are scripts or an agent. What keeps an agent from that is
@@ -420,6 +427,7 @@ impl SourceMachine for Source {
                 None => Held::unknown(disk),
             })
             .collect();
+        self.room = None;
         self.with("tidy up in the machine", |machine| machine.settle(&held))
     }
 
@@ -571,9 +579,11 @@ pub(crate) fn open_point(point: &PointExport) -> Result<(Arc<NbdDevice>, Option<
 
 fn check(
     machine: &Mutex<Option<Machine>>,
+    room: Option<&Room>,
     number: u64,
     disks: &[String],
 ) -> blockferry_device::Result<()> {
+    room.map_or(Ok(()), Room::check)?;
     let mut machine = machine.lock().unwrap_or_else(PoisonError::into_inner);
     match machine.as_mut() {
         Some(machine) => machine.check(number, disks),

@@ -11,6 +11,7 @@ use blockferry_failover::{
     ErrorKind, JobContext, JobSpec, JobStatus, Jobs, OldSource, State, Told, Until,
 };
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
+use blockferry_pipeline::{Event, Phase};
 use blockferry_testkit::{StorageDaemon, Writer, images};
 
 const BYTES: usize = 16 << 20;
@@ -334,4 +335,91 @@ fn a_run_waits_ready_refreshes_and_cuts_over_when_another_process_asks() {
         assert_eq!(ended.expect("cut over"), State::CommitPending);
     });
     assert!(writer.stop().is_on(&sites.replicas()));
+}
+
+/// A small file system in memory; gone when dropped.
+struct Small(PathBuf);
+
+impl Small {
+    /// `None` where nothing can be mounted.
+    fn mount(path: PathBuf, size: &str) -> Option<Self> {
+        fs::create_dir(&path).expect("a directory");
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", size, "tmpfs"]).arg(&path);
+        let done = mount.output().is_ok_and(|done| done.status.success());
+        done.then_some(Self(path))
+    }
+
+    /// Writes a file that leaves so much free, and is never larger.
+    fn fill(&self, free_bytes: u64) {
+        let found = rustix::fs::statvfs(&self.0).expect("mounted");
+        let filling = found.f_bavail * found.f_frsize - free_bytes;
+        let filling = usize::try_from(filling).expect("small");
+        fs::write(self.0.join("filling"), vec![1; filling]).expect("written");
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        std::process::Command::new("umount")
+            .arg(&self.0)
+            .status()
+            .ok();
+    }
+}
+
+#[test]
+fn a_scratch_directory_that_fills_up_costs_the_pass_and_no_write_of_the_guest() {
+    if is_missing() {
+        return;
+    }
+    let sites = Sites::new();
+    let Some(small) = Small::mount(sites.path("scratch"), "size=96m") else {
+        #[expect(clippy::print_stderr, reason = "what is skipped is said")]
+        return eprintln!("SKIPPED: nothing can be mounted here");
+    };
+    let small = Arc::new(small);
+    let mut spec = sites.spec("");
+    spec.machine.scratch = Some(sites.path("scratch"));
+    let context = sites.context();
+    // Slow enough for a machine that is busy, and fast enough to fill what is left while the pass is held up.
+    let writer = sites.writer(Duration::from_millis(4));
+    small.fill(8 << 20);
+
+    let refused = sites.jobs().start(&spec, Until::Ready, &context);
+
+    let error = refused.expect_err("there is no room");
+    assert_eq!(error.kind(), ErrorKind::Source);
+    let text = format!("{error:#?}");
+    assert!(text.contains("expected at least 16.0 MiB free"), "{text}");
+    fs::remove_file(sites.path("scratch/filling")).expect("removed");
+
+    // It fills up while the first pass is read, which is held up for that.
+    let mut filling = context.clone();
+    let (once, filler) = (std::sync::Once::new(), Arc::clone(&small));
+    filling.observer = Arc::new(move |told: &Told| {
+        if matches!(told, Told::Disk(_, Event::Progress(progress)) if progress.phase == Phase::Scanning)
+        {
+            once.call_once(|| {
+                filler.fill(12 << 20);
+                std::thread::sleep(Duration::from_secs(4));
+            });
+        }
+    });
+    let given_up = sites.jobs().start(&spec, Until::Ready, &filling);
+
+    let error = given_up.expect_err("the point is a mixture");
+    let text = format!("{error:#?}");
+    assert!(text.contains("the point was given up"), "{text}");
+    assert!(sites.status().passes.is_empty(), "it does not count");
+    fs::remove_file(sites.path("scratch/filling")).expect("removed");
+    let state = sites.jobs().start(&spec, Until::Ready, &context);
+    assert_eq!(state.expect("ready"), State::Ready, "{}", sites.told());
+    let written = writer.stop();
+    assert!(written.unsure.is_none(), "a write of the guest failed");
+    sites
+        .jobs()
+        .complete("web1", None, &context)
+        .expect("cut over");
+    assert!(written.is_on(&sites.replicas()), "{}", sites.told());
 }

@@ -487,11 +487,7 @@ impl Machine {
                 self.end_export(&export.id)?;
             }
         }
-        for job in nodes::jobs(&mut self.qmp)? {
-            if self.tag.owns(Kind::Job, &job.id) {
-                self.end_job(&job)?;
-            }
-        }
+        self.give_up()?;
         let found = nodes::nodes(&mut self.qmp)?;
         for kind in [Kind::Overlay, Kind::File] {
             for node in found.iter().filter(|node| self.tag.owns(kind, &node.name)) {
@@ -500,6 +496,21 @@ impl Machine {
             }
         }
         self.remove_files()
+    }
+
+    /// Keeps no more of what is overwritten: no write of the guest waits for it, or fails, any more. The points are mixtures from
+    /// now on, as [`Self::check`] says.
+    ///
+    /// # Errors
+    /// The machine failed.
+    pub fn give_up(&mut self) -> Result<()> {
+        self.qmp.forget_events();
+        for job in nodes::jobs(&mut self.qmp)? {
+            if self.tag.owns(Kind::Job, &job.id) {
+                self.end_job(&job)?;
+            }
+        }
+        Ok(())
     }
 
     fn end_export(&mut self, export: &str) -> Result<()> {
