@@ -253,7 +253,11 @@ fn a_qcow2_image_is_a_target_and_nobody_else_writes_it_meanwhile() {
 
     let run = lab.start(&format!("sync new {IMAGE} --bwlimit 200K"));
     let has_staged = || !lab.must(&format!("status {IMAGE}")).summary()["session"].is_null();
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
     while !has_staged() {
+        if std::time::Instant::now() > end {
+            panic!("it does not stage anything: {:#?}", run.kill());
+        }
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     let other = lab.run(&format!("sync new {IMAGE}"));

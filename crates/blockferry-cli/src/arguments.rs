@@ -156,7 +156,7 @@ pub(crate) struct SyncArguments {
     #[arg(value_parser = location())]
     pub(crate) source: Location,
     /// The disk to bring up to date: a file (created if absent) or block device, here or as [USER@]HOST:PATH, an NBD
-    /// export, or an export of a server
+    /// export, an image as qcow2+file:PATH, or an export of a server
     #[arg(value_parser = location())]
     pub(crate) target: Location,
     /// How to find what to send

@@ -105,7 +105,16 @@ impl OsDirectory {
         self.check_name(name)?;
         // O_NONBLOCK: opening a FIFO must not wait for its other end.
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        match rustix::fs::openat(&self.handle, name, flags, Mode::empty()) {
+        let open = || {
+            Ok(rustix::fs::openat(
+                &self.handle,
+                name,
+                flags,
+                Mode::empty(),
+            )?)
+        };
+        let opened = sys::patiently(open);
+        match opened.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)) {
             Ok(file) => Ok(Some(file.into())),
             Err(Errno::NOENT) => Ok(None),
             Err(Errno::LOOP) => Err(Error::new(
@@ -272,6 +281,24 @@ impl StorageDir for OsDirectory {
 }
 
 impl OsDirectory {
+    /// Whether somebody holds the lock of this name. Nobody who wants it is kept from it by that.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn is_locked(&self, name: &str) -> Result<bool> {
+        let Some(file) = self.open_raw(name)? else {
+            return Ok(false);
+        };
+        let conflict = sys::find_ofd_conflict(&file);
+        let conflict = conflict.map_err(|cause| {
+            Error::from_io(
+                format!("look at the lock of {}", self.label_of(name)),
+                cause,
+            )
+        })?;
+        Ok(conflict.is_some())
+    }
+
     /// Whether `name` still leads to this very file.
     fn is_current(&self, name: &str, file: &File) -> Result<bool> {
         let held = rustix::fs::fstat(file).map_err(|e| self.failed("status", name, e))?;

@@ -83,7 +83,7 @@ fn lease_holder(
     lease: Lease,
     openers: Openers,
 ) -> io::Result<Option<String>> {
-    match sys::probe_lease(file, lease) {
+    match sys::patiently(|| sys::probe_lease(file, lease)) {
         Ok(()) => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Some(
             holders::open_elsewhere(object, openers).unwrap_or_else(|| match lease {

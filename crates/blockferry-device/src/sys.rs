@@ -12,7 +12,8 @@ use std::ffi::{c_int, c_uint};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
-use std::slice;
+use std::time::{Duration, Instant};
+use std::{slice, thread};
 
 use rustix::ioctl::{Getter, NoArg, Opcode, Setter, Updater, ioctl};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
@@ -163,6 +164,21 @@ pub(crate) enum Lease {
 const HARMLESS_SIGNAL: c_int = libc::SIGURG;
 /// `fcntl` command missing from the libc crate for glibc; the same on every Linux architecture.
 const F_SETSIG: c_int = 10;
+/// For those who only look.
+const IN_THE_WAY: Duration = Duration::from_millis(100);
+
+/// Does again what is in somebody's way for a moment: who looks at a target has it open, and who takes it asks for a lease.
+pub(crate) fn patiently<T>(act: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let end = Instant::now() + IN_THE_WAY;
+    loop {
+        match act() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => {
+                thread::sleep(IN_THE_WAY / 20);
+            }
+            done => return done,
+        }
+    }
+}
 
 /// Takes and returns a lease on `file` (opened read-only for [`Lease::NoWriters`]). `WouldBlock` means
 /// that somebody else has it open; other errors mean that leases are not to be had here.

@@ -4,8 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use blockferry_device::{ErrorKind as DeviceErrorKind, MemoryDevice, OsDirectory, StorageDir};
-use blockferry_transfer_log::{DecisionKind, Inspection, Place, Point, Strategy, inspect};
+use blockferry_device::{ErrorKind as DeviceErrorKind, MemoryDevice, OsDirectory};
+use blockferry_transfer_log::{
+    DecisionKind, Inspection, LOCK_NAME, Place, Point, Strategy, inspect,
+};
 use serde::Serialize;
 
 use crate::address::DiskAddress;
@@ -174,9 +176,8 @@ pub fn status(address: impl Into<DiskAddress>, options: &TargetOptions) -> Resul
     };
     // The lock is free exactly if no process works on the target.
     let running = dir
-        .names()
-        .is_ok_and(|names| names.iter().any(|n| n == "lock"))
-        && dir.lock("lock").is_err();
+        .is_locked(LOCK_NAME)
+        .map_err(|e| Error::target("look at the state directory", e))?;
     Ok(describe(&address, &found, running))
 }
 

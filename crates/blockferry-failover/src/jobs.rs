@@ -481,10 +481,9 @@ impl Jobs {
 
     fn is_running(&self, name: &str) -> bool {
         let directory = OsDirectory::open(&self.job_directory(name));
-        directory.is_ok_and(|dir| {
-            let held = dir.lock(LOCK_NAME);
-            held.is_err_and(|cause| cause.kind() == DeviceErrorKind::Busy)
-        })
+        directory
+            .and_then(|directory| directory.is_locked(LOCK_NAME))
+            .unwrap_or(false)
     }
 
     /// Waits until the process that works on a job reached `wanted`, or left a problem behind, or is gone.

@@ -59,8 +59,8 @@ impl Default for NbdOptions {
 pub struct NbdDevice {
     address: NbdAddress,
     label: String,
-    /// The same for the same disk, however it is named and reached.
-    pub(crate) name: String,
+    /// The same for the same disk, however it is named and reached; nothing of an image, which is a file like others.
+    name: Option<String>,
     contexts: Vec<String>,
     history: Option<History>,
     silence: Duration,
@@ -134,7 +134,7 @@ impl NbdDevice {
     pub fn open_source(address: &NbdAddress, options: &NbdOptions) -> Result<Arc<Self>> {
         let history = options.bitmap.clone().map(History::Bitmap);
         let mut device = Self::open_as(address, history, options, address.to_string())?;
-        device.name = address.absolute().disk().to_string();
+        device.name = Some(address.absolute().disk().to_string());
         Ok(Arc::new(device))
     }
 
@@ -157,7 +157,7 @@ impl NbdDevice {
         }
         Ok(Self {
             address: address.clone(),
-            name: label.clone(),
+            name: None,
             label,
             contexts,
             history,
@@ -521,8 +521,10 @@ impl BlockSource for NbdDevice {
     }
 
     fn identity(&self) -> Result<Identity> {
-        let digest = block_digest(self.name.as_bytes());
-        Ok(Identity::from_bytes(digest.as_bytes()))
+        let name = self.name.as_ref();
+        let digest = name.map(|name| block_digest(name.as_bytes()));
+        let known = digest.map(|digest| Identity::from_bytes(digest.as_bytes()));
+        Ok(known.unwrap_or(Identity::unknown()))
     }
 
     fn evidence(&self) -> Result<Evidence> {

@@ -135,9 +135,7 @@ fn open(format: ImageFormat, path: &Path, to: Use, scratch: &Path) -> Result<Arc
         "--".as_ref(),
         path.as_os_str(),
     ];
-    let mut device = serve(&label, &image, None, to, scratch)?;
-    device.name = format!("{format}+file:{}", path.display());
-    Ok(Arc::new(device))
+    serve(&label, &image, None, to, scratch)
 }
 
 /// A qcow2 overlay to read, over a raw `backing` that is not locked for it: whoever reads it keeps others from writing the
@@ -163,7 +161,7 @@ pub fn open_overlay(path: &Path, backing: &Path, scratch: &Path) -> Result<Arc<N
         "--".as_ref(),
         options.as_os_str(),
     ];
-    serve(&label, &image, Some(&History::Overlay), Use::Read, scratch).map(Arc::new)
+    serve(&label, &image, Some(&History::Overlay), Use::Read, scratch)
 }
 
 /// A comma ends a value, two of them are one.
@@ -180,7 +178,7 @@ fn serve(
     history: Option<&History>,
     to: Use,
     scratch: &Path,
-) -> Result<NbdDevice> {
+) -> Result<Arc<NbdDevice>> {
     let options = NbdOptions::default();
     let failed = |cause| Error::from_io(format!("open {label} with {PROGRAM}"), cause);
     let mut private = tempfile::Builder::new();
@@ -226,7 +224,7 @@ fn serve(
         match NbdDevice::open_as(&address, history.cloned(), &options, label.to_owned()) {
             Ok(mut device) => {
                 device.keep(program);
-                return Ok(device);
+                return Ok(Arc::new(device));
             }
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Io) => {
                 thread::sleep(TICK);

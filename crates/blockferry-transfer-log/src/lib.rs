@@ -47,7 +47,7 @@ pub use manifest::{ManifestFile, ManifestSource};
 pub use place::Place;
 pub use plan::{Plan, Proof, Strategy, Undo};
 pub use readback::{ReadBackOutcome, ReadBackTask};
-pub use replica::{AnchoredPoint, Recovered, Replica, Unwritten};
+pub use replica::{AnchoredPoint, LOCK_NAME, Recovered, Replica, Unwritten};
 pub use session::{Applied, Checkpoint, GROUP_BYTES, Lost, Prepared, Session, SessionTotals};
 pub use staged::{StagedView, Stager};
 pub use stats::Stats;

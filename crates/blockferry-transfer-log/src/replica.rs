@@ -28,7 +28,8 @@ use crate::session::Session;
 use crate::state::StateFile;
 use crate::stats::Stats;
 
-const LOCK_NAME: &str = "lock";
+/// In the state directory, held by the one who has it open.
+pub const LOCK_NAME: &str = "lock";
 
 /// What opening a replica found and did.
 #[derive(Clone, Debug, PartialEq, Eq)]

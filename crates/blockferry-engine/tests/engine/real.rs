@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use blockferry_device::{SourceOptions, open_source};
 use blockferry_engine::{
@@ -248,6 +250,30 @@ fn status_tells_each_state_and_the_commands_that_lead_on_and_back() {
         .set_len(1)
         .unwrap();
     assert_eq!(commands(&look()), ["accept"]);
+}
+
+#[test]
+fn who_looks_keeps_nobody_from_working() {
+    let place = Place::new(76, 30);
+    place.sync(&options(|_| ()));
+    let path = place.path("old.raw");
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    status(&path, &place.options()).unwrap();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+        }
+        let opened: Vec<_> = (0..100)
+            .map(|_| Target::open(&path, &place.options()).err())
+            .collect();
+        is_over.store(true, Ordering::Relaxed);
+        let refused: Vec<_> = opened.into_iter().flatten().collect();
+        assert!(refused.is_empty(), "{refused:?}");
+    });
 }
 
 #[test]
