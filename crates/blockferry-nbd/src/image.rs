@@ -87,8 +87,8 @@ pub fn open_image(format: ImageFormat, path: &Path, scratch: &Path) -> Result<Ar
     open(format, path, Use::Read, scratch)
 }
 
-/// As [`open_image`], to write as well. Nobody else can open the image meanwhile, and it has to be there. Only qcow2: QEMU writes its tables in an
-/// order that leaves it sound at every moment, which it does not for other formats.
+/// As [`open_image`], to write as well. The image has to be there, and nobody else can open it meanwhile. Only qcow2: QEMU
+/// writes its tables in an order that leaves it sound at every moment, which it does not for other formats.
 ///
 /// # Errors
 /// As [`open_image`]; or it is of another format.
