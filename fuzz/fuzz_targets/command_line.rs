@@ -19,7 +19,7 @@ mod file_url;
 #[path = "../../crates/blockferry-cli/src/quote.rs"]
 mod quote;
 
-use address::{Location, Readable};
+use address::{Location, pushed_from, recorded};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
@@ -27,7 +27,7 @@ use std::path::Path;
 use blockferry as engine;
 use blockferry_fuzz::text;
 use clap::Parser;
-use engine::{BlockSize, SessionId, format_size, parse_size};
+use engine::{BlockSize, DiskAddress, SessionId, format_size, parse_size};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -106,21 +106,21 @@ fn check_address(word: OsString) {
         Err(refused) => return drop(text::of_error(&refused)),
     };
     drop(format!("{location} {location:?}"));
-    let recorded = location.recorded();
-    let again = Location::parse(recorded.clone().into()).expect("recorded to be read again");
+    let noted = location.recorded();
+    let again = Location::parse(noted.clone().into()).expect("recorded to be read again");
     match (location, again) {
-        (Location::Here(address), Location::Here(again)) => {
-            match (&address, &again) {
-                (Readable::Path(address), Readable::Path(again)) => {
-                    assert_eq!(again.absolute(), address.absolute(), "{recorded}");
+        (Location::Here(disk), Location::Here(again)) => {
+            match (&disk, &again) {
+                (DiskAddress::Path(_), DiskAddress::Path(_)) => {
+                    assert_eq!(again.absolute(), disk.absolute(), "{noted}");
                 }
-                _ => assert_eq!(again.recorded(), address.recorded()),
+                _ => assert_eq!(recorded(&again), recorded(&disk)),
             }
-            let pushed = Location::parse(address.pushed_from("here").into());
+            let pushed = Location::parse(pushed_from(&disk, "here").into());
             drop(pushed.expect_err("it is no disk of another host"));
         }
         (there, again) => {
-            assert_eq!(again, there, "{recorded}");
+            assert_eq!(again, there, "{noted}");
             if let Location::There(there) = there {
                 // ssh takes neither for an option.
                 assert!(!there.host().starts_with('-') && !there.host().is_empty());
