@@ -196,12 +196,17 @@ impl Source {
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let room = Room::watch(&self.options.scratch, Arc::clone(&self.machine));
         let room = room.map_err(|cause| Error::source("prepare a cut", cause))?;
-        self.room = Some(Arc::new(room));
+        let room = Arc::new(room);
+        self.room = Some(Arc::clone(&room));
         let mut warnings = Vec::new();
         let deadline = self.spec.freeze_deadline;
         let at_rest = self.freeze(deadline, Duration::MAX, &mut warnings)?;
         let began = Instant::now();
-        let done = self.with("cut", |machine| machine.cut(number, &disks));
+        // Asked while nobody else has the machine: whoever gives a point up comes before the cut, or finds it.
+        let done = self.with("cut", |machine| {
+            room.check()?;
+            machine.cut(number, &disks)
+        });
         let mut held_up = began.elapsed();
         let thawed = at_rest
             .as_ref()
