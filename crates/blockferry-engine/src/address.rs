@@ -51,11 +51,18 @@ impl DiskAddress {
     /// The form that means the same from every working directory; links are kept as they are.
     #[must_use]
     pub fn absolute(&self) -> Self {
-        let made = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let made = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         match self {
-            Self::Path(path) => Self::Path(made(path)),
-            Self::Image(format, path) => Self::Image(*format, made(path)),
+            Self::Path(path) | Self::Image(_, path) => self.at(made(path)),
             Self::Nbd(export) => Self::Nbd(export.absolute()),
+        }
+    }
+
+    /// The same kind of disk at another path.
+    fn at(&self, path: PathBuf) -> Self {
+        match self {
+            Self::Image(format, _) => Self::Image(*format, path),
+            Self::Path(_) | Self::Nbd(_) => Self::Path(path),
         }
     }
 
@@ -70,13 +77,8 @@ impl DiskAddress {
 
     /// Where links lead to, if they lead anywhere.
     pub(crate) fn resolved(&self) -> Self {
-        let found = |path: &PathBuf| path.canonicalize().ok();
-        let found = match self {
-            Self::Path(path) => found(path).map(Self::Path),
-            Self::Image(format, path) => found(path).map(|path| Self::Image(*format, path)),
-            Self::Nbd(_) => None,
-        };
-        found.unwrap_or_else(|| self.absolute())
+        let found = self.path().and_then(|path| path.canonicalize().ok());
+        found.map_or_else(|| self.absolute(), |path| self.at(path))
     }
 
     /// As [`Self::parse`] reads it again.
@@ -153,10 +155,7 @@ impl From<&Self> for DiskAddress {
 /// As text; a path that is none is refused.
 impl Serialize for DiskAddress {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Path(_) | Self::Image(..) => Path::new(&self.text()).serialize(serializer),
-            Self::Nbd(export) => serializer.collect_str(export),
-        }
+        Path::new(&self.text()).serialize(serializer)
     }
 }
 
@@ -168,11 +167,7 @@ impl<'de> Deserialize<'de> for DiskAddress {
 
 impl fmt::Display for DiskAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(path) => path.display().fmt(f),
-            Self::Image(format, path) => write!(f, "{format}{IMAGE_SCHEME}{}", path.display()),
-            Self::Nbd(export) => export.fmt(f),
-        }
+        Path::new(&self.text()).display().fmt(f)
     }
 }
 

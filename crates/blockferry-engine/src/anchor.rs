@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blockferry_core::{BlockSize, ChangeMap, Content, Extent, Provenance, Trust};
 use blockferry_device::BlockSource;
-use blockferry_transfer_log::{Strategy, Unwritten};
+use blockferry_transfer_log::Strategy;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{ChangesSince, Context, Mode, SyncOptions};
@@ -27,7 +27,7 @@ pub fn keep_anchor(
         return Ok(None);
     };
     if !target.replica.is_anchored() {
-        if !is_proven(target)? {
+        if target.replica.point().is_none() || !target.is_unwritten()? {
             learn_point(device, target, block_size, context)?;
         }
         let kept = target.replica.keep_anchor();
@@ -106,13 +106,6 @@ pub fn drop_anchor(target: &mut Target) -> Result<()> {
     let label = target.label();
     let dropped = target.replica.drop_anchor();
     dropped.map_err(|e| Error::log(format!("let go of the anchor of {label}"), e))
-}
-
-/// Whether evidence says that the target is at its point.
-pub(crate) fn is_proven(target: &Target) -> Result<bool> {
-    let unwritten = target.replica.unwritten();
-    let unwritten = unwritten.map_err(|e| Error::log("examine the target", e))?;
-    Ok(unwritten == Unwritten::Proven && target.replica.point().is_some())
 }
 
 /// A target that is compared with itself is found identical, and its point is recorded.

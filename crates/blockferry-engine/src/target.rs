@@ -10,7 +10,7 @@ use blockferry_device::{
     BlockTarget, OsDirectory, StorageDir, TargetPlace, WriteMode, open_target, refuse_other_formats,
 };
 use blockferry_nbd::{NbdDevice, NbdOptions, open_image_target};
-use blockferry_transfer_log::{GroupVerdicts, Place, Recovered, Replica};
+use blockferry_transfer_log::{GroupVerdicts, Place, Recovered, Replica, Unwritten};
 
 use crate::address::DiskAddress;
 use crate::error::{Error, ErrorKind, Result};
@@ -145,6 +145,13 @@ impl Target {
     #[must_use]
     pub fn recovered(&self) -> &Recovered {
         self.replica.recovered()
+    }
+
+    /// Whether evidence says that nobody wrote it since its point.
+    pub(crate) fn is_unwritten(&self) -> Result<bool> {
+        let unwritten = self.replica.unwritten();
+        let unwritten = unwritten.map_err(|e| Error::log("examine the target", e))?;
+        Ok(unwritten == Unwritten::Proven)
     }
 
     /// The replica below, for those who drive sessions themselves.

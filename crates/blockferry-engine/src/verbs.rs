@@ -7,7 +7,6 @@ use blockferry_device::{BlockSource, FromMedium};
 use blockferry_pipeline::Phase;
 use blockferry_transfer_log::{Recovered, Unwritten};
 
-use crate::anchor::is_proven;
 use crate::compare::scan_leaves;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence;
@@ -68,13 +67,12 @@ pub fn rollback(target: &mut Target, context: &Context) -> Result<Outcome> {
 /// Reads what evidence does not tell.
 fn confirm(target: &mut Target, context: &Context) -> Result<()> {
     let replica = &target.replica;
-    if replica.retained().is_none() || replica.unfinished().is_some() || is_proven(target)? {
-        return Ok(());
-    }
-    let Some(point) = replica.point().map(|point| point.id) else {
+    let has_way_back = replica.retained().is_some() && replica.unfinished().is_none();
+    let point = replica.point().filter(|_| has_way_back);
+    let Some(point) = point.map(|point| point.id) else {
         return Ok(());
     };
-    if verify_target(target, context)?.matches {
+    if !target.is_unwritten()? && verify_target(target, context)?.matches {
         target.replica.confirm(point);
     }
     Ok(())

@@ -59,8 +59,6 @@ impl Default for NbdOptions {
 pub struct NbdDevice {
     address: NbdAddress,
     label: String,
-    /// The same for the same disk, however it is named and reached; nothing of an image, which is a file like others.
-    name: Option<String>,
     contexts: Vec<String>,
     history: Option<History>,
     silence: Duration,
@@ -133,12 +131,10 @@ impl NbdDevice {
     /// Nobody answers, there is no such export, or it cannot be used.
     pub fn open_source(address: &NbdAddress, options: &NbdOptions) -> Result<Arc<Self>> {
         let history = options.bitmap.clone().map(History::Bitmap);
-        let mut device = Self::open_as(address, history, options, address.to_string())?;
-        device.name = Some(address.absolute().disk().to_string());
-        Ok(Arc::new(device))
+        Self::open_as(address, history, options, address.to_string()).map(Arc::new)
     }
 
-    /// Under a name of its own.
+    /// Under a name of its own in messages.
     pub(crate) fn open_as(
         address: &NbdAddress,
         history: Option<History>,
@@ -157,7 +153,6 @@ impl NbdDevice {
         }
         Ok(Self {
             address: address.clone(),
-            name: None,
             label,
             contexts,
             history,
@@ -520,11 +515,15 @@ impl BlockSource for NbdDevice {
         Ok((status, run.0))
     }
 
+    /// The same for the same export, however it is reached; none of an image, which is a file like others.
     fn identity(&self) -> Result<Identity> {
-        let name = self.name.as_ref();
-        let digest = name.map(|name| block_digest(name.as_bytes()));
-        let known = digest.map(|digest| Identity::from_bytes(digest.as_bytes()));
-        Ok(known.unwrap_or(Identity::unknown()))
+        if self.program.is_some() {
+            return Ok(Identity::unknown());
+        }
+        let name = self.address.absolute().disk().to_string();
+        Ok(Identity::from_bytes(
+            block_digest(name.as_bytes()).as_bytes(),
+        ))
     }
 
     fn evidence(&self) -> Result<Evidence> {

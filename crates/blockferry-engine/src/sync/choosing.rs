@@ -65,7 +65,7 @@ impl Run<'_> {
             target_present: present,
             can_replace,
             can_clone,
-            target_known: !self.options.rescan && self.target_is_proven(target)?,
+            target_known: !self.options.rescan && target.is_unwritten()?,
             state_free_bytes: free(&**replica.state_dir())?,
             target_free_bytes: match replica.target_dir() {
                 Some(dir) => free(&**dir)?,

@@ -2,7 +2,7 @@
 //! not touched; its sync point is recorded.
 
 use blockferry_core::Root;
-use blockferry_transfer_log::{SessionId, SessionTotals, Strategy, Unwritten};
+use blockferry_transfer_log::{SessionId, SessionTotals, Strategy};
 
 use super::{Run, internal, unix_seconds};
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ impl Run<'_> {
         if self.options.rescan || self.options.mode == Mode::Full {
             return Ok(false);
         }
-        Ok(self.source_is_at_point(target) && self.target_is_proven(target)?)
+        Ok(self.source_is_at_point(target) && target.is_unwritten()?)
     }
 
     pub(super) fn source_is_at_point(&self, target: &Target) -> bool {
@@ -27,14 +27,6 @@ impl Run<'_> {
                 && p.source.evidence.proves_same(&self.stamp.evidence)
                 && p.source.identity.proves_same(&self.stamp.identity)
         })
-    }
-
-    pub(super) fn target_is_proven(&self, target: &Target) -> Result<bool> {
-        let unwritten = target
-            .replica
-            .unwritten()
-            .map_err(|e| Error::log("examine the target", e))?;
-        Ok(unwritten == Unwritten::Proven)
     }
 
     pub(super) fn proven_receipt(mut self, target: &Target) -> Result<Receipt> {
@@ -94,7 +86,7 @@ impl Run<'_> {
             return Ok(Finding::Known(point.id));
         }
         let same_size = point.geometry.image_bytes() == self.geometry.image_bytes();
-        if !same_geometry && same_size && self.target_is_proven(target)? {
+        if !same_geometry && same_size && target.is_unwritten()? {
             return Ok(Finding::OtherBlocks(point.id));
         }
         Ok(Finding::New)

@@ -33,7 +33,7 @@ impl Run<'_> {
         let is_there = files.manifest.is_some();
         let trust = ManifestTrust {
             source: self.source_is_at_point(target),
-            target: self.target_is_proven(target)?,
+            target: target.is_unwritten()?,
             root: point.root,
         };
         let full = |what: &str| format!("{what}: the target is compared in full");
