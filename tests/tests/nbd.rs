@@ -2,21 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 
-use crate::lab::{EXPORT, Lab, MIB, NbdServer, command_of, output, skipped, tool, while_starting};
+use crate::lab::{EXPORT, Lab, MIB, NbdServer, Nbdkit, output, skipped, tool};
 
 /// Certificates as nbdkit names them, in a directory of this name, and those of a client; whoever is no client is turned away.
 struct Secured {
+    // Ends before its disk is removed.
+    _nbdkit: Nbdkit,
     lab: Lab,
-    nbdkit: std::process::Child,
-}
-
-impl Drop for Secured {
-    fn drop(&mut self) {
-        self.nbdkit.kill().ok();
-        self.nbdkit.wait().ok();
-    }
 }
 
 impl Secured {
@@ -45,21 +38,19 @@ impl Secured {
             let directory = lab.path("pki/localhost");
             fs::copy(directory.join(ours), directory.join(theirs)).expect("copied");
         }
-        let mut command = command_of(lab.root(), "nbdkit");
-        command
-            .args(["--foreground", "--unix", "secured", "--tls-verify-peer"])
-            .arg(format!("--tls={mode}"))
-            .arg(format!(
-                "--tls-certificates={}",
-                lab.path("pki/localhost").display()
-            ))
-            .args(["file", "disk"])
-            .stderr(std::process::Stdio::null());
-        let nbdkit = while_starting(|| command.spawn()).expect("it was there before");
-        while UnixStream::connect(lab.path("secured")).is_err() {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        Some(Self { lab, nbdkit })
+        let certificates = lab.path("pki/localhost");
+        let words = [
+            "--tls-verify-peer",
+            &format!("--tls={mode}"),
+            &format!("--tls-certificates={}", certificates.display()),
+            "file",
+            "disk",
+        ];
+        let nbdkit = Nbdkit::start(&lab, "secured", &words);
+        Some(Self {
+            lab,
+            _nbdkit: nbdkit,
+        })
     }
 
     fn refused(&self, export: &str, said: &str) {

@@ -1,11 +1,7 @@
 //! Exports of an NBD server that the real command brings up to date. They have a fixed size as devices have, and nothing
 //! tells who else wrote them: what is not read is not believed.
 
-use std::process::{Child, Stdio};
-
-use crate::lab::{
-    EXPORT, Lab, MIB, NbdServer, command_of, output, seeded, skipped, tool, while_starting,
-};
+use crate::lab::{EXPORT, Lab, MIB, NbdServer, Nbdkit, command_of, output, seeded, skipped, tool};
 
 /// An old disk that is served, and a new one beside it.
 fn served() -> Option<(Lab, NbdServer, Vec<u8>, Vec<u8>)> {
@@ -120,32 +116,6 @@ fn what_is_no_export_to_write_is_refused_with_the_reason() {
     refused(format!("sync same {EXPORT}"), 4, "found qcow2");
 }
 
-/// nbdkit, whose writes fail or wait as its filters say. Ended when dropped.
-struct Kit(Child);
-
-impl Kit {
-    fn start(lab: &Lab, words: &[&str]) -> Self {
-        std::fs::remove_file(lab.path("nbd.socket")).ok();
-        let mut command = command_of(lab.root(), "nbdkit");
-        command
-            .args(["--foreground", "--unix", "nbd.socket"])
-            .args(words);
-        command.stderr(Stdio::null());
-        let started = Self(while_starting(|| command.spawn()).expect("it was there before"));
-        while std::os::unix::net::UnixStream::connect(lab.path("nbd.socket")).is_err() {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        started
-    }
-}
-
-impl Drop for Kit {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 #[test]
 fn a_server_that_dies_or_fails_while_it_is_written_leaves_the_run_to_be_resumed() {
     let name = "a_server_that_dies_or_fails_while_it_is_written_leaves_the_run_to_be_resumed";
@@ -172,7 +142,7 @@ fn a_server_that_dies_or_fails_while_it_is_written_leaves_the_run_to_be_resumed(
             ],
             false => &["--filter=delay", "file", "disk", &delay],
         };
-        let mut kit = Some(Kit::start(&lab, words));
+        let mut kit = Some(Nbdkit::start(&lab, "nbd.socket", words));
         let mut run = lab.start(&format!("sync new {EXPORT}"));
         if !fails {
             run.wait_for(|line| line["phase"] == "applying");
@@ -181,7 +151,7 @@ fn a_server_that_dies_or_fails_while_it_is_written_leaves_the_run_to_be_resumed(
         }
         let answer = run.finish();
         drop(kit);
-        let _healthy = Kit::start(&lab, &["file", "disk"]);
+        let _healthy = Nbdkit::start(&lab, "nbd.socket", &["file", "disk"]);
         if answer.code == Some(0) {
             finished += 1;
         } else {

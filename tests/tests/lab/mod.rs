@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use blockferry_testkit::{Random, images};
 
-pub(crate) use nbd::{EXPORT, NbdServer};
+pub(crate) use nbd::{EXPORT, NbdServer, Nbdkit};
 pub(crate) use places::{LoopDevice, MountedFileSystem, skipped};
 pub(crate) use run::{
     Answer, Child, command, command_of, output, tool, while_starting, with_files,

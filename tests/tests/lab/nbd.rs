@@ -1,9 +1,10 @@
-//! Disks that qemu-nbd serves, with its defaults: what clients write is in its cache until they flush.
+//! Disks that others serve: qemu-nbd with its defaults, so that what clients write is in its cache until they flush, and nbdkit.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Stdio};
 
-use super::{Lab, tool};
+use super::{Lab, command_of, tool, while_starting};
 
 /// What [`NbdServer`] serves, as a command in the lab names it.
 pub(crate) const EXPORT: &str = "nbd+unix:///?socket=nbd.socket";
@@ -54,5 +55,32 @@ impl Drop for NbdServer {
         while UnixStream::connect(&self.socket).is_ok() {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
+    }
+}
+
+/// nbdkit, with filters that make it fail or wait, or with TLS. Ended when dropped.
+pub(crate) struct Nbdkit(Child);
+
+impl Nbdkit {
+    /// It is installed. `socket` is a name in the lab.
+    pub(crate) fn start(lab: &Lab, socket: &str, words: &[&str]) -> Self {
+        fs::remove_file(lab.path(socket)).ok();
+        let mut command = command_of(lab.root(), "nbdkit");
+        command
+            .args(["--foreground", "--unix", socket])
+            .args(words)
+            .stderr(Stdio::null());
+        let started = Self(while_starting(|| command.spawn()).expect("it was there before"));
+        while UnixStream::connect(lab.path(socket)).is_err() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        started
+    }
+}
+
+impl Drop for Nbdkit {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
