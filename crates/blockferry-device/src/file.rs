@@ -7,7 +7,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
 
 use blockferry_core::Extent;
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxFlags};
@@ -16,7 +15,7 @@ use rustix::io::Errno;
 use crate::data_path::{DataPath, WriteMode};
 use crate::{
     BlockSource, BlockTarget, Error, ErrorKind, Evidence, Identity, ReadRequest, Result, Status,
-    StorageFile, WriteRequest, allocation, metadata,
+    StorageFile, WriteRequest, allocation, metadata, stamps,
 };
 
 /// Requests that one file likes in flight when it is read or written past the cache.
@@ -198,10 +197,10 @@ impl BlockSource for OsFile {
     /// Inode, size, ctime and mtime.
     fn evidence(&self) -> Result<Evidence> {
         let mut found = self.stat()?;
-        if changed_just_now(&found) {
-            // Kernels before 6.13 stamp with the time of the last tick: another write within the same
-            // tick would leave no trace. Once it has passed, it does.
-            std::thread::sleep(CLOCK_TICK);
+        let unseen = stamps::remain_the_same(self.file(), &found);
+        if !unseen.is_zero() {
+            // Another write meanwhile would leave no trace, a later one does.
+            std::thread::sleep(unseen);
             found = self.stat()?;
         }
         let words = [found.ino(), found.size()];
@@ -231,18 +230,6 @@ pub(crate) fn identity_of(file: &File) -> Identity {
         }
         _ => Identity::unknown(),
     }
-}
-
-/// Longest tick of Linux (HZ=100), and a little.
-const CLOCK_TICK: Duration = Duration::from_millis(12);
-
-fn changed_just_now(found: &std::fs::Metadata) -> bool {
-    let changed = u64::try_from(found.ctime())
-        .ok()
-        .zip(u32::try_from(found.ctime_nsec()).ok())
-        .map(|(seconds, nanoseconds)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds));
-    // A ctime in the future is as suspicious as one of this tick.
-    changed.is_none_or(|changed| changed.elapsed().is_ok_and(|age| age < CLOCK_TICK))
 }
 
 impl BlockTarget for OsFile {

@@ -148,7 +148,7 @@ pub(crate) fn are_of_one_disk(one: Object, other: Object) -> bool {
     }
 }
 
-fn mounts() -> Vec<Mount> {
+pub(crate) fn mounts() -> Vec<Mount> {
     proc::parse_mounts(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
 }
 

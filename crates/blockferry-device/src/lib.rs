@@ -35,6 +35,7 @@ mod point;
 mod proc;
 mod residency;
 mod spans;
+mod stamps;
 mod sys;
 mod traits;
 mod workers;

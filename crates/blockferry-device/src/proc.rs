@@ -50,6 +50,8 @@ pub(crate) struct Mount {
     /// What of the file system is mounted there.
     pub(crate) root: PathBuf,
     pub(crate) point: PathBuf,
+    /// As `ext4`.
+    pub(crate) file_system: Vec<u8>,
     pub(crate) source: PathBuf,
     /// Whether the file system itself may write: a read-only mount of it proves nothing.
     pub(crate) writable: bool,
@@ -71,7 +73,7 @@ fn parse_mount(line: &[u8]) -> Option<Mount> {
     let point = unescape(fields.next()?);
     // Options and any number of optional fields, up to a hyphen.
     fields.by_ref().find(|&field| field == b"-")?;
-    let _file_system = fields.next()?;
+    let file_system = fields.next()?.to_vec();
     let source = unescape(fields.next()?);
     let writable = fields
         .next()?
@@ -82,6 +84,7 @@ fn parse_mount(line: &[u8]) -> Option<Mount> {
         device,
         root,
         point,
+        file_system,
         source,
         writable,
     })

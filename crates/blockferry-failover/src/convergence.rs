@@ -99,6 +99,13 @@ pub fn next(passes: &[Pass], budget: Duration) -> Next {
     ))
 }
 
+/// Until the `remaining` bytes of `all` are sent, if that goes on as in the time since it began.
+pub(crate) fn time_left(all: u64, remaining: u64, since: Duration) -> Duration {
+    let sent = as_f64(all.saturating_sub(remaining));
+    let seconds = since.as_secs_f64() * as_f64(remaining) / sent;
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
 #[expect(
     clippy::cast_precision_loss,
     reason = "an estimate needs no more digits"
@@ -187,5 +194,16 @@ mod tests {
 
             prop_assert!(large.len() <= small.len());
         }
+    }
+
+    #[test]
+    fn what_is_left_takes_as_long_as_what_was_sent() {
+        let second = Duration::from_secs(1);
+        assert_eq!(time_left(400, 100, 3 * second), second);
+        assert_eq!(time_left(400, 0, second), Duration::ZERO);
+        // Nothing is known of how fast it goes.
+        assert_eq!(time_left(400, 400, second), Duration::MAX);
+        assert_eq!(time_left(0, 0, second), Duration::MAX);
+        assert_eq!(time_left(u64::MAX, u64::MAX - 1, second), Duration::MAX);
     }
 }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::changes::{Runs, Travelling};
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::{Cut, CutDisk, CutSource, SourceMachine};
+use crate::source::{Cut, CutDisk, CutSource, Live, Sent, SourceMachine};
 use crate::spec::{HandOverBy, Hooks, JobSpec};
 use crate::store::Origin;
 
@@ -88,7 +88,7 @@ pub(crate) enum Ask {
     Machine(Box<JobSpec>),
     Reach,
     Settle(Vec<Option<u64>>),
-    Cut(u64),
+    Cut(u64, Live),
     /// With the milliseconds after which it goes on by itself.
     Quiesce(u64),
     CutAtRest(u64),
@@ -96,7 +96,8 @@ pub(crate) enum Ask {
     Hold,
     /// Where to, and milliseconds: for the rest of it, and after which a guest that stands still goes on by itself.
     SendMemory(String, u64, u64),
-    IsSent,
+    HoldMemoryBack(bool),
+    Sent,
     HandOver,
     StoodStill(u64),
     Resume,
@@ -117,7 +118,7 @@ pub(crate) enum Answer {
     Cut(Box<FarCut>),
     Quiesced(String, Vec<String>),
     Nodes(Vec<String>),
-    Sent(bool),
+    Sent(Sent),
     /// What it was to do, and what is known of its disks: of each a number, a root, and what was written.
     Job(Box<JobSpec>, Vec<(u64, String, Runs)>),
     Failed(Failed),
@@ -456,8 +457,8 @@ impl SourceMachine for FarSource {
         Ok(())
     }
 
-    fn cut(&mut self, number: u64) -> Result<Cut> {
-        let answer = self.ask(&Ask::Cut(number))?;
+    fn cut(&mut self, number: u64, live: Live) -> Result<Cut> {
+        let answer = self.ask(&Ask::Cut(number, live))?;
         self.opened(number, answer)
     }
 
@@ -483,8 +484,12 @@ impl SourceMachine for FarSource {
         self.tell(&Ask::SendMemory(uri.to_owned(), pause_ms, patience_ms))
     }
 
-    fn is_sent(&mut self) -> Result<bool> {
-        match self.ask(&Ask::IsSent)? {
+    fn hold_memory_back(&mut self, held: bool) -> Result<()> {
+        self.tell(&Ask::HoldMemoryBack(held))
+    }
+
+    fn sent(&mut self) -> Result<Sent> {
+        match self.ask(&Ask::Sent)? {
             Answer::Sent(sent) => Ok(sent),
             other => Err(unexpected(&other)),
         }
@@ -569,7 +574,7 @@ mod tests {
         for told in [
             "",
             "\"done\"",
-            "{\"sent\":true}",
+            "{\"sent\":\"standing\"}",
             "{\"cut\":{}}",
             "\"no-such-answer\"",
             "{\"failed\":{\"kind\":\"source\",\"text\":\"there is no such disk\"}}",
@@ -582,7 +587,7 @@ mod tests {
             let (mut source, _) = machine(told);
             source.make_ready().unwrap();
 
-            let error = source.cut(7).map(drop).unwrap_err();
+            let error = source.cut(7, Live::Frozen).map(drop).unwrap_err();
 
             assert_eq!(error.kind(), ErrorKind::Source, "{told}: {error}");
         }
@@ -595,7 +600,7 @@ mod tests {
         let (mut source, hosts) = machine(told);
         source.make_ready().unwrap();
 
-        let cut = source.cut(7).unwrap();
+        let cut = source.cut(7, Live::Frozen).unwrap();
 
         assert_eq!(cut.consistency, Consistency::AtRest);
         assert_eq!(cut.warnings, ["w"]);
@@ -603,7 +608,10 @@ mod tests {
         assert_eq!(changed.total_bytes(blockferry_core::Content::Data), 65_536);
         assert_eq!(hosts.1.load(Ordering::Relaxed), 2);
         source.release();
-        source.cut(8).map(drop).expect_err("nothing is ready");
+        source
+            .cut(8, Live::Frozen)
+            .map(drop)
+            .expect_err("nothing is ready");
         assert_eq!(hosts.1.load(Ordering::Relaxed), 3);
     }
 }

@@ -20,12 +20,12 @@ use blockferry_pipeline::Event;
 use blockferry_qemu::Layers;
 
 use crate::changes::{changed_extents, with_extents};
-use crate::convergence::{Next, Pass, next, predicted_downtime};
+use crate::convergence::{Next, Pass, next, predicted_downtime, time_left};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hooks;
 use crate::jobs::{JobContext, Told, Until, refused};
 use crate::overlay;
-use crate::source::{Cut, CutSource, Source, SourceMachine};
+use crate::source::{Cut, CutSource, Live, Sent, Source, SourceMachine};
 use crate::spec::{HandOverBy, QuiesceBy};
 use crate::state::{Input, Recovery, State};
 use crate::store::{JobRecord, Origin, Request, Store, now_ms};
@@ -38,6 +38,10 @@ const GOING_ON: Duration = Duration::from_secs(1);
 const SENDING: Duration = Duration::from_secs(600);
 /// How long sending the rest of it may take while the guest stands still.
 const REST: Duration = Duration::from_millis(20);
+/// So long before all memory was sent once the disks are copied once more.
+const CLOSE: Duration = Duration::from_millis(150);
+/// For so long that pass is a fresh one; each further one for twice as long.
+const FRESH: Duration = Duration::from_secs(2);
 const SHORT_TICK: Duration = Duration::from_millis(2);
 /// For a guest to go on in the replica, where the source did not hear that it does.
 const ARRIVING: Duration = Duration::from_secs(2);
@@ -308,8 +312,7 @@ impl<'s> Runner<'s> {
         let budget = self.job.spec.downtime_budget;
         let mut began = Instant::now();
         let (consistency, warnings) = if self.is_warm() {
-            self.send_memory()?;
-            began = Instant::now();
+            began = self.send_memory()?;
             (Consistency::Crash, Vec::new())
         } else {
             let stopped = self.source.quiesce(budget + GOING_ON)?;
@@ -345,8 +348,8 @@ impl<'s> Runner<'s> {
     }
 
     /// The replica's machine waits for the memory of the guest, which travels while it runs. Returns once it stands still
-    /// and only the rest of it is missing.
-    fn send_memory(&mut self) -> Result<()> {
+    /// and only the rest of it is missing: when it was last known to run.
+    fn send_memory(&mut self) -> Result<Instant> {
         let mut replica = self.replica()?;
         let way = self.job.spec.reverse.as_ref();
         let named = way.and_then(|way| way.machine.memory.clone());
@@ -359,10 +362,31 @@ impl<'s> Runner<'s> {
         let budget = self.job.spec.downtime_budget;
         self.source
             .send_memory(&uri, REST.min(budget / 2), budget + GOING_ON)?;
-        let end = Instant::now() + SENDING;
-        while !self.source.is_sent()? {
+        let began = Instant::now();
+        let (mut running, mut all) = (began, 0);
+        // Disks lack more and more while memory takes its time.
+        let (mut next_pass, mut fresh_for) = (None, FRESH);
+        loop {
+            let asked = Instant::now();
+            let Sent::Running(remaining) = self.source.sent()? else {
+                return Ok(running);
+            };
+            running = asked;
+            all = all.max(remaining.unwrap_or(0));
+            let is_due = match (next_pass, remaining) {
+                (Some(next), _) => asked >= next,
+                (None, Some(remaining)) => time_left(all, remaining, began.elapsed()) <= CLOSE,
+                (None, None) => false,
+            };
+            if is_due {
+                if let Some(seen) = self.pass_beside_memory()? {
+                    running = seen;
+                }
+                next_pass = Some(Instant::now() + fresh_for);
+                fresh_for *= 2;
+            }
             self.check_cancelled()?;
-            if Instant::now() >= end {
+            if began.elapsed() >= SENDING {
                 let text = format!(
                     "job {}: the guest changes its memory faster than it travels: it was sent for {} s",
                     self.job.name,
@@ -372,7 +396,19 @@ impl<'s> Runner<'s> {
             }
             std::thread::sleep(SHORT_TICK);
         }
-        Ok(())
+    }
+
+    /// So that the disks lack little when the guest comes to stand still. Returns when it was known to run after that, if it
+    /// was.
+    fn pass_beside_memory(&mut self) -> Result<Option<Instant>> {
+        self.source.hold_memory_back(true)?;
+        let token = self.context.cancel.clone();
+        self.pass(&token, |source, number| source.cut(number, Live::AsItIs))?;
+        self.source.make_ready()?;
+        let asked = Instant::now();
+        let runs = self.source.sent()? != Sent::Standing;
+        self.source.hold_memory_back(false)?;
+        Ok(runs.then_some(asked))
     }
 
     /// The machine of the replica.
@@ -392,14 +428,14 @@ impl<'s> Runner<'s> {
         replica.is_some_and(|mut replica| replica.runs().is_ok_and(|runs| runs))
     }
 
-    /// The guest goes on in the machine of the replica, unless it does already. From there on nothing leads back by itself: it
-    /// may have acknowledged something.
-    fn hand_over(&mut self) -> Result<()> {
+    /// The guest goes on in the machine of the replica, unless it does already, as it may if it was not stopped just now. From
+    /// there on nothing leads back by itself: it may have acknowledged something.
+    fn hand_over(&mut self, stopped_now: bool) -> Result<()> {
         if self.job.state == State::Fencing {
             self.step(Input::StepDone, "the guest is being handed over")?;
         }
         self.targets.clear();
-        if !self.replica_has_the_guest()
+        if (stopped_now || !self.replica_has_the_guest())
             && let Err(error) = self.source.hand_over()
         {
             // It may have gone over all the same.
@@ -431,7 +467,7 @@ impl<'s> Runner<'s> {
     /// On to the replica. Does again what a crash may have cut short.
     fn go_forward(&mut self, since: Option<Instant>) -> Result<()> {
         match self.is_warm() {
-            true => self.hand_over(),
+            true => self.hand_over(since.is_some()),
             false => self.fence_and_start(since),
         }
     }
@@ -827,7 +863,7 @@ impl<'s> Runner<'s> {
         self.check_cancelled()?;
         self.step(Input::PassBegins, "a pass begins")?;
         let token = self.context.cancel.clone();
-        self.pass(&token, |source, number| source.cut(number))
+        self.pass(&token, |source, number| source.cut(number, Live::Frozen))
     }
 
     /// Cuts, copies, and lets the cut go.

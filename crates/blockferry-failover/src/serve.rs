@@ -12,7 +12,7 @@ use crate::changes::{Runs, Travelling};
 use crate::error::{Error, ErrorKind, Result};
 use crate::far::{Answer, Ask, Failed, FarCut, milliseconds, packed};
 use crate::jobs::Jobs;
-use crate::source::{Source, SourceMachine, Taken, open_point};
+use crate::source::{Sent, Source, SourceMachine, Taken, open_point};
 
 /// How often it is looked whether a machine that stands still is to go on.
 const TICK: Duration = Duration::from_millis(50);
@@ -142,7 +142,7 @@ impl Serving {
                 let lost = lost.map(|lost| (lost.disk, lost.why)).collect();
                 return Ok(Answer::Settled(lost));
             }
-            Ask::Cut(number) => return cut(source.take(number)?),
+            Ask::Cut(number, live) => return cut(source.take(number, live)?),
             Ask::CutAtRest(number) => {
                 stands_still(stopped)?;
                 return cut(source.take_at_rest(number)?);
@@ -156,17 +156,16 @@ impl Serving {
                 self.stopped = Stopped::Never;
             }
             Ask::SendMemory(uri, pause_ms, patience_ms) => {
-                self.stopped = Stopped::Once(Duration::from_millis(patience_ms));
-                self.source()?.send_memory(
-                    &uri,
-                    Duration::from_millis(pause_ms),
-                    Duration::from_millis(patience_ms),
-                )?;
+                let patience = Duration::from_millis(patience_ms);
+                self.stopped = Stopped::Once(patience);
+                let pause = Duration::from_millis(pause_ms);
+                self.source()?.send_memory(&uri, pause, patience)?;
             }
-            Ask::IsSent => {
-                let sent = source.is_sent()?;
+            Ask::HoldMemoryBack(held) => source.hold_memory_back(held)?,
+            Ask::Sent => {
+                let sent = source.sent()?;
                 if let Stopped::Once(patience) = stopped
-                    && sent
+                    && sent == Sent::Standing
                 {
                     self.stopped = Stopped::Until(Instant::now() + patience);
                 }

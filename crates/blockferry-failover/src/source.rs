@@ -15,6 +15,7 @@ use blockferry_engine::SourceCheck;
 use blockferry_nbd::{NbdAddress, NbdDevice, NbdOptions};
 use blockferry_qemu::freeze::Guarded;
 use blockferry_qemu::{Agent, HandOver, Held, Layers, Lost, Machine, MachineOptions, PointExport};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -47,7 +48,7 @@ pub(crate) trait SourceMachine: Debug {
     fn make_ready(&mut self) -> Result<()>;
 
     /// A cut while the machine runs.
-    fn cut(&mut self, number: u64) -> Result<Cut>;
+    fn cut(&mut self, number: u64, live: Live) -> Result<Cut>;
 
     /// Stops the machine: nothing is written any more. [`Self::resume`] takes it back, also after a failure here. What does
     /// not come to rest within `patience` is not stopped. A machine on another host goes on by itself after `patience`, unless
@@ -63,11 +64,14 @@ pub(crate) trait SourceMachine: Debug {
     /// Begins to send the guest's memory to `uri`, while it runs. Once it stands still it is as after [`Self::quiesce`].
     fn send_memory(&mut self, uri: &str, pause: Duration, patience: Duration) -> Result<()>;
 
-    /// Whether the guest stands still, and the rest of its memory waits for [`Self::hand_over`].
+    /// Whether the guest is to be kept from standing still for its memory.
+    fn hold_memory_back(&mut self, held: bool) -> Result<()>;
+
+    /// How far its memory is.
     ///
     /// # Errors
-    /// Its memory does not travel any more.
-    fn is_sent(&mut self) -> Result<bool>;
+    /// It does not travel any more.
+    fn sent(&mut self) -> Result<Sent>;
 
     /// The guest goes on in the machine that takes its memory.
     fn hand_over(&mut self) -> Result<()>;
@@ -86,6 +90,26 @@ pub(crate) trait SourceMachine: Debug {
 
     /// Ends the machine, and waits until it has.
     fn end(&mut self) -> Result<()>;
+}
+
+/// How a cut is made while the machine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Live {
+    /// At rest, as far as the application and the guest can be brought to it.
+    Frozen,
+    /// Nothing is held up for it.
+    AsItIs,
+}
+
+/// How much of a guest's memory was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Sent {
+    /// The guest runs, and so many bytes are missing yet, once that is known.
+    Running(Option<u64>),
+    /// The guest stands still, and the rest waits for [`SourceMachine::hand_over`].
+    Standing,
 }
 
 /// One moment of all disks.
@@ -191,7 +215,7 @@ impl Source {
     }
 
     /// Makes a cut while the machine runs, and exports it.
-    pub(crate) fn take(&mut self, number: u64) -> Result<Taken> {
+    pub(crate) fn take(&mut self, number: u64, live: Live) -> Result<Taken> {
         let disks = self.nodes();
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let room = Room::watch(&self.options.scratch, Arc::clone(&self.machine));
@@ -200,7 +224,10 @@ impl Source {
         self.room = Some(Arc::clone(&room));
         let mut warnings = Vec::new();
         let deadline = self.spec.freeze_deadline;
-        let at_rest = self.freeze(deadline, Duration::MAX, &mut warnings)?;
+        let at_rest = match live {
+            Live::Frozen => self.freeze(deadline, Duration::MAX, &mut warnings)?,
+            Live::AsItIs => None,
+        };
         let began = Instant::now();
         // Asked while nobody else has the machine: whoever gives a point up comes before the cut, or finds it.
         let done = self.with("cut", |machine| {
@@ -441,8 +468,8 @@ impl SourceMachine for Source {
         Ok(())
     }
 
-    fn cut(&mut self, number: u64) -> Result<Cut> {
-        let taken = self.take(number)?;
+    fn cut(&mut self, number: u64, live: Live) -> Result<Cut> {
+        let taken = self.take(number, live)?;
         self.opened(number, taken)
     }
 
@@ -484,11 +511,15 @@ impl SourceMachine for Source {
         self.with("send the memory", |machine| machine.send_memory(uri, pause))
     }
 
-    fn is_sent(&mut self) -> Result<bool> {
+    fn hold_memory_back(&mut self, held: bool) -> Result<()> {
+        self.with("send the memory", |m| m.hold_memory_back(held))
+    }
+
+    fn sent(&mut self) -> Result<Sent> {
         self.with("send the memory", |machine| {
             match machine.hand_over_state()? {
-                HandOver::Waiting => Ok(true),
-                HandOver::Travelling | HandOver::Switching => Ok(false),
+                HandOver::Waiting => Ok(Sent::Standing),
+                HandOver::Travelling { remaining } => Ok(Sent::Running(remaining)),
                 _ => Err(machine.not_handed_over()),
             }
         })

@@ -140,6 +140,8 @@ pub struct Machine {
     tag: Tag,
     scratch: PathBuf,
     nbd: Option<PathBuf>,
+    /// Whether it has one, once it was asked.
+    has_guest: Option<bool>,
 }
 
 impl Machine {
@@ -154,6 +156,7 @@ impl Machine {
             // The machine has another working directory.
             scratch: absolute(&options.scratch)?,
             nbd: options.nbd.as_deref().map(absolute).transpose()?,
+            has_guest: None,
         })
     }
 
@@ -664,10 +667,15 @@ impl Machine {
     }
 
     fn has_guest(&mut self) -> Result<bool> {
+        if let Some(known) = self.has_guest {
+            return Ok(known);
+        }
         let commands = self.qmp.execute("query-commands", json!({}))?;
         let names = commands.as_array().into_iter().flatten();
         let mut names = names.filter_map(|command| command.get("name").and_then(Value::as_str));
-        Ok(names.any(|name| name == "query-status"))
+        let found = names.any(|name| name == "query-status");
+        self.has_guest = Some(found);
+        Ok(found)
     }
 
     /// The exports through which others may write these disks, by id.

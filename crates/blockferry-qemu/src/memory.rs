@@ -19,6 +19,8 @@ const TICK: Duration = Duration::from_millis(2);
 const SWITCHING: Duration = Duration::from_secs(30);
 /// As much as the way takes: whoever wants less limits the way.
 const MAX_BANDWIDTH: u64 = 1 << 40;
+/// Bytes per second: less than what any guest writes that does something.
+const HELD_BANDWIDTH: u64 = 1 << 20;
 
 /// How far the memory of a machine was handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +29,10 @@ pub enum HandOver {
     /// Nothing is under way, or what was is undone: the machine has its guest.
     None,
     /// Memory travels, the guest runs.
-    Travelling,
+    Travelling {
+        /// Bytes that are missing yet, as far as that is known: what the guest wrote since is looked at now and then.
+        remaining: Option<u64>,
+    },
     /// The guest stands still and waits for the last step.
     Waiting,
     /// The last step is under way.
@@ -37,9 +42,15 @@ pub enum HandOver {
 }
 
 impl HandOver {
-    fn of(status: &str) -> Self {
-        match status {
-            "setup" | "active" | "postcopy-active" | "wait-unplug" => Self::Travelling,
+    fn of(found: &Value) -> Self {
+        let status = found.get("status").and_then(Value::as_str);
+        match status.unwrap_or_default() {
+            "setup" | "active" | "postcopy-active" | "wait-unplug" => {
+                let remaining = found.pointer("/ram/remaining");
+                Self::Travelling {
+                    remaining: remaining.and_then(Value::as_u64),
+                }
+            }
             "pre-switchover" => Self::Waiting,
             "device" | "cancelling" => Self::Switching,
             "completed" => Self::Done,
@@ -73,6 +84,18 @@ impl Machine {
         self.qmp().execute("migrate", arguments).map(drop)
     }
 
+    /// Whether memory is to travel so slowly that the guest hardly comes to stand still.
+    ///
+    /// # Errors
+    /// The machine refused.
+    pub fn hold_memory_back(&mut self, held: bool) -> Result<()> {
+        let bandwidth = if held { HELD_BANDWIDTH } else { MAX_BANDWIDTH };
+        let limit = json!({"max-bandwidth": bandwidth});
+        self.qmp()
+            .execute("migrate-set-parameters", limit)
+            .map(drop)
+    }
+
     /// The last step: the guest goes on in the other machine. May be called again, whatever came of it before.
     ///
     /// # Errors
@@ -98,7 +121,7 @@ impl Machine {
                     );
                     return Err(Error::new(ErrorKind::Io, text));
                 }
-                HandOver::None | HandOver::Travelling => return Err(self.not_handed_over()),
+                HandOver::None | HandOver::Travelling { .. } => return Err(self.not_handed_over()),
             }
         }
     }
@@ -132,8 +155,7 @@ impl Machine {
     /// The machine did not answer.
     pub fn hand_over_state(&mut self) -> Result<HandOver> {
         let found = self.qmp().execute("query-migrate", json!({}))?;
-        let status = found.get("status").and_then(Value::as_str);
-        Ok(HandOver::of(status.unwrap_or_default()))
+        Ok(HandOver::of(&found))
     }
 
     /// That it failed, with the words of QEMU.
