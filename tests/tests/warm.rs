@@ -104,6 +104,15 @@ impl<'l> Machines<'l> {
         machine.is_running().ok()?
     }
 
+    /// Whether the machine of a site has files open that were removed, which keep their space.
+    fn keeps_removed_files(&self, site: &str) -> bool {
+        let pid =
+            fs::read_to_string(self.lab.path(&format!("{site}/pid"))).expect("it was started");
+        let open = fs::read_dir(format!("/proc/{}/fd", pid.trim())).expect("it runs");
+        let mut files = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        files.any(|file| file.to_string_lossy().ends_with(".merged (deleted)"))
+    }
+
     fn state(&self) -> String {
         let status = self.lab.must("failover status vm");
         let state = status.summary()["state"].as_str();
@@ -160,12 +169,19 @@ fn a_guest_that_is_handed_over_runs_in_one_machine_whenever_the_command_is_kille
     lab.must(COMPLETE);
     lab.must("failover commit vm --live --release-source");
     assert_eq!(machines.runs("home"), None);
+    assert!(!machines.keeps_removed_files("away"));
     lab.must("failover reverse vm --until ready");
     lab.must(COMPLETE);
     assert_eq!(machines.runs("home"), Some(true));
     assert_eq!(machines.runs("away"), Some(false));
     lab.must("failover commit vm --live --release-source");
     assert_eq!(machines.runs("home"), Some(true));
+
+    // And there once more by the same file, though the disk is another node now.
+    lab.must("failover start vm.toml --until ready");
+    lab.must(COMPLETE);
+    assert_eq!(machines.runs("away"), Some(true));
+    assert_eq!(machines.runs("home"), Some(false));
 }
 
 #[test]

@@ -9,7 +9,6 @@
 //! machine that was stopped for its last cut goes on by itself when nobody has said in time that it is to be held.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -101,7 +100,6 @@ pub(crate) enum Ask {
     HandOver,
     StoodStill(u64),
     Resume,
-    Nodes(Vec<PathBuf>),
     Leave,
     End,
     /// No machine: a committed job of that host, whose way back is to be one of the host that asks.
@@ -117,7 +115,6 @@ pub(crate) enum Answer {
     Settled(Vec<(String, String)>),
     Cut(Box<FarCut>),
     Quiesced(String, Vec<String>),
-    Nodes(Vec<String>),
     Sent(Sent),
     /// What it was to do, and what is known of its disks: of each a number, a root, and what was written.
     Job(Box<JobSpec>, Vec<(u64, String, Runs)>),
@@ -287,10 +284,12 @@ impl FarSource {
         // What is done with the replica is no business of the other host's.
         let mut told = JobSpec {
             hooks: Hooks::default(),
-            reverse: None,
             hand_over: HandOverBy::Cold,
             ..spec.clone()
         };
+        if let Some(way) = &mut told.reverse {
+            way.hooks = Hooks::default();
+        }
         told.machine.host = None;
         let control = Control {
             host: host.to_owned(),
@@ -505,13 +504,6 @@ impl SourceMachine for FarSource {
 
     fn resume(&mut self) -> Result<()> {
         self.tell(&Ask::Resume)
-    }
-
-    fn nodes_of(&mut self, files: &[PathBuf]) -> Result<Vec<String>> {
-        match self.ask(&Ask::Nodes(files.to_vec()))? {
-            Answer::Nodes(nodes) => Ok(nodes),
-            other => Err(unexpected(&other)),
-        }
     }
 
     fn leave(&mut self) -> Result<()> {

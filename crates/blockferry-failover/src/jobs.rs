@@ -419,15 +419,6 @@ impl Jobs {
             }
             machine.end()?;
         }
-        // Once its overlays were merged its disks are nodes of other names.
-        let mut replica = context.machine_of(&spec, &directory)?;
-        let targets: Vec<PathBuf> = first.disk.iter().map(|disk| disk.target.clone()).collect();
-        if let Ok(nodes) = replica.nodes_of(&targets) {
-            for (disk, node) in spec.disk.iter_mut().zip(nodes) {
-                disk.node = node;
-            }
-        }
-        replica.release();
         let job = self.store.create_way_back(&spec, &origins)?;
         self.runner(&job, context)?.run(until)
     }

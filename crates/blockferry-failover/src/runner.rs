@@ -725,7 +725,14 @@ impl<'s> Runner<'s> {
         replica.merge(number, &layers, &self.context.cancel, &mut counts)?;
         let disks = self.job.spec.disk.iter();
         let targets: Vec<PathBuf> = disks.map(|disk| disk.target.clone()).collect();
-        replica.find_disks(&targets)?;
+        let overlays: Vec<PathBuf> = (0..targets.len())
+            .map(|index| overlay::path(&self.path, index))
+            .collect();
+        if let Some(why) = replica.let_overlays_go(&overlays, &targets)? {
+            let text =
+                format!("the machine of the replica keeps what was merged until it ends: {why}");
+            self.warn("overlay_kept", text);
+        }
         // They are the machine's own now, and none of their points is left.
         for target in &targets {
             forget(target, &self.context.targets)

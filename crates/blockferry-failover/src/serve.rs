@@ -147,9 +147,7 @@ impl Serving {
                 stands_still(stopped)?;
                 return cut(source.take_at_rest(number)?);
             }
-            Ask::Check(number) => source
-                .check(number)
-                .map_err(|cause| Error::source("look at a point that was read", cause))?,
+            Ask::Check(number) => source.check(number)?,
             Ask::Quiesce(patience_ms) => return self.quiesce(Duration::from_millis(patience_ms)),
             Ask::Hold => {
                 stands_still(stopped)?;
@@ -177,7 +175,6 @@ impl Serving {
                 source.resume()?;
                 self.stopped = Stopped::Never;
             }
-            Ask::Nodes(files) => return source.nodes_of(&files).map(Answer::Nodes),
             Ask::Leave => source.leave()?,
             Ask::End => source.end()?,
         }

@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Debug;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::far::HostConnection;
 use crate::room::Room;
 use crate::scripts::Scripts;
-use crate::spec::{JobSpec, QuiesceBy};
+use crate::spec::{DiskSpec, JobSpec, QuiesceBy};
 
 /// For the guest to shut down.
 const SHUTTING_DOWN: Duration = Duration::from_secs(120);
@@ -81,9 +82,6 @@ pub(crate) trait SourceMachine: Debug {
 
     /// Lets the machine go on as before [`Self::quiesce`], however far that came. Harmless where it runs.
     fn resume(&mut self) -> Result<()>;
-
-    /// The nodes whose data are these files or devices of its host.
-    fn nodes_of(&mut self, files: &[PathBuf]) -> Result<Vec<String>>;
 
     /// Takes everything of this job away from the machine.
     fn leave(&mut self) -> Result<()>;
@@ -163,6 +161,8 @@ pub(crate) struct Source {
     options: MachineOptions,
     /// Points that are read ask it as well.
     machine: Arc<Mutex<Option<Machine>>>,
+    /// Of its disks, once they were looked for.
+    nodes: Mutex<Option<Vec<String>>>,
     /// For the points that are read.
     room: Option<Arc<Room>>,
     /// What freezes the guest; without it no freeze is guarded, so none is made.
@@ -179,18 +179,30 @@ impl Source {
             spec: spec.clone(),
             options,
             machine: Arc::default(),
+            nodes: Mutex::default(),
             room: None,
             guard,
         }
     }
 
-    /// The nodes of its disks.
-    fn nodes(&self) -> Vec<String> {
-        self.spec
-            .disk
-            .iter()
-            .map(|disk| disk.node.clone())
-            .collect()
+    /// The nodes of its disks. Where the job says which files the way back brings up to date, they are found by those as well:
+    /// a machine whose overlays were merged goes on with nodes of other names.
+    fn nodes(&self) -> Result<Vec<String>> {
+        let mut known = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(nodes) = &*known {
+            return Ok(nodes.clone());
+        }
+        let files = self.spec.reverse.iter().flat_map(|way| &way.disk);
+        let files = files.map(|disk| Some(disk.target.as_path()));
+        let disks = self.spec.disk.iter().zip(files.chain(iter::repeat(None)));
+        let node = |(disk, file): (&DiskSpec, Option<&Path>)| {
+            self.with("look for a disk", |machine| {
+                machine.node_called(&disk.node, file)
+            })
+        };
+        let nodes: Vec<String> = disks.map(node).collect::<Result<_>>()?;
+        *known = Some(nodes.clone());
+        Ok(nodes)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Machine>> {
@@ -216,7 +228,7 @@ impl Source {
 
     /// Makes a cut while the machine runs, and exports it.
     pub(crate) fn take(&mut self, number: u64, live: Live) -> Result<Taken> {
-        let disks = self.nodes();
+        let disks = self.nodes()?;
         self.with("prepare a cut", |machine| machine.prepare(number, &disks))?;
         let room = Room::watch(&self.options.scratch, Arc::clone(&self.machine));
         let room = room.map_err(|cause| Error::source("prepare a cut", cause))?;
@@ -266,7 +278,7 @@ impl Source {
     /// Makes the last cut, once the machine is stopped, and exports it. Whoever stopped it knows how good that is: it is told as
     /// the least that it can be.
     pub(crate) fn take_at_rest(&mut self, number: u64) -> Result<Taken> {
-        let disks = self.nodes();
+        let disks = self.nodes()?;
         let points = self.with("the last cut", |machine| {
             machine.cut_at_rest(number, &disks)?;
             machine.publish_at_rest(number, &disks)
@@ -287,7 +299,7 @@ impl Source {
                 changes: changes.map(Arc::new),
             })
         });
-        let (machine, names, room) = (Arc::clone(&self.machine), self.nodes(), self.room.clone());
+        let (machine, names, room) = (Arc::clone(&self.machine), self.nodes()?, self.room.clone());
         Ok(Cut {
             disks: disks.collect::<Result<_>>()?,
             consistency: taken.consistency,
@@ -298,8 +310,9 @@ impl Source {
     }
 
     /// Whether the points of a cut are still what they were.
-    pub(crate) fn check(&self, number: u64) -> blockferry_device::Result<()> {
-        check(&self.machine, self.room.as_deref(), number, &self.nodes())
+    pub(crate) fn check(&self, number: u64) -> Result<()> {
+        check(&self.machine, self.room.as_deref(), number, &self.nodes()?)
+            .map_err(|cause| Error::source("look at a point that was read", cause))
     }
 
     /// Brings the application and the guest to rest, where there are scripts or an agent. What keeps an agent from that is
@@ -352,7 +365,7 @@ impl Source {
     }
 
     fn take_writers_away(&mut self) -> Result<()> {
-        let disks = self.nodes();
+        let disks = self.nodes()?;
         let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
         let known: Vec<&String> = self.spec.disk.iter().flat_map(|d| &d.writers).collect();
         if let Some(stranger) = found.iter().find(|export| !known.contains(export)) {
@@ -369,12 +382,12 @@ impl Source {
     }
 
     fn give_writers_back(&mut self) -> Result<()> {
-        let disks = self.nodes();
+        let disks = self.nodes()?;
         let found = self.with("look for writers", |m| m.writable_exports(&disks))?;
-        for disk in self.spec.disk.clone() {
+        for (disk, node) in self.spec.disk.iter().zip(&disks) {
             for export in disk.writers.iter().filter(|export| !found.contains(export)) {
                 let arguments = json!({
-                    "type": "nbd", "id": export, "name": export, "node-name": disk.node,
+                    "type": "nbd", "id": export, "name": export, "node-name": node,
                     "writable": true,
                 });
                 self.with("give a writer back", |machine| {
@@ -390,7 +403,7 @@ impl Source {
     pub(crate) fn watch(&mut self, number: u64) -> Result<Option<String>> {
         let recording = self.settle(&vec![Some(number); self.spec.disk.len()])?;
         if !recording.is_empty() {
-            let disks = self.nodes();
+            let disks = self.nodes()?;
             let written = self.with("look for writers", |m| m.may_have_written(&disks))?;
             if written.is_some() {
                 return Ok(written);
@@ -400,13 +413,22 @@ impl Source {
         self.resume().map(|()| None)
     }
 
-    /// Finds its disks by the files that they are, wherever their nodes have other names than the job says.
-    pub(crate) fn find_disks(&mut self, files: &[PathBuf]) -> Result<()> {
-        let nodes = self.nodes_of(files)?;
-        for (disk, node) in self.spec.disk.iter_mut().zip(nodes) {
-            disk.node = node;
-        }
-        Ok(())
+    /// Its disks are these files and no overlays over them any more: lets those go, and finds the nodes. Returns why the machine
+    /// holds on to an overlay, if it does.
+    pub(crate) fn let_overlays_go(
+        &mut self,
+        overlays: &[PathBuf],
+        files: &[PathBuf],
+    ) -> Result<Option<String>> {
+        let refused = overlays.iter().filter_map(|overlay| {
+            let done = self.with("let an overlay go", |m| m.remove_overlay(overlay));
+            done.err().map(|error| error.in_full())
+        });
+        let refused = refused.last();
+        let node = |file: &PathBuf| self.with("look for a disk", |m| m.raw_node_of(file));
+        let nodes: Vec<String> = files.iter().map(node).collect::<Result<_>>()?;
+        self.nodes = Mutex::new(Some(nodes));
+        Ok(refused)
     }
 
     /// Waits for the memory of a guest.
@@ -442,6 +464,7 @@ impl Source {
 impl SourceMachine for Source {
     fn release(&mut self) {
         *self.lock() = None;
+        self.nodes = Mutex::default();
     }
 
     fn reach(&mut self) -> Result<()> {
@@ -451,7 +474,7 @@ impl SourceMachine for Source {
 
     fn settle(&mut self, held: &[Option<u64>]) -> Result<Vec<Lost>> {
         let held: Vec<Held> = self
-            .nodes()
+            .nodes()?
             .iter()
             .zip(held)
             .map(|(disk, number)| match number {
@@ -535,7 +558,7 @@ impl SourceMachine for Source {
     }
 
     fn stood_still(&mut self, number: u64) -> Result<()> {
-        let disks = self.nodes();
+        let disks = self.nodes()?;
         let running = self.with("look at the machine", Machine::is_running)?;
         let writers = self.with("look for writers", |m| m.writable_exports(&disks))?;
         let written = self.with("look at the bitmaps", |m| m.written_since(number, &disks))?;
@@ -575,13 +598,8 @@ impl SourceMachine for Source {
         scripts.map_or(Ok(()), |scripts| Scripts::load(scripts)?.run_post())
     }
 
-    fn nodes_of(&mut self, files: &[PathBuf]) -> Result<Vec<String>> {
-        let node = |file: &PathBuf| self.with("look for a disk", |m| m.raw_node_of(file));
-        files.iter().map(node).collect()
-    }
-
     fn leave(&mut self) -> Result<()> {
-        let disks = self.nodes();
+        let disks = self.nodes()?;
         self.with("leave the machine", |machine| machine.leave(&disks))
     }
 

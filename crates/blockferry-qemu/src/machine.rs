@@ -716,7 +716,7 @@ fn action(kind: &str, data: Value) -> Value {
     json!({"type": kind, "data": data})
 }
 
-fn node_of<'n>(found: &'n [Node], disk: &str) -> Result<&'n Node> {
+pub(crate) fn node_of<'n>(found: &'n [Node], disk: &str) -> Result<&'n Node> {
     found.iter().find(|node| node.name == disk).ok_or_else(|| {
         let names: Vec<&str> = found.iter().map(|node| node.name.as_str()).collect();
         let text = format!(

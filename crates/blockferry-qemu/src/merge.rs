@@ -11,7 +11,7 @@ use std::time::Duration;
 use blockferry_device::{CancelToken, Error, ErrorKind, Result};
 use serde_json::json;
 
-use crate::machine::{GRANULARITY_BYTES, Machine};
+use crate::machine::{GRANULARITY_BYTES, Machine, node_of};
 use crate::names::Kind;
 use crate::nodes::{self, Job, Node};
 
@@ -46,6 +46,31 @@ impl Machine {
     pub fn raw_node_of(&mut self, path: &Path) -> Result<String> {
         let found = nodes::nodes(self.qmp())?;
         node_on(&found, "raw", path).map(|node| node.name.clone())
+    }
+
+    /// The node of this name, or else the one whose data is this raw file or device.
+    ///
+    /// # Errors
+    /// The machine has neither, or did not answer.
+    pub fn node_called(&mut self, name: &str, file: Option<&Path>) -> Result<String> {
+        let found = nodes::nodes(self.qmp())?;
+        let by_file = || node_on(&found, "raw", file?).ok();
+        let node = node_of(&found, name).or_else(|unknown| by_file().ok_or(unknown));
+        node.map(|node| node.name.clone())
+    }
+
+    /// Removes the node of an overlay that was merged, which would keep its file until the end of the machine. Harmless where
+    /// there is none.
+    ///
+    /// # Errors
+    /// Something uses it, or the machine did not answer.
+    pub fn remove_overlay(&mut self, overlay: &Path) -> Result<()> {
+        let found = nodes::nodes(self.qmp())?;
+        let Ok(node) = node_on(&found, "qcow2", overlay) else {
+            return Ok(());
+        };
+        let arguments = json!({"node-name": node.name});
+        self.qmp().execute("blockdev-del", arguments).map(drop)
     }
 
     /// Merges overlays into what is below them, which records from now on what was changed since cut `number`: what is

@@ -116,3 +116,64 @@ fn a_guest_is_handed_over_and_until_the_last_step_taken_back() {
     source.take_back().unwrap();
     assert_eq!(source.is_running().unwrap(), Some(true));
 }
+
+/// A boot sector that says it runs on port 0xE9, and then counts up in each of 128 pages for ever.
+const BUSY: [u8; 30] = [
+    0xB0, 0x21, 0xE6, 0xE9, // mov al, '!'; out 0xE9, al
+    0xB8, 0x00, 0x20, // from 0x20000 on:  mov ax, 0x2000
+    0x8E, 0xC0, 0x31, 0xFF, //   mov es, ax; xor di, di
+    0x26, 0xFF, 0x05, //           inc word es:[di]
+    0x81, 0xC7, 0x00, 0x10, //     add di, 0x1000
+    0x73, 0xF7, //               until all pages of the segment were written
+    0x05, 0x00, 0x10, //         add ax, 0x1000
+    0x3D, 0x00, 0xA0, 0x72, 0xEB, // below 0xA0000
+    0xEB, 0xE6, // again
+];
+
+#[test]
+fn a_guest_whose_memory_is_held_back_goes_on_until_it_is_let_go() {
+    let place = tempfile::tempdir().unwrap();
+    let mut disk = vec![0; 1 << 20];
+    disk[..BUSY.len()].copy_from_slice(&BUSY);
+    disk[510..512].copy_from_slice(&[0x55, 0xAA]);
+    std::fs::write(place.path().join("disk"), disk).unwrap();
+    let told = place.path().join("told");
+    let chardev = format!("file,id=told,path={}", told.display());
+    let port = "isa-debugcon,iobase=0xe9,chardev=told";
+    let busy = ["-chardev", &chardev, "-device", port];
+    let Some((_running, mut source)) = start(place.path(), "source", &busy) else {
+        writeln!(io::stderr(), "SKIPPED: there is no {PROGRAM}").unwrap();
+        return;
+    };
+    let end = Instant::now() + LONG;
+    while std::fs::read(&told).unwrap().is_empty() {
+        assert!(Instant::now() < end, "the guest does not boot");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let uri = format!("unix:{}", place.path().join("memory").display());
+    let waiting: Vec<&str> = busy.into_iter().chain(["-incoming", "defer"]).collect();
+    // So little memory may be sent before anybody says that it is to be held back.
+    let (_other, _target) = loop {
+        let (other, mut target) = start(place.path(), "target", &waiting).unwrap();
+        target.receive_memory(&uri).unwrap();
+        source.send_memory(&uri, Duration::from_millis(20)).unwrap();
+        source.hold_memory_back(true).unwrap();
+        if source.is_running().unwrap() == Some(true) {
+            break (other, target);
+        }
+        source.take_back().unwrap();
+        source.resume().unwrap();
+        assert!(Instant::now() < end, "it never was in time");
+    };
+
+    std::thread::sleep(Duration::from_secs(1));
+
+    let state = source.hand_over_state().unwrap();
+    assert!(matches!(state, HandOver::Travelling { .. }), "{state:?}");
+    assert_eq!(source.is_running().unwrap(), Some(true));
+
+    source.hold_memory_back(false).unwrap();
+
+    wait(&mut source, HandOver::Waiting);
+    assert_eq!(source.is_running().unwrap(), Some(false));
+}
