@@ -32,7 +32,9 @@ def machine(site, images, disks, waits):
     """The command line of a machine with two disks, each (driver, path), whose files are in `site`; with what makes it wait."""
     line = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-cpu", "max", "-smp", "2", "-m", "512"]
     line += ["-nodefaults", "-display", "none", "-serial", f"file:{site}/console", "-daemonize", "-pidfile", f"{site}/pid"]
-    line += ["-kernel", f"{images}/vmlinuz", "-initrd", f"{images}/initrd", "-append", "root=/dev/vda rw console=ttyS0 quiet"]
+    # A freeze waits for three grace periods of RCU for each file system: 20 ms each in an idle kernel, unless they are expedited.
+    kernel = "root=/dev/vda rw console=ttyS0 quiet rcupdate.rcu_expedited=1"
+    line += ["-kernel", f"{images}/vmlinuz", "-initrd", f"{images}/initrd", "-append", kernel]
     for name in ["qmp", "own"]:
         line += ["-qmp", f"unix:{site}/{name},server=on,wait=off"]
     for number, (driver, path) in enumerate(disks):
@@ -41,7 +43,8 @@ def machine(site, images, disks, waits):
         line += ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,drive=disk{number}"]
     line += ["-device", "virtio-serial", "-chardev", f"socket,path={site}/agent,server=on,wait=off,id=agent"]
     line += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
-    line += ["-chardev", f"file,path={site}/told,append=on,id=told", "-device", "virtserialport,chardev=told,name=told"]
+    for name in ["told", "beats"]:
+        line += ["-chardev", f"file,path={site}/{name},append=on,id={name}", "-device", f"virtserialport,chardev={name},name={name}"]
     return line + waits
 
 
@@ -107,10 +110,10 @@ def hook(verb, site, images):
 
 
 class Told:
-    """What the workload of a site tells, with the time at which it was seen."""
+    """What the workload of a site tells on a port, with the time at which it was seen."""
 
-    def __init__(self, site):
-        self.path, self.lines, self.ended = site / "told", [], False
+    def __init__(self, site, port):
+        self.path, self.lines, self.ended = site / port, [], False
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self):
@@ -138,9 +141,9 @@ class Told:
             time.sleep(0.01)
         raise Broken(f"the guest did not say {word!r} within {seconds} s")
 
-    def pace(self):
-        """Seconds between two acknowledged writes, as long as nothing holds them up: the median of the last hundred."""
-        wrote = [at for at, line in self.lines[-100:] if line[0] == "wrote"]
+    def pace(self, word):
+        """Seconds between two such lines, as long as nothing holds them up: the median of the last hundred."""
+        wrote = [at for at, line in self.lines[-100:] if line[0] == word]
         return statistics.median(later - earlier for earlier, later in zip(wrote, wrote[1:]))
 
     def last(self):
@@ -155,7 +158,8 @@ class Story:
         self.home, self.away = place / "home", place / "away"
         for site in (self.home, self.away):
             site.mkdir()
-        self.told = {}
+        self.told, self.beats = {}, {}
+        self.points, self.gaps = [], []
         self.environment = dict(os.environ, BLOCKFERRY_STATE_ROOT=str(place / "state"))
 
     def say(self, text):
@@ -171,6 +175,8 @@ class Story:
             if line.get("event") == "pass":
                 self.say(f"  pass {line['number']}: {line['changed_bytes'] / 1e6:.1f} MB changed, {line['seconds']:.2f} s, "
                          f"{line['consistency']}, writes held up for {line['held_up_seconds'] * 1000:.0f} ms")
+                if line["consistency"] == "file-system-consistent":
+                    self.points.append(line["held_up_seconds"])
             if line.get("type") == "warning":
                 self.say(f"  warning: {line['message']}")
         return lines
@@ -221,9 +227,12 @@ class Story:
         stopped_at, acknowledged = self.told[source].last()
         self.expect(int(number) == acknowledged + 1, f"{acknowledged} was acknowledged, and then {number}")
         self.expect(told.lines[before][1][0] == "wrote", "the guest booted instead of going on")
-        gap, pace = first - stopped_at, self.told[source].pace()
+        last = max(at for at, _ in self.beats[source].lines)
+        gap = min(at for at, _ in self.beats[replica].lines if at > last) - last
+        self.gaps.append(gap)
         self.say(f"  pause {lines[-1]['downtime_seconds']:.3f} s (source stopped → guest runs in the replica); {gap:.3f} s between two "
-                 f"acknowledged writes, {acknowledged} and {number}, {pace:.3f} s otherwise")
+                 f"acknowledged writes of one page, {self.beats[source].pace('beat'):.3f} s otherwise; {first - stopped_at:.3f} s between "
+                 f"numbers {acknowledged} and {number}, {self.told[source].pace('wrote'):.3f} s otherwise")
 
     def expect(self, holds, otherwise):
         if not holds:
@@ -236,7 +245,8 @@ class Story:
         self.images()
         self.describe("cold")
         job = str(self.place / "guest.toml")
-        self.told = {site: Told(site) for site in (self.home, self.away)}
+        self.told = {site: Told(site, "told") for site in (self.home, self.away)}
+        self.beats = {site: Told(site, "beats") for site in (self.home, self.away)}
         home, away = self.told[self.home], self.told[self.away]
         start(self.home, self.place, [("raw", self.home / f"disk{n}") for n in range(len(DISKS))])
         home.wait("checked", 0)
@@ -299,6 +309,9 @@ class Story:
         home.wait("wrote", seen)
         self.say(f"home: {moved / 1e6:.1f} MB of {size / 1e6:.0f} MB travelled back, and all that was acknowledged is there")
         stop(self.home)
+        median = {name: statistics.median(values) for name, values in [("points", self.points), ("gaps", self.gaps)]}
+        self.say(f"in the median: {median['gaps']:.3f} s between two acknowledged writes in a hand-over of memory, "
+                 f"{median['points'] * 1000:.0f} ms for a point of frozen file systems")
 
     def tidy(self):
         for site in (self.home, self.away):

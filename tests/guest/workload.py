@@ -2,6 +2,9 @@
 
 Number n is a file of random size and a row with its digest, first on the root disk, then on the data disk, each made
 durable; only then n is told to the host. So at any moment the root disk has as many as the data disk, or one more.
+
+Beside that one page is written again and again, and the host is told whenever it is durable: nothing that holds up the
+guest's writes stays unseen.
 """
 
 import hashlib
@@ -10,14 +13,30 @@ import sqlite3
 import time
 
 PLACES = ["/work", "/data"]
-PORT = "/dev/virtio-ports/told"
+PORTS = "/dev/virtio-ports"
+
+
+def port(name):
+    path = f"{PORTS}/{name}"
+    while not os.path.exists(path):
+        time.sleep(0.05)
+    return open(path, "w")
 
 
 def say(line):
-    while not os.path.exists(PORT):
-        time.sleep(0.05)
-    with open(PORT, "w") as port:
-        port.write(line + "\n")
+    with port("told") as told:
+        told.write(line + "\n")
+
+
+def beat():
+    page = os.open(f"{PLACES[1]}/beat", os.O_RDWR | os.O_CREAT | os.O_DSYNC)
+    beats, n = port("beats"), 0
+    while True:
+        n += 1
+        os.pwrite(page, str(n).encode().ljust(4096), 0)
+        beats.write(f"beat {n}\n")
+        beats.flush()
+        time.sleep(0.005)
 
 
 def database(place):
@@ -94,4 +113,6 @@ def main():
         say(f"wrote {n}")
 
 
+if os.fork() == 0:
+    beat()
 main()
