@@ -189,18 +189,15 @@ fn delta_strategy(options: &SyncOptions, found: Situation, sample: &Sample) -> (
 
 /// The strategy of a delta where the target allows one only.
 fn only_delta_strategy(found: Situation) -> Option<(Strategy, String)> {
-    let (strategy, why) = if found.can_clone {
+    if found.can_clone {
         let why = "clone: the file system shares unchanged blocks";
-        (Strategy::Clone, why)
-    } else if found.can_replace {
-        return None;
-    } else {
-        (Strategy::Redo, NOT_REPLACED)
-    };
-    Some((strategy, why.to_owned()))
+        return Some((Strategy::Clone, why.to_owned()));
+    }
+    let only_redo = (!found.can_replace).then(|| format!("redo: {NOT_REPLACED}"));
+    only_redo.map(|why| (Strategy::Redo, why))
 }
 
-const NOT_REPLACED: &str = "redo: nothing can be put in the target's place, as it is a device, its file system exchanges no names, or a \
+const NOT_REPLACED: &str = "nothing can be put in the target's place, as it is a device, its file system exchanges no names, or a \
                             point of it is anchored";
 
 fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) {
@@ -213,7 +210,7 @@ fn full_strategy(options: &SyncOptions, found: Situation) -> (Strategy, String) 
             "shadow: a complete new file beside the old one".to_owned(),
         );
     }
-    (Strategy::Redo, NOT_REPLACED.to_owned())
+    (Strategy::Redo, format!("redo: {NOT_REPLACED}"))
 }
 
 fn with_space(
@@ -243,6 +240,20 @@ fn with_space(
         reason,
         required_bytes: round(required),
         available_bytes,
+    }
+}
+
+/// Refuses before the first byte a strategy that the target does not allow.
+pub(crate) fn check_strategy(options: &SyncOptions, found: Situation) -> Result<()> {
+    match options.strategy {
+        Some(asked @ (Strategy::Clone | Strategy::Shadow))
+            if found.target_present && !found.can_replace =>
+        {
+            let text =
+                format!("{asked} as asked for: {NOT_REPLACED}; expected redo, direct or none");
+            Err(Error::new(ErrorKind::Target, text))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -377,6 +388,21 @@ mod tests {
         let (_, strategy, _) = chosen(found, &sample(0.9, 1e6));
 
         assert_eq!(strategy, Strategy::Redo);
+        for (asked, is_refused) in [
+            (None, false),
+            (Some(Strategy::Redo), false),
+            (Some(Strategy::Direct), false),
+            (Some(Strategy::Clone), true),
+            (Some(Strategy::Shadow), true),
+        ] {
+            let mut options = SyncOptions::default();
+            options.strategy = asked;
+
+            let checked = check_strategy(&options, found);
+
+            assert_eq!(checked.is_err(), is_refused, "{asked:?}");
+            check_strategy(&options, file(0)).expect("a file is exchanged");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::clone_probe::shares_blocks;
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
 use crate::options::{Context, Mode, SyncOptions};
-use crate::plan::{Choice, Situation, choose, choose_remote};
+use crate::plan::{Choice, Situation, check_strategy, choose, choose_remote};
 use crate::receipt::Prediction;
 use crate::remote::Peer;
 use crate::sample::{Sample, round};
@@ -119,6 +119,7 @@ impl Prospect {
                 None => 0,
             },
         };
+        check_strategy(options, found)?;
         Ok(Self { device, found })
     }
 }

@@ -7,7 +7,9 @@ use super::Run;
 use super::origin::Origin;
 use crate::data_blocks::DataBlocks;
 use crate::error::{Error, Result};
-use crate::plan::{Choice, Situation, check_space, choose, choose_remote, choose_unread};
+use crate::plan::{
+    Choice, Situation, check_space, check_strategy, choose, choose_remote, choose_unread,
+};
 use crate::sample::Sample;
 use crate::target::Target;
 
@@ -19,11 +21,13 @@ impl Run<'_> {
         let present = present.as_ref().map(|t| &**t as &dyn BlockSource);
         let Origin::Device(source) = self.origin.clone() else {
             let found = self.situation(target)?;
+            check_strategy(self.options, found)?;
             return Ok(choose_remote(self.options, found, None));
         };
         let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*source]).collect();
         let data = DataBlocks::of(&sides, &self.geometry);
         let found = self.situation(target)?;
+        check_strategy(self.options, found)?;
         let at_most = Sample::at_most(&data, &self.geometry);
         let choice = match choose_unread(self.options, found, &at_most) {
             Some(choice) => choice,
