@@ -1,7 +1,12 @@
 //! Exports of an NBD server that the real command brings up to date. They have a fixed size as devices have, and nothing
 //! tells who else wrote them: what is not read is not believed.
 
-use crate::lab::{EXPORT, Lab, MIB, NbdServer, Nbdkit, command_of, output, seeded, skipped, tool};
+use std::fs;
+use std::time::{Duration, Instant};
+
+use crate::lab::{
+    Child, EXPORT, Lab, MIB, NbdServer, Nbdkit, command_of, output, seeded, skipped, tool,
+};
 
 /// An old disk that is served, and a new one beside it.
 fn served() -> Option<(Lab, NbdServer, Vec<u8>, Vec<u8>)> {
@@ -129,7 +134,7 @@ fn a_server_that_dies_or_fails_while_it_is_written_leaves_the_run_to_be_resumed(
     let (mut pending, mut finished) = (0, 0);
     for fails in [true, false, false, true, false, false] {
         lab.write("disk", &old);
-        std::fs::remove_dir_all(lab.path("state-root")).ok();
+        fs::remove_dir_all(lab.path("state-root")).ok();
         // Some writes, and then nothing any more: by an error, or by its end.
         let delay = format!("wdelay={}ms", 5 + random.below(10));
         let words: &[&str] = match fails {
@@ -146,7 +151,7 @@ fn a_server_that_dies_or_fails_while_it_is_written_leaves_the_run_to_be_resumed(
         let mut run = lab.start(&format!("sync new {EXPORT}"));
         if !fails {
             run.wait_for(|line| line["phase"] == "applying");
-            std::thread::sleep(std::time::Duration::from_millis(random.below(40)));
+            std::thread::sleep(Duration::from_millis(random.below(40)));
             kit = None;
         }
         let answer = run.finish();
@@ -189,7 +194,7 @@ fn imaged() -> Option<Lab> {
 }
 
 fn remake(lab: &Lab) -> Option<()> {
-    std::fs::remove_dir_all(lab.path(".disk.qcow2.blockferry")).ok();
+    fs::remove_dir_all(lab.path(".disk.qcow2.blockferry")).ok();
     let [old, image] = ["old", "disk.qcow2"].map(|name| lab.path(name).display().to_string());
     tool(&["qemu-img", "convert", "-O", "qcow2", &old, &image]).map(drop)
 }
@@ -223,12 +228,12 @@ fn a_qcow2_image_is_a_target_and_nobody_else_writes_it_meanwhile() {
 
     let run = lab.start(&format!("sync new {IMAGE} --bwlimit 200K"));
     let has_staged = || !lab.must(&format!("status {IMAGE}")).summary()["session"].is_null();
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(30);
     while !has_staged() {
-        if std::time::Instant::now() > end {
+        if Instant::now() > end {
             panic!("it does not stage anything: {:#?}", run.kill());
         }
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
     }
     let other = lab.run(&format!("sync new {IMAGE}"));
     assert_eq!(other.code, Some(4), "{other:#?}");
@@ -256,13 +261,16 @@ fn a_qcow2_image_survives_kills_of_ours_and_of_its_server() {
     let Some(lab) = imaged() else {
         return skipped(name, "qemu-nbd");
     };
-    let begun = std::time::Instant::now();
+    // Where the sockets are; below the lab their paths might be too long.
+    let sockets = tempfile::tempdir_in("/tmp").expect("a directory");
+    let begun = Instant::now();
     lab.must(&format!("sync new {IMAGE}"));
     let whole = begun.elapsed();
     let mut unfinished = 0;
     for round in 0..10 {
         remake(&lab);
-        let run = lab.start(&format!("sync new {IMAGE}"));
+        let mut command = lab.command(&format!("sync new {IMAGE}"));
+        let run = Child::start(command.env("TMPDIR", sockets.path()));
         let permille = u32::try_from(random.below(1000)).expect("below 1000");
         std::thread::sleep(whole * permille / 1000);
         if round % 2 == 0 {
@@ -292,4 +300,10 @@ fn a_qcow2_image_survives_kills_of_ours_and_of_its_server() {
         is_sound(&lab);
     }
     assert!(unfinished > 0, "no kill hit anything");
+    let end = Instant::now() + Duration::from_secs(60);
+    let is_left = || fs::read_dir(sockets.path()).expect("it is there").count() > 0;
+    while is_left() {
+        assert!(Instant::now() < end, "sockets are left");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

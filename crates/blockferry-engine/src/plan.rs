@@ -395,8 +395,10 @@ mod tests {
             (Some(Strategy::Clone), true),
             (Some(Strategy::Shadow), true),
         ] {
-            let mut options = SyncOptions::default();
-            options.strategy = asked;
+            let options = SyncOptions {
+                strategy: asked,
+                ..SyncOptions::default()
+            };
 
             let checked = check_strategy(&options, found);
 

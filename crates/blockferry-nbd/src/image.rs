@@ -19,9 +19,10 @@ use crate::wire::shown;
 
 const PROGRAM: &str = "qemu-nbd";
 /// Becomes the program that is named behind it, which is ended when the standard input ends without a word: when we are
-/// killed. By itself it would wait for its first client for ever.
-const WATCHED: &str =
-    r#"exec 3<&0; (read -r word <&3 || kill $$) 2>/dev/null & exec "$0" "$@" 3<&- </dev/null"#;
+/// killed. By itself it would wait for its first client for ever, and leave what its socket lies in.
+const WATCHED: &str = r#"exec 3<&0
+(read -r word <&3 || { kill $$; rm -f "$BLOCKFERRY_PLACE"/socket; rmdir "$BLOCKFERRY_PLACE"; }) 2>/dev/null &
+exec "$0" "$@" 3<&- </dev/null"#;
 /// What a shell says of a program that is not there.
 const NOT_FOUND: i32 = 127;
 /// For the program to open the image and listen.
@@ -189,6 +190,7 @@ fn serve(
     let socket = place.path().join("socket");
     let child = Command::new("/bin/sh")
         .args(["-c", WATCHED, PROGRAM, "--shared=8"])
+        .env("BLOCKFERRY_PLACE", place.path())
         .arg(match to {
             Use::Read => "--read-only",
             Use::Write => "--discard=unmap",
