@@ -27,6 +27,8 @@ const MAX_TIMEOUT: u64 = 1800;
 const PERMISSIONS: u32 = 0o7777;
 const OF_THE_FILE: u32 = 0o600;
 const OF_A_SCRIPT: u32 = 0o700;
+/// How often it is looked whether those of another point are through.
+const TICK: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -71,6 +73,8 @@ pub struct Scripts {
     timeout: Duration,
     continues: bool,
     freezes: bool,
+    /// Locked by whoever runs them around a point.
+    file: File,
 }
 
 impl Scripts {
@@ -87,7 +91,7 @@ impl Scripts {
         let found = file.metadata().map_err(|cause| wrong(cause.to_string()))?;
         check(path, &found, OF_THE_FILE).map_err(&wrong)?;
         let mut text = String::new();
-        let read = file.take(MAX_BYTES + 1).read_to_string(&mut text);
+        let read = (&file).take(MAX_BYTES + 1).read_to_string(&mut text);
         read.map_err(|cause| wrong(cause.to_string()))?;
         if text.len() as u64 > MAX_BYTES {
             return Err(wrong(format!("expected at most {MAX_BYTES} bytes")));
@@ -135,7 +139,24 @@ impl Scripts {
             timeout: Duration::from_secs(config.timeout_in_seconds),
             continues: config.continue_backup_on_failure,
             freezes: config.fs_freeze_enabled,
+            file,
         })
+    }
+
+    /// Those of a point that was cut short may not be through.
+    fn take_turn(&self) -> DeviceResult<()> {
+        let end = Instant::now() + self.timeout;
+        while let Err(refused) = self.file.try_lock() {
+            if Instant::now() >= end {
+                let text = format!(
+                    "run the scripts: those of an earlier point are not through after {} s",
+                    self.timeout.as_secs()
+                );
+                return Err(DeviceError::from_io(text, refused.into()));
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(())
     }
 
     /// Runs the script that lets the application go on.
@@ -233,6 +254,9 @@ impl Freezer for AtRest {
         let loaded = self.file.as_deref().map(Scripts::load).transpose();
         self.scripts = loaded
             .map_err(|error| DeviceError::new(DeviceErrorKind::Unsuitable, error.to_string()))?;
+        if let Some(scripts) = &self.scripts {
+            scripts.take_turn()?;
+        }
         self.since = self.scripts.as_ref().map(|_| Instant::now());
         let outcome = self.scripts.as_ref().map(|s| s.pre.run(s.timeout));
         let took_part = matches!(outcome, Some(Ok(())));
@@ -260,6 +284,9 @@ impl Freezer for AtRest {
         let thawed = self.guest.as_mut().map(Freezer::thaw);
         // It goes on even where the file systems do not.
         let outcome = self.scripts.as_ref().map(Scripts::run_post);
+        if let Some(scripts) = &self.scripts {
+            scripts.file.unlock().ok();
+        }
         let remark = outcome.map_or(Ok(None), |outcome| self.weigh(outcome));
         thawed.transpose()?;
         remark
@@ -338,13 +365,34 @@ mod tests {
     }
 
     #[test]
+    fn scripts_of_one_point_are_through_before_those_of_the_next_one_begin() {
+        let Some(lab) = Lab::new() else { return };
+        let config = lab.config(|text| text);
+        let mut first = AtRest::new(None, Some(&config));
+        first.freeze().unwrap();
+        let next = std::thread::spawn(move || {
+            let mut next = AtRest::new(None, Some(&config));
+            next.freeze().and_then(|_| next.thaw())
+        });
+        // Long enough to be seen if it did not wait.
+        std::thread::sleep(Duration::from_millis(300));
+        let meanwhile = lab.said();
+
+        first.thaw().unwrap();
+
+        next.join().unwrap().unwrap();
+        let all = lab.said();
+        assert_eq!(meanwhile.lines().count(), 1, "{meanwhile}");
+        assert_eq!(all.lines().count(), 4, "{all}");
+    }
+
+    #[test]
     fn a_script_that_fails_is_tried_again_and_then_decides_as_its_file_says() {
         let Some(lab) = Lab::new() else { return };
         lab.script("pre", "echo x >>\"$0.log\"; echo no disk >&2; exit 1");
         let config = lab.config(|text| text);
 
-        let mut resting = AtRest::new(None, Some(&config));
-        let frozen = resting.freeze().unwrap();
+        let frozen = AtRest::new(None, Some(&config)).freeze().unwrap();
 
         assert_eq!(frozen.consistency, Consistency::Crash);
         assert!(frozen.remark.unwrap().contains("no disk"));
