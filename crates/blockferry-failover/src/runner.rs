@@ -723,19 +723,15 @@ impl<'s> Runner<'s> {
             renamed.map_err(|error| DeviceError::new(DeviceErrorKind::Io, error.in_full()))
         };
         replica.merge(number, &layers, &self.context.cancel, &mut counts)?;
-        let disks = self.job.spec.disk.iter();
-        let targets: Vec<PathBuf> = disks.map(|disk| disk.target.clone()).collect();
-        let overlays: Vec<PathBuf> = (0..targets.len())
-            .map(|index| overlay::path(&self.path, index))
-            .collect();
-        if let Some(why) = replica.let_overlays_go(&overlays, &targets)? {
+        let merged = self.layers();
+        if let Some(why) = replica.let_overlays_go(&merged)? {
             let text =
                 format!("the machine of the replica keeps what was merged until it ends: {why}");
             self.warn("overlay_kept", text);
         }
         // They are the machine's own now, and none of their points is left.
-        for target in &targets {
-            forget(target, &self.context.targets)
+        for layers in &merged {
+            forget(&layers.below, &self.context.targets)
                 .map_err(|e| Error::engine("let the old point of a target go", e))?;
         }
         if let Some(why) = replica.watch(number)? {
@@ -744,13 +740,18 @@ impl<'s> Runner<'s> {
         self.finish_commit(release)
     }
 
+    /// What the replica runs on while it is on trial.
+    fn layers(&self) -> Vec<Layers> {
+        let disks = self.job.spec.disk.iter().enumerate();
+        let layers =
+            disks.map(|(index, disk)| Layers::new(overlay::path(&self.path, index), &disk.target));
+        layers.collect()
+    }
+
     /// The overlays that are to be merged yet.
     fn unmerged(&self) -> Vec<Option<Layers>> {
-        let disks = self.job.spec.disk.iter().enumerate();
-        let layers = disks.map(|(index, disk)| {
-            let overlay = overlay::path(&self.path, index);
-            overlay.exists().then(|| Layers::new(overlay, &disk.target))
-        });
+        let layers = self.layers().into_iter();
+        let layers = layers.map(|layers| layers.overlay.exists().then_some(layers));
         layers.collect()
     }
 

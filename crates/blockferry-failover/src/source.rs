@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::iter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -413,20 +413,20 @@ impl Source {
         self.resume().map(|()| None)
     }
 
-    /// Its disks are these files and no overlays over them any more: lets those go, and finds the nodes. Returns why the machine
-    /// holds on to an overlay, if it does.
-    pub(crate) fn let_overlays_go(
-        &mut self,
-        overlays: &[PathBuf],
-        files: &[PathBuf],
-    ) -> Result<Option<String>> {
-        let refused = overlays.iter().filter_map(|overlay| {
-            let done = self.with("let an overlay go", |m| m.remove_overlay(overlay));
+    /// Its disks are what is below these overlays now: lets those go, and finds the nodes. Returns why the machine holds on to an
+    /// overlay, if it does.
+    pub(crate) fn let_overlays_go(&mut self, merged: &[Layers]) -> Result<Option<String>> {
+        let refused = merged.iter().filter_map(|layers| {
+            let done = self.with("let an overlay go", |m| m.remove_overlay(layers));
             done.err().map(|error| error.in_full())
         });
         let refused = refused.last();
-        let node = |file: &PathBuf| self.with("look for a disk", |m| m.raw_node_of(file));
-        let nodes: Vec<String> = files.iter().map(node).collect::<Result<_>>()?;
+        let nodes = merged.iter().map(|layers| {
+            self.with("look for a disk", |machine| {
+                machine.raw_node_of(&layers.below)
+            })
+        });
+        let nodes: Vec<String> = nodes.collect::<Result<_>>()?;
         self.nodes = Mutex::new(Some(nodes));
         Ok(refused)
     }

@@ -666,7 +666,7 @@ impl Machine {
         self.qmp.execute("quit", json!({})).map(drop)
     }
 
-    fn has_guest(&mut self) -> Result<bool> {
+    pub(crate) fn has_guest(&mut self) -> Result<bool> {
         if let Some(known) = self.has_guest {
             return Ok(known);
         }

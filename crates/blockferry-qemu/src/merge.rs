@@ -15,6 +15,7 @@ use crate::machine::{GRANULARITY_BYTES, Machine, node_of};
 use crate::names::Kind;
 use crate::nodes::{self, Job, Node};
 
+const OVERLAY_DRIVER: &str = "qcow2";
 /// How often the jobs are looked at.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -48,28 +49,37 @@ impl Machine {
         node_on(&found, "raw", path).map(|node| node.name.clone())
     }
 
-    /// The node of this name, or else the one whose data is this raw file or device.
+    /// The node of this name, or the one whose data is this raw file or device: where there is no other, and where the name is
+    /// that of an overlay, which was merged into it and is kept.
     ///
     /// # Errors
     /// The machine has neither, or did not answer.
     pub fn node_called(&mut self, name: &str, file: Option<&Path>) -> Result<String> {
         let found = nodes::nodes(self.qmp())?;
-        let by_file = || node_on(&found, "raw", file?).ok();
-        let node = node_of(&found, name).or_else(|unknown| by_file().ok_or(unknown));
-        node.map(|node| node.name.clone())
+        let on_file = file.and_then(|file| node_on(&found, "raw", file).ok());
+        let node = match (node_of(&found, name), on_file) {
+            (Ok(named), Some(below)) if named.driver == OVERLAY_DRIVER => below,
+            (Err(_), Some(other)) => other,
+            (named, _) => named?,
+        };
+        Ok(node.name.clone())
     }
 
-    /// Removes the node of an overlay that was merged, which would keep its file until the end of the machine. Harmless where
-    /// there is none.
+    /// Removes the node of an overlay that was merged into `below`, which would keep its file until the end of the machine.
+    /// Harmless where there is none. Where no device has what is below the overlay keeps that, and stays.
     ///
     /// # Errors
     /// Something uses it, or the machine did not answer.
-    pub fn remove_overlay(&mut self, overlay: &Path) -> Result<()> {
+    pub fn remove_overlay(&mut self, layers: &Layers) -> Result<()> {
         let found = nodes::nodes(self.qmp())?;
-        let Ok(node) = node_on(&found, "qcow2", overlay) else {
+        let below = node_on(&found, "raw", &layers.below)?;
+        let Ok(overlay) = node_on(&found, OVERLAY_DRIVER, &layers.overlay) else {
             return Ok(());
         };
-        let arguments = json!({"node-name": node.name});
+        if !self.has_guest()? || !nodes::is_of_a_device(self.qmp(), &below.name)? {
+            return Ok(());
+        }
+        let arguments = json!({"node-name": overlay.name});
         self.qmp().execute("blockdev-del", arguments).map(drop)
     }
 
@@ -147,7 +157,7 @@ impl Machine {
 
     fn begin_merge(&mut self, number: u64, id: &str, layers: &Layers) -> Result<()> {
         let found = nodes::nodes(self.qmp())?;
-        let overlay = node_on(&found, "qcow2", &layers.overlay)?;
+        let overlay = node_on(&found, OVERLAY_DRIVER, &layers.overlay)?;
         let below = node_on(&found, "raw", &layers.below)?;
         let bitmap = self.tag().bitmap(number);
         if !below.bitmaps.iter().any(|found| found.name == bitmap) {

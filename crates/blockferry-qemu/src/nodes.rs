@@ -67,6 +67,16 @@ fn bitmap(value: &Value) -> Result<Bitmap> {
     })
 }
 
+/// Whether a device of the guest has this node.
+pub(crate) fn is_of_a_device(qmp: &mut Qmp, node: &str) -> Result<bool> {
+    let found = qmp.execute("query-block", json!({}))?;
+    let mut devices = list(&found, "query-block")?.iter();
+    Ok(devices.any(|device| {
+        let inserted = device.pointer("/inserted/node-name");
+        inserted.and_then(Value::as_str) == Some(node)
+    }))
+}
+
 /// What serves a node to others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Export {
