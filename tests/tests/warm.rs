@@ -60,6 +60,9 @@ impl<'l> Machines<'l> {
             -device virtio-blk-pci,drive=disk -qmp unix:qmp,server=on,wait=off -qmp unix:own,server=on,wait=off \"$@\" 2>log\n";
         fs::write(lab.path("machine.sh"), script).expect("written");
         let path = |name: &str| lab.path(name).display().to_string();
+        fs::create_dir(lab.path("keys")).expect("a directory");
+        fs::write(lab.path("keys/keys.psk"), "qemu:0123456789abcdef\n").expect("written");
+        let keys = format!("memory-tls = \"{}\"\n", path("keys"));
         let hooks = |site: &str| {
             ["start", "stop"].map(|verb| {
                 let script = path("machine.sh");
@@ -67,9 +70,9 @@ impl<'l> Machines<'l> {
             })
         };
         let job = format!(
-            "name = \"vm\"\nhand-over = \"warm\"\ndowntime-budget = \"20s\"\n[machine]\n{machine}qmp = \"{}\"\n\
+            "name = \"vm\"\nhand-over = \"warm\"\ndowntime-budget = \"20s\"\n[machine]\n{machine}{keys}qmp = \"{}\"\n\
              [[disk]]\nnode = \"disk\"\ntarget = \"{}\"\n[hooks]\n{}\
-             [reverse.machine]\n{memory}qmp = \"{}\"\n[[reverse.disk]]\nnode = \"disk\"\ntarget = \"{}\"\n[reverse.hooks]\n{}",
+             [reverse.machine]\n{memory}{keys}qmp = \"{}\"\n[[reverse.disk]]\nnode = \"disk\"\ntarget = \"{}\"\n[reverse.hooks]\n{}",
             path("home/qmp"),
             path("away/disk"),
             hooks("away").concat(),

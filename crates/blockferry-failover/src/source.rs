@@ -433,7 +433,10 @@ impl Source {
 
     /// Waits for the memory of a guest.
     pub(crate) fn receive_memory(&mut self, uri: &str) -> Result<()> {
-        self.with("wait for the memory", |machine| machine.receive_memory(uri))
+        let credentials = self.spec.machine.memory_tls.as_deref();
+        self.with("wait for the memory", |machine| {
+            machine.receive_memory(uri, credentials)
+        })
     }
 
     /// Whether its guest runs.
@@ -531,7 +534,10 @@ impl SourceMachine for Source {
     }
 
     fn send_memory(&mut self, uri: &str, pause: Duration, _patience: Duration) -> Result<()> {
-        self.with("send the memory", |machine| machine.send_memory(uri, pause))
+        let credentials = self.spec.machine.memory_tls.as_deref();
+        self.with("send the memory", |machine| {
+            machine.send_memory(uri, pause, credentials)
+        })
     }
 
     fn hold_memory_back(&mut self, held: bool) -> Result<()> {

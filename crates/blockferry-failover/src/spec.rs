@@ -117,6 +117,11 @@ pub struct MachineSpec {
     /// socket of the job, which another host does not reach.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
+    /// A directory of TLS credentials with which memory travels, as QEMU has them: `ca-cert.pem` and the `cert.pem` and
+    /// `key.pem` of `server-` to take it and of `client-` to send it, or `keys.psk` with a key of `qemu`. Without one it is
+    /// not encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_tls: Option<PathBuf>,
 }
 
 /// How a machine is stopped for the last pass.
@@ -257,6 +262,15 @@ impl JobSpec {
         {
             let why = "reverse.machine.memory: expected tcp:HOST:PORT, where a machine on another host sends its memory";
             return refused(why.to_owned());
+        }
+        if self.machine.memory_tls.is_some() != way.machine.memory_tls.is_some() {
+            let why = "memory-tls: expected for both machines, or for neither";
+            return refused(why.to_owned());
+        }
+        let directories = [&self.machine.memory_tls, &way.machine.memory_tls];
+        if let Some(relative) = directories.into_iter().flatten().find(|d| !d.is_absolute()) {
+            let relative = relative.display();
+            return refused(format!("memory-tls {relative}: expected an absolute path"));
         }
         check_disks(&way.disk).or_else(|why| refused(format!("reverse.disk: {why}")))?;
         if way.machine.host.is_some() {
@@ -439,13 +453,20 @@ mod tests {
         let to = "qmp = \"/run/other/qmp\"";
         let reached = far.replace(to, &format!("{to}\nmemory = \"tcp:a:4444\""));
 
-        for good in [&warm, &reached] {
+        let encrypted = warm.replace("qmp = ", "memory-tls = \"/pki\"\nqmp = ");
+        for good in [&warm, &reached, &encrypted] {
             let spec = JobSpec::from_toml(good).unwrap();
             assert_eq!(spec.hand_over, HandOverBy::Warm);
             assert_eq!(JobSpec::from_toml(&spec.to_toml().unwrap()).unwrap(), spec);
         }
         let error = JobSpec::from_toml(&far).expect_err("a socket of this host");
         assert!(error.to_string().contains("tcp:HOST:PORT"), "{error}");
+        let half = warm.replacen("qmp = ", "memory-tls = \"/pki\"\nqmp = ", 1);
+        let error = JobSpec::from_toml(&half).expect_err("the other side does not know it");
+        assert!(error.to_string().contains("both"), "{error}");
+        let relative = encrypted.replace("/pki", "pki");
+        let error = JobSpec::from_toml(&relative).expect_err("whose?");
+        assert!(error.to_string().contains("absolute"), "{error}");
         let alone = warm.split("[reverse").next().unwrap();
         let error = JobSpec::from_toml(alone).expect_err("nobody takes it");
         assert!(error.to_string().contains("[reverse]"), "{error}");

@@ -561,6 +561,9 @@ impl Machine {
     pub fn leave(&mut self, disks: &[String]) -> Result<()> {
         let held: Vec<Held> = disks.iter().map(Held::unknown).collect();
         self.settle(&held)?;
+        if self.has_guest()? {
+            self.forget_credentials()?;
+        }
         let socket = self.our_socket();
         let is_ours = self.nbd.is_none() && socket.exists();
         if is_ours && nodes::exports(&mut self.qmp)?.is_empty() {

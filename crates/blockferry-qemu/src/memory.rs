@@ -6,6 +6,7 @@
 //! ```
 //! Until the last step the source goes on if anything fails. The replica does not touch its disks before.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use blockferry_device::{Error, ErrorKind, Result};
@@ -19,8 +20,8 @@ const TICK: Duration = Duration::from_millis(2);
 const SWITCHING: Duration = Duration::from_secs(30);
 /// As much as the way takes: whoever wants less limits the way.
 const MAX_BANDWIDTH: u64 = 1 << 40;
-/// Bytes per second: less than what any guest writes that does something.
-const HELD_BANDWIDTH: u64 = 1 << 20;
+/// Bytes per second: less than what any guest writes that does something. Nobody else sets just this, so it is known again.
+const HELD_BANDWIDTH: u64 = (1 << 20) + 7;
 
 /// How far the memory of a machine was handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,27 +62,74 @@ impl HandOver {
 
 impl Machine {
     /// Waits for memory at `uri`, as `unix:/run/memory` or `tcp:0.0.0.0:4444`. The machine was started with `-incoming defer`.
+    /// With `credentials` it travels by TLS: a directory of the machine's host in which QEMU finds `ca-cert.pem`,
+    /// `server-cert.pem` and `server-key.pem`, or `keys.psk` with a key of `qemu`.
     ///
     /// # Errors
-    /// It was not, or the machine refused.
-    pub fn receive_memory(&mut self, uri: &str) -> Result<()> {
+    /// It was not, the credentials are none, or the machine refused.
+    pub fn receive_memory(&mut self, uri: &str, credentials: Option<&Path>) -> Result<()> {
         self.set_capabilities()?;
+        self.present(credentials, "server")?;
         let arguments = json!({"uri": uri});
         self.qmp().execute("migrate-incoming", arguments).map(drop)
     }
 
     /// Begins to send the memory to whoever waits at `uri`, while the guest runs: it stands still once it is
-    /// [`HandOver::Waiting`], when sending the rest takes `pause` or less.
+    /// [`HandOver::Waiting`], when sending the rest takes `pause` or less. `credentials` as in [`Self::receive_memory`], with
+    /// `client-cert.pem` and `client-key.pem`.
     ///
     /// # Errors
-    /// The machine refused.
-    pub fn send_memory(&mut self, uri: &str, pause: Duration) -> Result<()> {
+    /// The credentials are none, or the machine refused.
+    pub fn send_memory(
+        &mut self,
+        uri: &str,
+        pause: Duration,
+        credentials: Option<&Path>,
+    ) -> Result<()> {
         self.set_capabilities()?;
+        self.present(credentials, "client")?;
         let limit_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
         let limits = json!({"downtime-limit": limit_ms, "max-bandwidth": MAX_BANDWIDTH});
         self.qmp().execute("migrate-set-parameters", limits)?;
         let arguments = json!({"uri": uri});
         self.qmp().execute("migrate", arguments).map(drop)
+    }
+
+    fn present(&mut self, credentials: Option<&Path>, endpoint: &str) -> Result<()> {
+        self.forget_credentials()?;
+        let Some(directory) = credentials else {
+            return Ok(());
+        };
+        let kind = match directory.join("keys.psk").exists() {
+            true => "tls-creds-psk",
+            false => "tls-creds-x509",
+        };
+        let id = self.tag().credentials();
+        let object = json!({"qom-type": kind, "id": id, "dir": directory, "endpoint": endpoint});
+        self.qmp().execute("object-add", object)?;
+        let arguments = json!({"tls-creds": id});
+        self.qmp()
+            .execute("migrate-set-parameters", arguments)
+            .map(drop)
+    }
+
+    /// Takes the credentials of this job away from a machine with a guest.
+    pub(crate) fn forget_credentials(&mut self) -> Result<()> {
+        let id = self.tag().credentials();
+        let objects = self
+            .qmp()
+            .execute("qom-list", json!({"path": "/objects"}))?;
+        let mut objects = objects.as_array().into_iter().flatten();
+        if !objects.any(|object| object.get("name").and_then(Value::as_str) == Some(&id)) {
+            return Ok(());
+        }
+        let parameters = self.qmp().execute("query-migrate-parameters", json!({}))?;
+        if parameters.get("tls-creds").and_then(Value::as_str) == Some(&id) {
+            let none = json!({"tls-creds": ""});
+            self.qmp().execute("migrate-set-parameters", none)?;
+        }
+        let arguments = json!({"id": id});
+        self.qmp().execute("object-del", arguments).map(drop)
     }
 
     /// Whether memory is to travel so slowly that the guest hardly comes to stand still.
@@ -135,7 +183,10 @@ impl Machine {
         let mut was_asked = false;
         loop {
             match self.hand_over_state()? {
-                HandOver::None | HandOver::Done => return Ok(()),
+                HandOver::None | HandOver::Done => {
+                    self.forget_credentials()?;
+                    return self.forget_held_memory();
+                }
                 _ if !was_asked => {
                     self.qmp().execute("migrate_cancel", json!({}))?;
                     was_asked = true;
@@ -146,6 +197,15 @@ impl Machine {
                 }
                 _ => std::thread::sleep(TICK),
             }
+        }
+    }
+
+    /// Who hands its memory over later would wonder.
+    fn forget_held_memory(&mut self) -> Result<()> {
+        let found = self.qmp().execute("query-migrate-parameters", json!({}))?;
+        match found.get("max-bandwidth").and_then(Value::as_u64) {
+            Some(HELD_BANDWIDTH) => self.hold_memory_back(false),
+            _ => Ok(()),
         }
     }
 
@@ -186,7 +246,7 @@ impl Machine {
             }
             std::thread::sleep(TICK);
         }
-        Ok(())
+        self.forget_credentials()
     }
 
     /// The same on both sides: the last step waits, and the source hears whether the guest arrived.

@@ -2,7 +2,7 @@
 //!
 //! QEMU allows 31 bytes for the name of a node. What belongs to cut 7 of job `web1` is called `bf-web1-f7-0` (the overlay
 //! that keeps what disk 0 overwrites), `bf-web1-j7-0` (the job that fills it), `bf-web1-e7-0` (its export), and
-//! `bf-web1-b7` (the bitmap on each disk).
+//! `bf-web1-b7` (the bitmap on each disk). `bf-web1-tls` are the credentials with which memory travels.
 
 use std::fmt;
 use std::str::FromStr;
@@ -78,6 +78,10 @@ impl Tag {
 
     pub(crate) fn bitmap(&self, number: u64) -> String {
         format!("bf-{self}-b{number}")
+    }
+
+    pub(crate) fn credentials(&self) -> String {
+        format!("bf-{self}-tls")
     }
 
     /// The number of the cut, if this is the name of a bitmap of this job.

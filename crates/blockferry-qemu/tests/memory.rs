@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use blockferry_qemu::{HandOver, Machine, MachineOptions};
+use serde_json::json;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const LONG: Duration = Duration::from_secs(60);
@@ -82,8 +83,8 @@ fn a_guest_is_handed_over_and_until_the_last_step_taken_back() {
 
     // Taken back, and the other machine ends by itself.
     let (other, mut target) = start(place.path(), "target", &waiting).unwrap();
-    target.receive_memory(&uri).unwrap();
-    source.send_memory(&uri, PAUSE).unwrap();
+    target.receive_memory(&uri, None).unwrap();
+    source.send_memory(&uri, PAUSE, None).unwrap();
     wait(&mut source, HandOver::Waiting);
     assert_eq!(source.is_running().unwrap(), Some(false));
     source.take_back().unwrap();
@@ -94,8 +95,8 @@ fn a_guest_is_handed_over_and_until_the_last_step_taken_back() {
 
     // Handed over, and asked for again, as after a crash of whoever asked.
     let (other, mut target) = start(place.path(), "target", &waiting).unwrap();
-    target.receive_memory(&uri).unwrap();
-    source.send_memory(&uri, PAUSE).unwrap();
+    target.receive_memory(&uri, None).unwrap();
+    source.send_memory(&uri, PAUSE, None).unwrap();
     wait(&mut source, HandOver::Waiting);
     source.hand_over().unwrap();
     source.hand_over().unwrap();
@@ -109,7 +110,7 @@ fn a_guest_is_handed_over_and_until_the_last_step_taken_back() {
     source.resume().unwrap();
     assert_eq!(source.is_running().unwrap(), Some(true));
     let nobody = format!("unix:{}", place.path().join("nobody").display());
-    source.send_memory(&nobody, PAUSE).ok();
+    source.send_memory(&nobody, PAUSE, None).ok();
     wait(&mut source, HandOver::None);
     let error = source.not_handed_over().to_string();
     assert!(error.contains("nobody"), "{error}");
@@ -155,8 +156,10 @@ fn a_guest_whose_memory_is_held_back_goes_on_until_it_is_let_go() {
     // So little memory may be sent before anybody says that it is to be held back.
     let (_other, _target) = loop {
         let (other, mut target) = start(place.path(), "target", &waiting).unwrap();
-        target.receive_memory(&uri).unwrap();
-        source.send_memory(&uri, Duration::from_millis(20)).unwrap();
+        target.receive_memory(&uri, None).unwrap();
+        source
+            .send_memory(&uri, Duration::from_millis(20), None)
+            .unwrap();
         source.hold_memory_back(true).unwrap();
         if source.is_running().unwrap() == Some(true) {
             break (other, target);
@@ -176,4 +179,67 @@ fn a_guest_whose_memory_is_held_back_goes_on_until_it_is_let_go() {
 
     wait(&mut source, HandOver::Waiting);
     assert_eq!(source.is_running().unwrap(), Some(false));
+
+    // Taken back while it is held back, nothing of that is left.
+    source.hold_memory_back(true).unwrap();
+    source.take_back().unwrap();
+    let limits = source.qmp().execute("query-migrate-parameters", json!({}));
+    let bandwidth = limits.unwrap()["max-bandwidth"].as_u64();
+    assert!(bandwidth > Some(1 << 30), "{bandwidth:?}");
+}
+
+/// The names of what was added to a machine.
+fn objects(machine: &mut Machine) -> Vec<String> {
+    let found = machine
+        .qmp()
+        .execute("qom-list", json!({"path": "/objects"}));
+    let found = found.expect("it answers");
+    let names = found.as_array().into_iter().flatten();
+    let names = names.filter_map(|object| object["name"].as_str());
+    names.map(ToOwned::to_owned).collect()
+}
+
+#[test]
+fn memory_travels_by_tls_to_whoever_has_the_key_and_to_nobody_else() {
+    let place = tempfile::tempdir().unwrap();
+    std::fs::write(place.path().join("disk"), vec![0; 1 << 20]).unwrap();
+    for (name, key) in [
+        ("key", "00112233445566778899"),
+        ("other", "99887766554433221100"),
+    ] {
+        std::fs::create_dir(place.path().join(name)).unwrap();
+        let keys = place.path().join(name).join("keys.psk");
+        std::fs::write(keys, format!("qemu:{key}{key}\n")).unwrap();
+    }
+    let (key, other) = (place.path().join("key"), place.path().join("other"));
+    let Some((_running, mut source)) = start(place.path(), "source", &[]) else {
+        writeln!(io::stderr(), "SKIPPED: there is no {PROGRAM}").unwrap();
+        return;
+    };
+    let uri = format!("unix:{}", place.path().join("memory").display());
+    let waiting = ["-incoming", "defer"];
+    let own = objects(&mut source);
+
+    for theirs in [Some(&*other), None] {
+        let (_other, mut target) = start(place.path(), "target", &waiting).unwrap();
+        target.receive_memory(&uri, Some(&key)).unwrap();
+        source.send_memory(&uri, PAUSE, theirs).unwrap();
+        wait(&mut source, HandOver::None);
+        assert_eq!(source.is_running().unwrap(), Some(true));
+        source.take_back().unwrap();
+        assert_eq!(objects(&mut source), own);
+    }
+
+    let (_other, mut target) = start(place.path(), "target", &waiting).unwrap();
+    let theirs = objects(&mut target);
+    target.receive_memory(&uri, Some(&key)).unwrap();
+    assert_ne!(objects(&mut target), theirs);
+    source.send_memory(&uri, PAUSE, Some(&key)).unwrap();
+    wait(&mut source, HandOver::Waiting);
+    source.hand_over().unwrap();
+    target.wait_until_it_runs().unwrap();
+
+    assert_eq!(objects(&mut target), theirs);
+    source.leave(&[]).unwrap();
+    assert_eq!(objects(&mut source), own);
 }
