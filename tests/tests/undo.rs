@@ -239,3 +239,45 @@ fn a_target_written_behind_our_back_is_noticed_compared_in_full_and_brought_righ
     assert!(again.count("target_read_bytes") > 0);
     lab.assert_holds("target", &new);
 }
+
+#[test]
+fn letting_the_old_point_go_does_not_vouch_for_what_somebody_else_wrote() {
+    let lab = Lab::new();
+    for strategy in ["redo", "shadow"] {
+        let (_, new) = disks(&lab, lab.root(), SIZES[0]);
+        lab.must(&format!("sync source target --strategy {strategy}"));
+        lab.patch("target", 3_000_000, b"somebody else");
+
+        lab.must("accept target");
+
+        let status = lab.must("status target");
+        assert_eq!(status.summary()["target_unwritten"], false, "{status:#?}");
+        lab.must("sync source target");
+        lab.assert_holds("target", &new);
+        fs::remove_dir_all(lab.path(".target.blockferry")).expect("removed");
+    }
+}
+
+#[test]
+fn a_write_in_the_second_of_ours_is_noticed_where_files_have_no_finer_times() {
+    let name = "a_write_in_the_second_of_ours_is_noticed_where_files_have_no_finer_times";
+    let lab = Lab::new();
+    // Inodes of this size have room for whole seconds only.
+    let options = ["-I", "128"];
+    let Some(mounted) = MountedFileSystem::make_with(lab.root(), "ext4", &options, 64 * MIB) else {
+        return skipped(name, "root and mkfs.ext4");
+    };
+    let (_, new) = disks(&lab, mounted.point(), SIZES[0]);
+    let target = "ext4/target";
+    for _ in 0..3 {
+        lab.must(&format!("sync source {target} --strategy redo"));
+        lab.assert_holds(target, &new);
+
+        lab.patch(target, 1_000_000, b"somebody else");
+
+        let refused = lab.run(&format!("rollback {target}"));
+        assert_eq!(refused.code, Some(4), "{refused:#?}");
+        assert!(refused.complaint().contains("unwritten"), "{refused:#?}");
+        lab.must(&format!("accept {target}"));
+    }
+}

@@ -202,6 +202,8 @@ impl<'a> Run<'a> {
             session.prove_by(self.options.proof);
             LogHandle::Open(Box::new(session))
         } else {
+            let begun = target.replica.begin_reading();
+            begun.map_err(|e| Error::log("look at the target", e))?;
             LogHandle::Idle(&mut target.replica, plan)
         };
         let target_size = device.as_ref().map(|d| d.size_bytes());

@@ -78,6 +78,8 @@ pub struct Replica {
     anchored: Anchored,
     /// The point that the caller has read and found in the target.
     confirmed: Option<SessionId>,
+    /// The target's evidence when the caller began to read it.
+    read_since: Option<Evidence>,
     _lock: Box<dyn LockGuard>,
 }
 
@@ -113,6 +115,7 @@ impl Replica {
             exchanges: OnceLock::new(),
             anchored,
             confirmed: None,
+            read_since: None,
             _lock: lock,
         };
         replica.check_identity()?;
@@ -388,10 +391,35 @@ impl Replica {
         })
     }
 
-    /// Records that the target, as it is, holds `point`: an identical pair needs no session.
+    /// The caller begins to read the target: what [`Self::begin`], [`Self::adopt`] or [`Self::refresh`] records next is of the
+    /// target as it is now, and they refuse one that was written meanwhile.
     ///
     /// # Errors
-    /// The state could not be written.
+    /// The target cannot be examined.
+    pub fn begin_reading(&mut self) -> Result<()> {
+        self.read_since = Some(self.content.evidence()?);
+        Ok(())
+    }
+
+    /// The evidence of what was read.
+    pub(crate) fn evidence_as_read(&mut self) -> Result<Evidence> {
+        let now = self.content.evidence()?;
+        let Some(before) = self.read_since.take() else {
+            return Ok(now);
+        };
+        if before.is_known() && !now.proves_same(&before) {
+            return Err(Error::refused(format!(
+                "{} was written by someone else while it was read: sync again",
+                self.label()
+            )));
+        }
+        Ok(before)
+    }
+
+    /// Records that the target, as it was read, holds `point`: an identical pair needs no session.
+    ///
+    /// # Errors
+    /// The target was written since [`Self::begin_reading`], or the state could not be written.
     pub fn adopt(
         &mut self,
         id: SessionId,
@@ -402,7 +430,7 @@ impl Replica {
     ) -> Result<()> {
         let slot = Slot {
             epoch: self.state.slot().epoch + 1,
-            evidence: self.content.evidence()?,
+            evidence: self.evidence_as_read()?,
             point: Some(Point {
                 id,
                 root,
@@ -418,12 +446,13 @@ impl Replica {
         self.remove_leftovers()
     }
 
-    /// Refreshes what is known of the source and the target of the current point without a new one.
+    /// Refreshes what is known of the source and the target of the current point without a new one: the target was read, and
+    /// is there.
     ///
     /// # Errors
-    /// The state could not be written.
+    /// The target was written since [`Self::begin_reading`], or the state could not be written.
     pub fn refresh(&mut self, source: SourceStamp) -> Result<()> {
-        let evidence = self.content.evidence()?;
+        let evidence = self.evidence_as_read()?;
         let slot = self.state.slot().clone();
         let Some(point) = slot.point.clone() else {
             return Ok(());
@@ -600,12 +629,15 @@ impl Replica {
             Vec::new()
         };
         let held = scan.held_bytes + self.sibling_bytes(current.id)?;
-        // RETIRED first: from here on the old point is gone by decision, and removal only follows.
-        self.publish(
+        // RETIRED first: from here on the old point is gone by decision, and removal only follows. Whoever wrote the target
+        // since its point was recorded did so.
+        let evidence = self.state.slot().evidence.clone();
+        self.publish_with(
             &scan.header,
             DecisionKind::Retired,
             Some(current.clone()),
             None,
+            evidence,
         )?;
         self.remove_session(current.id, false)?;
         self.sync_dir()?;

@@ -120,7 +120,13 @@ impl<'r> Session<'r> {
     /// Begins a session: creates its log, its manifest and, where the strategy has one, its working file.
     pub(crate) fn begin(replica: &'r mut Replica, plan: &Plan) -> Result<Self> {
         check_size(replica, plan)?;
+        let as_read = replica.evidence_as_read()?;
         let working = Working::create(replica, plan)?;
+        // Sharing its blocks may leave a trace in the target.
+        let target_evidence = match working {
+            Some(_) => replica.content.evidence()?,
+            None => as_read,
+        };
         let working_file_id = match working.as_ref().and_then(|w| w.sibling.as_ref()) {
             Some(file) => Some(
                 file.file_id()
@@ -137,7 +143,7 @@ impl<'r> Session<'r> {
             old_bytes: replica.content.size_bytes(),
             geometry: plan.geometry,
             base: replica.known_point().map(|p| p.id),
-            target_evidence: replica.content.evidence()?,
+            target_evidence,
             old_file_id: replica.content.file_id()?,
             working_file_id,
             source: plan.source.clone(),

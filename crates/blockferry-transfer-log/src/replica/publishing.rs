@@ -34,7 +34,7 @@ impl Replica {
         // The manifest first: one of another geometry than its point's is never believed, and compared anew.
         self.replace_manifest(written_as)?;
         let slot = self.state.slot().clone();
-        self.publish_slot(Slot {
+        self.state.publish(Slot {
             point: Some(Point {
                 root,
                 geometry,
@@ -86,7 +86,7 @@ impl Replica {
         (self.point_before(header), None)
     }
 
-    /// Makes an outcome and the slot that follows from it durable with one flush.
+    /// Makes an outcome of what we just wrote to the target, and the slot that follows from it, durable with one flush.
     pub(crate) fn publish(
         &mut self,
         header: &SegmentHeader,
@@ -95,6 +95,17 @@ impl Replica {
         retained: Option<Retained>,
     ) -> Result<()> {
         let evidence = self.content.evidence()?;
+        self.publish_with(header, kind, point, retained, evidence)
+    }
+
+    pub(super) fn publish_with(
+        &mut self,
+        header: &SegmentHeader,
+        kind: DecisionKind,
+        point: Option<Point>,
+        retained: Option<Retained>,
+        evidence: Evidence,
+    ) -> Result<()> {
         let decision = Decision {
             evidence: evidence.clone(),
             ..self.next_decision(header, kind)
@@ -109,7 +120,7 @@ impl Replica {
         self.state.decide_and_publish(&decision, slot)
     }
 
-    /// Publishes a slot whose decision is durable already.
+    /// Publishes a slot after something that we did to a target which nobody else had written.
     pub(crate) fn publish_slot(&mut self, slot: Slot) -> Result<()> {
         let evidence = self.content.evidence()?;
         self.state.publish(Slot { evidence, ..slot })

@@ -78,6 +78,41 @@ fn refreshing_follows_the_target_and_its_source_and_costs_nothing_where_nothing_
 }
 
 #[test]
+fn a_target_that_is_written_while_it_is_read_is_recorded_as_nothing() {
+    for setup in [Setup::file(Strategy::Redo), Setup::device(Strategy::Redo)] {
+        let content = image(&[1, 2, 3], 3 * PAGE);
+        let (_disk, mut replica) = adopted(&setup, &content);
+        let geometry = setup.geometry(&content);
+        let read_and_written = |replica: &mut Replica| {
+            replica.begin_reading().unwrap();
+            let target = replica.target().unwrap();
+            target.write_at(0, &content[..PAGE]).unwrap();
+        };
+
+        read_and_written(&mut replica);
+        let adopted = replica.adopt(id(6), root(&content), geometry, stamp("here.raw"), 78);
+        read_and_written(&mut replica);
+        let refreshed = replica.refresh(stamp("there.raw"));
+        read_and_written(&mut replica);
+        let begun = replica.begin(&setup.plan(7, &content)).map(drop);
+
+        for refused in [adopted, refreshed, begun] {
+            let error = refused.expect_err("nobody knows what it holds");
+            assert_eq!(error.kind(), ErrorKind::Refused, "{error}");
+            assert!(error.to_string().contains("someone else"), "{error}");
+        }
+        assert_eq!(replica.unwritten().unwrap(), Unwritten::Written);
+        assert_eq!(replica.point().unwrap().id, id(5));
+        assert!(replica.unfinished().is_none());
+
+        // Read once more, by whoever is alone with it.
+        replica.begin_reading().unwrap();
+        replica.refresh(stamp("there.raw")).unwrap();
+        assert_eq!(replica.unwritten().unwrap(), Unwritten::Proven);
+    }
+}
+
+#[test]
 fn a_point_is_digested_anew_only_while_nobody_wrote_the_target() {
     let setup = Setup::file(Strategy::Redo);
     let content = image(&[1, 2, 3], 3 * PAGE);
