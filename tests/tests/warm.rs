@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use blockferry::qemu::{Machine, MachineOptions};
 
-use crate::lab::{Child, Lab, MIB, seeded, skipped, while_starting};
+use crate::lab::{Child, Lab, MIB, seeded, skipped, thorough, while_starting};
 use crate::two_hosts::{FAR, Hosts, NEAR};
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -133,7 +133,8 @@ fn a_guest_that_is_handed_over_runs_in_one_machine_whenever_the_command_is_kille
     let machines = Machines::new(lab, Vec::new(), "", "");
     let mut random = seeded(name);
     let mut states = Vec::new();
-    for round in 0..8 {
+    let rounds = if thorough() { 12 } else { 5 };
+    for round in 0..rounds {
         lab.must("failover start vm.toml --until ready");
         let mut cutover = lab.start(COMPLETE);
         let (reached, within_ms) =
