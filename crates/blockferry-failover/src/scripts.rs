@@ -252,11 +252,11 @@ impl Freezer for AtRest {
 
     fn freeze(&mut self) -> DeviceResult<Frozen> {
         let loaded = self.file.as_deref().map(Scripts::load).transpose();
-        self.scripts = loaded
+        let loaded = loaded
             .map_err(|error| DeviceError::new(DeviceErrorKind::Unsuitable, error.to_string()))?;
-        if let Some(scripts) = &self.scripts {
-            scripts.take_turn()?;
-        }
+        // Without a turn there is nothing to let go on again.
+        loaded.as_ref().map_or(Ok(()), Scripts::take_turn)?;
+        self.scripts = loaded;
         self.since = self.scripts.as_ref().map(|_| Instant::now());
         let outcome = self.scripts.as_ref().map(|s| s.pre.run(s.timeout));
         let took_part = matches!(outcome, Some(Ok(())));
@@ -384,6 +384,24 @@ mod tests {
         let all = lab.said();
         assert_eq!(meanwhile.lines().count(), 1, "{meanwhile}");
         assert_eq!(all.lines().count(), 4, "{all}");
+    }
+
+    #[test]
+    fn whoever_waits_for_their_turn_in_vain_runs_no_script() {
+        let Some(lab) = Lab::new() else { return };
+        let config = lab.config(|text| text.replace("Seconds\": 30", "Seconds\": 1"));
+        let mut first = AtRest::new(None, Some(&config));
+        first.freeze().unwrap();
+
+        let mut next = AtRest::new(None, Some(&config));
+        let refused = next.freeze().unwrap_err().to_string();
+        // As a guard does: it may have come to rest in part.
+        next.thaw().unwrap();
+
+        assert!(refused.contains("not through"), "{refused}");
+        assert_eq!(lab.said(), "pre a\n");
+        first.thaw().unwrap();
+        assert_eq!(lab.said(), "pre a\npost \n");
     }
 
     #[test]
