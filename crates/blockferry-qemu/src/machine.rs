@@ -562,7 +562,7 @@ impl Machine {
         let held: Vec<Held> = disks.iter().map(Held::unknown).collect();
         self.settle(&held)?;
         if self.has_guest()? {
-            self.forget_credentials()?;
+            self.forget_memory()?;
         }
         let socket = self.our_socket();
         let is_ours = self.nbd.is_none() && socket.exists();

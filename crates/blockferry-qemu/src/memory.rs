@@ -90,7 +90,7 @@ impl Machine {
         self.present(credentials, "client")?;
         let limit_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
         let limits = json!({"downtime-limit": limit_ms, "max-bandwidth": MAX_BANDWIDTH});
-        self.qmp().execute("migrate-set-parameters", limits)?;
+        self.set_parameters(limits)?;
         let arguments = json!({"uri": uri});
         self.qmp().execute("migrate", arguments).map(drop)
     }
@@ -107,14 +107,16 @@ impl Machine {
         let id = self.tag().credentials();
         let object = json!({"qom-type": kind, "id": id, "dir": directory, "endpoint": endpoint});
         self.qmp().execute("object-add", object)?;
-        let arguments = json!({"tls-creds": id});
-        self.qmp()
-            .execute("migrate-set-parameters", arguments)
-            .map(drop)
+        self.set_parameters(json!({"tls-creds": id}))
     }
 
-    /// Takes the credentials of this job away from a machine with a guest.
-    pub(crate) fn forget_credentials(&mut self) -> Result<()> {
+    /// Takes what a hand-over left away from a machine with a guest.
+    pub(crate) fn forget_memory(&mut self) -> Result<()> {
+        self.forget_credentials()?;
+        self.forget_held_memory()
+    }
+
+    fn forget_credentials(&mut self) -> Result<()> {
         let id = self.tag().credentials();
         let objects = self
             .qmp()
@@ -125,8 +127,7 @@ impl Machine {
         }
         let parameters = self.qmp().execute("query-migrate-parameters", json!({}))?;
         if parameters.get("tls-creds").and_then(Value::as_str) == Some(&id) {
-            let none = json!({"tls-creds": ""});
-            self.qmp().execute("migrate-set-parameters", none)?;
+            self.set_parameters(json!({"tls-creds": ""}))?;
         }
         let arguments = json!({"id": id});
         self.qmp().execute("object-del", arguments).map(drop)
@@ -138,10 +139,12 @@ impl Machine {
     /// The machine refused.
     pub fn hold_memory_back(&mut self, held: bool) -> Result<()> {
         let bandwidth = if held { HELD_BANDWIDTH } else { MAX_BANDWIDTH };
-        let limit = json!({"max-bandwidth": bandwidth});
-        self.qmp()
-            .execute("migrate-set-parameters", limit)
-            .map(drop)
+        self.set_parameters(json!({"max-bandwidth": bandwidth}))
+    }
+
+    fn set_parameters(&mut self, parameters: Value) -> Result<()> {
+        let done = self.qmp().execute("migrate-set-parameters", parameters);
+        done.map(drop)
     }
 
     /// The last step: the guest goes on in the other machine. May be called again, whatever came of it before.
@@ -184,8 +187,9 @@ impl Machine {
         loop {
             match self.hand_over_state()? {
                 HandOver::None | HandOver::Done => {
-                    self.forget_credentials()?;
-                    return self.forget_held_memory();
+                    // No reason not to let a guest go on: what is left of it goes when the machine is left.
+                    self.forget_memory().ok();
+                    return Ok(());
                 }
                 _ if !was_asked => {
                     self.qmp().execute("migrate_cancel", json!({}))?;
@@ -246,7 +250,9 @@ impl Machine {
             }
             std::thread::sleep(TICK);
         }
-        self.forget_credentials()
+        // It runs, whatever becomes of this.
+        self.forget_credentials().ok();
+        Ok(())
     }
 
     /// The same on both sides: the last step waits, and the source hears whether the guest arrived.
