@@ -249,8 +249,7 @@ pub(crate) fn check_strategy(options: &SyncOptions, found: Situation) -> Result<
         Some(asked @ (Strategy::Clone | Strategy::Shadow))
             if found.target_present && !found.can_replace =>
         {
-            let text =
-                format!("{asked} as asked for: {NOT_REPLACED}; expected redo, direct or none");
+            let text = format!("{asked} as asked for: {NOT_REPLACED}; name redo, or none");
             Err(Error::new(ErrorKind::Target, text))
         }
         _ => Ok(()),

@@ -379,9 +379,7 @@ impl<'s> Runner<'s> {
                 (None, None) => false,
             };
             if is_due {
-                if let Some(seen) = self.pass_beside_memory()? {
-                    running = seen;
-                }
+                running = self.pass_beside_memory()?.unwrap_or(running);
                 next_pass = Some(Instant::now() + fresh_for);
                 fresh_for *= 2;
             }

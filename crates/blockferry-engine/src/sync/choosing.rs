@@ -21,13 +21,11 @@ impl Run<'_> {
         let present = present.as_ref().map(|t| &**t as &dyn BlockSource);
         let Origin::Device(source) = self.origin.clone() else {
             let found = self.situation(target)?;
-            check_strategy(self.options, found)?;
             return Ok(choose_remote(self.options, found, None));
         };
         let sides: Vec<&dyn BlockSource> = present.into_iter().chain([&*source]).collect();
         let data = DataBlocks::of(&sides, &self.geometry);
         let found = self.situation(target)?;
-        check_strategy(self.options, found)?;
         let at_most = Sample::at_most(&data, &self.geometry);
         let choice = match choose_unread(self.options, found, &at_most) {
             Some(choice) => choice,
@@ -65,7 +63,7 @@ impl Run<'_> {
         let can_replace = replica.is_file() && exchanges && !replica.is_anchored();
         let can_clone =
             may_clone && is_open && present && can_replace && replica.supports_clone(self.id);
-        Ok(Situation {
+        let found = Situation {
             target_present: present,
             can_replace,
             can_clone,
@@ -75,6 +73,8 @@ impl Run<'_> {
                 Some(dir) => free(&**dir)?,
                 None => 0,
             },
-        })
+        };
+        check_strategy(self.options, found)?;
+        Ok(found)
     }
 }
